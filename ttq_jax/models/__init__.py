@@ -1,0 +1,1 @@
+"""Decoder models: one decoder, families as presets and checkpoint key maps."""

@@ -1,0 +1,298 @@
+"""One decoder for every family.
+
+The insight that keeps quantizers out of the model: a block never multiplies a weight itself. At
+four *sites* (the input of q,k,v; of o; of gate,up; of down) it hands its activations and the
+weights that meet them to `project`. Decoding passes `plain`; prefill passes a function that also
+observes and quantizes; calibration one that only observes. Whatever `project` keeps is stacked
+over the layers by the scan.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ttq_jax.config import ModelConfig
+from ttq_jax.linear import linear
+from ttq_jax.models.attention import attend
+from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
+from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, softcap
+from ttq_jax.types import Cache, Params
+
+# (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
+Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
+
+SITES: dict[str, tuple[str, ...]] = {
+    "attn_in": ("q", "k", "v"),
+    "attn_out": ("o",),
+    "mlp_in": ("gate", "up"),
+    "mlp_out": ("down",),
+}
+
+
+def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
+    """The `Project` of a model that is only used: multiply, keep nothing."""
+    del site
+    return {name: linear(x, w["kernel"], w.get("bias")) for name, w in weights.items()}, None
+
+
+def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bool) -> Params:
+    """One projection's parameters, created at init and otherwise taken as they are.
+
+    Flax compares a parameter's shape with its initializer's; a packed kernel has none, hence the
+    second path.
+    """
+    if not module.is_initializing():
+        return module.get_variable("params", name)
+
+    def init(key: Array) -> Params:
+        kernel = nn.initializers.lecun_normal()(key, (d_in, d_out))
+        return {"kernel": kernel, "bias": jnp.zeros(d_out)} if bias else {"kernel": kernel}
+
+    return module.param(name, init)
+
+
+class Block(nn.Module):
+    """One transformer layer: attention, then feed-forward, each in a residual branch.
+
+    Attributes:
+      config: the model's.
+    """
+
+    config: ModelConfig
+
+    def sublayer(self, name: str, x: Array, body: Callable[[Array], Array]) -> Array:
+        """Adds `body` to the residual stream, normed where this family norms."""
+        placement = self.config.norm_placement
+        y = body(x if placement == "post" else make_norm(self.config, f"{name}_norm")(x))
+        if placement == "sandwich":
+            y = make_norm(self.config, f"{name}_post_norm")(y)
+        y = x + y
+        return make_norm(self.config, f"{name}_norm")(y) if placement == "post" else y
+
+    def weights(self, site: str) -> dict[str, Params]:
+        """The parameters of the projections that read this site's activations."""
+        c = self.config
+        heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        shapes = {
+            "q": (c.d_model, heads, c.qkv_bias),
+            "k": (c.d_model, kv, c.qkv_bias),
+            "v": (c.d_model, kv, c.qkv_bias),
+            "o": (heads, c.d_model, c.o_bias),
+            "gate": (c.d_model, c.d_ff, c.mlp_bias),
+            "up": (c.d_model, c.d_ff, c.mlp_bias),
+            "down": (c.d_ff, c.d_model, c.mlp_bias),
+        }
+        names = [n for n in SITES[site] if n != "gate" or c.gated]
+        return {n: _linear_params(self, n, *shapes[n]) for n in names}
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        attention: Callable[[Array, Array, Array], tuple[Array, Any]],
+        project: Project,
+    ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
+        """Runs the layer.
+
+        Args:
+          x: the residual stream.
+          attention: rotates, caches and attends: (q, k, v)[B, T, heads, H] -> mixed values and
+            the updated cache.
+          project: multiplies the weights of a site, see the module's docstring.
+
+        Returns:
+          The residual stream, the cache, and per site what `project` kept.
+        """
+        c = self.config
+        kept: dict[str, Any] = {}
+        cache: Any = None
+
+        def visit(site: str, h: Array) -> dict[str, Array]:
+            ys, kept[site] = project(site, h, self.weights(site))
+            return ys
+
+        def attend_body(h: Array) -> Array:
+            nonlocal cache
+            ys = visit("attn_in", h)
+            q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (ys["q"], ys["k"], ys["v"]))
+            if c.qk_norm:
+                q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
+            mixed, cache = attention(q, k, v)
+            return visit("attn_out", mixed.reshape(*h.shape[:2], -1))["o"]
+
+        def mlp_body(h: Array) -> Array:
+            ys = visit("mlp_in", h)
+            act = ACTIVATIONS[c.activation]
+            hidden = act(ys["gate"]) * ys["up"] if c.gated else act(ys["up"])
+            return visit("mlp_out", hidden)["down"]
+
+        x = self.sublayer("attn", x, attend_body)
+        x = self.sublayer("mlp", x, mlp_body)
+        return x, cache, kept
+
+
+def _layer_constants(config: ModelConfig) -> dict[str, Array]:
+    """What differs from layer to layer besides weights, stacked for the scan."""
+    sliding = np.array(config.sliding_layers or (False,) * config.n_layers)
+    far = np.iinfo(np.int32).max
+    constants = {
+        "layer": np.arange(config.n_layers, dtype=np.int32),
+        "window": np.where(sliding, config.sliding_window or far, far).astype(np.int32),
+    }
+    if config.rope is not None:
+        full = config.rope.inverse_frequencies(config.head_dim)
+        local = (config.rope_local or config.rope).inverse_frequencies(config.head_dim)
+        constants["rope"] = np.where(sliding[:, None], local, full)
+    return jax.tree.map(jnp.asarray, constants)
+
+
+def embed(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Token embeddings (and learned positions, where the family has them)."""
+    x = params["embed"]["embedding"][tokens]
+    if config.embed_scale != 1.0:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if "project_in" in params:
+        x = linear(x, params["project_in"]["kernel"])
+    if "positions" in params:
+        x = x + params["positions"]["embedding"][positions]
+    return x
+
+
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "*batch D"]
+) -> Float[Array, "*batch V"]:
+    """Next-token logits of final hidden states.
+
+    Args:
+      config: the model's.
+      params: its tree; "head" if untied, else the embedding serves.
+      hidden: what `forward` returned.
+
+    Returns:
+      float32 logits.
+    """
+    if "project_out" in params:
+        hidden = linear(hidden, params["project_out"]["kernel"])
+    if config.tie_embeddings:
+        table = params["embed"]["embedding"]
+        out = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    else:
+        kernel = params["head"]["kernel"]
+        out = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    return softcap(out, config.logit_softcap)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    cache: Cache,
+    *,
+    slots: int | None = None,
+    project: Callable[..., tuple[dict[str, Array], Any]] = plain,
+    per_layer: Any = None,
+) -> tuple[Float[Array, "B T D"], Cache, dict[str, Any]]:
+    """Reads tokens after what the cache holds.
+
+    Args:
+      config: the model's.
+      params: its tree, dense, packed or mixed.
+      tokens: to read.
+      valid: which of them are real; padding changes nothing outside its own outputs.
+      cache: what was read before, with at least T free slots.
+      slots: attend only to the cache's first `slots` slots, which must include the new ones;
+        None for all.
+      project: see the module's docstring; with `per_layer` it gets one more argument.
+      per_layer: a pytree stacked over the layers, sliced for `project`; None for none.
+
+    Returns:
+      Final hidden states (after the last norm), the cache, and per site what `project` kept,
+      stacked over the layers.
+    """
+    slots = slots or cache.k.shape[2]
+    start, positions = cache.used, next_positions(cache, valid)
+    cache = register(cache, positions, valid)
+    x = embed(config, params, tokens, positions)
+    block = Block(config)
+
+    def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
+        x, k_stack, v_stack = carry
+        weights, constants, extra = layer
+
+        def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            if config.rope is not None:
+                q = rotate(q, positions, constants["rope"])
+                k = rotate(k, positions, constants["rope"])
+            at = constants["layer"]
+            ks, vs = write_layer(k_stack, at, start, k), write_layer(v_stack, at, start, v)
+            mixed = attend(
+                q,
+                read_layer(ks, at, slots),
+                read_layer(vs, at, slots),
+                q_positions=positions,
+                k_positions=cache.positions[:, :slots],
+                k_valid=cache.valid[:, :slots],
+                window=constants["window"],
+                scale=config.query_scale,
+                cap=config.attn_softcap,
+            )
+            return mixed, (ks, vs)
+
+        def visit(site: str, h: Array, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
+            return project(site, h, w) if per_layer is None else project(site, h, w, extra)
+
+        x, (ks, vs), kept = block.apply({"params": weights}, x, attention, visit)
+        return (x, ks, vs), kept
+
+    layers = (params["layers"], _layer_constants(config), per_layer)
+    (x, k, v), kept = jax.lax.scan(layer_step, (x, cache.k, cache.v), layers)
+    if config.final_norm:
+        x = make_norm(config, None).apply({"params": params["final_norm"]}, x)
+    return x, cache.replace(k=k, v=v), kept
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """A randomly initialized tree in the one form that every checkpoint is loaded into.
+
+    `jax.eval_shape(partial(init_params, config), key)` gives the shapes that a loader must fill.
+
+    Args:
+      config: the model's.
+      key: a PRNG key.
+
+    Returns:
+      {"embed", "layers", …}; "layers" is stacked over L; kernels are [d_in, d_out]; float32.
+    """
+    keys = dict(zip(("embed", "positions", "in", "out", "head", "layers"), jax.random.split(key, 6)))  # noqa: B905, E501
+    normal = nn.initializers.normal(0.02)
+    x = jnp.zeros((1, 1, config.d_model))
+    one_layer = Block(config).init
+
+    def init_layer(layer_key: Array) -> Params:
+        attention = lambda q, k, v: (q, None)  # noqa: E731
+        return one_layer(layer_key, x, attention, plain)["params"]
+
+    params: Params = {
+        "embed": {"embedding": normal(keys["embed"], (config.vocab_size, config.embed_dim))},
+        "layers": jax.vmap(init_layer)(jax.random.split(keys["layers"], config.n_layers)),
+    }
+    if config.rope is None:
+        shape = (config.max_positions, config.d_model)
+        params["positions"] = {"embedding": normal(keys["positions"], shape)}
+    if config.embed_dim != config.d_model:
+        shape = (config.embed_dim, config.d_model)
+        params["project_in"] = {"kernel": normal(keys["in"], shape)}
+        params["project_out"] = {"kernel": normal(keys["out"], shape[::-1])}
+    if config.final_norm:
+        params["final_norm"] = make_norm(config, None).init(key, x)["params"]
+    if not config.tie_embeddings:
+        params["head"] = {"kernel": normal(keys["head"], (config.embed_dim, config.vocab_size))}
+    return params

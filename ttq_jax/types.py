@@ -1,0 +1,215 @@
+"""Every pytree that travels between the stages, and nothing else.
+
+Shapes use the legend of `ttq_jax/__init__.py`. In a layer-stacked tree each array has one more
+leading axis `L`; the static fields always describe a single layer, so `lax.scan` over the layers
+hands the body exactly the object that is documented here.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Params = dict[str, Any]
+
+
+@struct.dataclass
+class Prompts:
+    """A batch of tokenized prompts, padded to one length on either side.
+
+    Attributes:
+      tokens: int32[B, T]; what stands in the padding has no effect.
+      valid: bool[B, T]; True where a token is real. The real tokens of a row are contiguous.
+    """
+
+    tokens: jax.Array
+    valid: jax.Array
+
+
+@struct.dataclass
+class Moments:
+    """Power sums of a linear layer's input channels: a commutative monoid under `+`.
+
+    A corpus, a prompt, a batch and a conversation are all sums of these. The identity is
+    `Moments.zero`.
+
+    Attributes:
+      sums: float32[P, d_in]; row j is Σ |x|^powers[j] over the observed tokens.
+      count: float32[]; number of observed tokens.
+      powers: the P exponents, each > 0.
+    """
+
+    sums: jax.Array
+    count: jax.Array
+    powers: tuple[float, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def zero(cls, d_in: int, powers: tuple[float, ...]) -> "Moments":
+        """The moments of no token."""
+        return cls(jnp.zeros((len(powers), d_in)), jnp.zeros(()), powers)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Moments of both sets of tokens together.
+
+        Raises:
+          ValueError: the two were taken with different powers.
+        """
+        if self.powers != other.powers:
+            raise ValueError(
+                f"cannot add moments of powers {self.powers} and {other.powers}; "
+                "observe both with the powers of one recipe (Recipe.powers)"
+            )
+        return Moments(self.sums + other.sums, self.count + other.count, self.powers)
+
+    def mean_power(self, p: float) -> jax.Array:
+        """E[|x|^p] per channel.
+
+        Args:
+          p: one of `powers`.
+
+        Returns:
+          float32[d_in]; zeros if nothing was observed.
+
+        Raises:
+          ValueError: `p` was not observed.
+        """
+        if p not in self.powers:
+            raise ValueError(f"these moments hold powers {self.powers}, not {p}")
+        row = self.sums[..., self.powers.index(p), :]
+        return row / jnp.maximum(self.count, 1.0)[..., None]
+
+
+@struct.dataclass
+class LowRank:
+    """Factors of a correction: it stands for the matrix `down @ up`.
+
+    In the method's symbols (y = W x with W[d_out, d_in]), `down` is Aᵀ and `up` is Bᵀ.
+
+    Attributes:
+      down: [d_in, r].
+      up: [r, d_out].
+    """
+
+    down: jax.Array
+    up: jax.Array
+
+
+@struct.dataclass
+class QuantizedLinear:
+    """A packed weight. It stands for exactly this matrix, W[d_in, d_out]:
+
+        W[i, j] = scales[g, j] · (codes[i, j] − zeros[g, j]) / channel_scale[i]
+                  + (low_rank.down @ low_rank.up)[i, j],          g = i // group_size
+
+    where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
+    scale is 1 if None and the low-rank term 0 if None. Rows from d_in up to the padded width
+    n_group · group_size stand for nothing: their inputs are zeros.
+
+    Attributes:
+      planes: uint8 bit planes of the codes, see `pallas_kernels.layout`.
+      scales: [n_group, d_out], positive.
+      zeros: [n_group, d_out] or None for a symmetric grid.
+      channel_scale: D, [d_in], positive, or None.
+      low_rank: what is added in full precision, or None.
+      bits: 2, 3, 4, 5 or 8.
+      group_size: rows of one column that share a scale; a multiple of 8.
+      d_in: input channels, before padding.
+      d_out: output channels.
+    """
+
+    planes: tuple[jax.Array, ...]
+    scales: jax.Array
+    zeros: jax.Array | None
+    channel_scale: jax.Array | None
+    low_rank: LowRank | None
+    bits: int = struct.field(pytree_node=False)
+    group_size: int = struct.field(pytree_node=False)
+    d_in: int = struct.field(pytree_node=False)
+    d_out: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of what was read so far.
+
+    Validity and causality are read from `positions` and `valid`, not from the slot number, so
+    padding may stand on either side.
+
+    Attributes:
+      k: [L, B, S, K, H], rotated.
+      v: [L, B, S, K, H].
+      positions: int32[B, S]; each slot's position in its sequence.
+      valid: bool[B, S]; False for padding and for slots not yet written.
+      used: int32[]; slots written so far, the same for every row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    valid: jax.Array
+    used: jax.Array
+
+
+def _leaf_sizes(leaf: Any) -> tuple[int, int]:
+    """(stored bytes, weights it stands for) of one kernel, dense or packed."""
+    stored = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
+    if isinstance(leaf, QuantizedLinear):
+        layers = math.prod(leaf.scales.shape[:-2])
+        return stored, layers * leaf.d_in * leaf.d_out
+    return stored, math.prod(leaf.shape)
+
+
+def kernels(layers: Params) -> dict[str, Any]:
+    """The linear layers' weights of a (stacked) block tree, by name.
+
+    Args:
+      layers: the tree's "layers" entry.
+
+    Returns:
+      {"q": kernel, …}; a kernel is an array [L, d_in, d_out] or a QuantizedLinear.
+    """
+    return {name: leaf["kernel"] for name, leaf in layers.items() if "kernel" in leaf}
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes of every array in a tree, packed ones at their packed size."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def effective_bits(params: Params) -> float:
+    """Bits per weight over all linear layers of the blocks, everything counted.
+
+    Codes, padding, scales, zero points, channel scales and low-rank factors are in it; biases,
+    norms, the embedding and the head are not weights of these layers and are left out. It depends
+    on shapes and dtypes only, so `jax.eval_shape` trees serve too.
+
+    Args:
+      params: a model's parameter tree, dense, packed or mixed.
+
+    Returns:
+      Mean stored bits per weight.
+    """
+    sizes = [_leaf_sizes(leaf) for leaf in kernels(params["layers"]).values()]
+    return 8 * sum(s for s, _ in sizes) / sum(n for _, n in sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: per prompt, the new token ids (end-of-text excluded).
+      texts: the same, decoded.
+      prompt_tokens: per prompt, its length in tokens.
+      effective_bits: of the weights that were decoded from.
+      seconds: "compile", "prefill_and_quantize" and "decode", wall clock; see `generate`.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    prompt_tokens: list[int]
+    effective_bits: float
+    seconds: dict[str, float]
