@@ -15,6 +15,16 @@ from flax import struct
 
 Params = dict[str, Any]
 
+# The observation sites of a block, and the projections that read each one's activations.
+SITES: dict[str, tuple[str, ...]] = {
+    "attn_in": ("q", "k", "v"),
+    "attn_out": ("o",),
+    "mlp_in": ("gate", "up"),
+    "mlp_out": ("down",),
+}
+
+SITE_OF = {name: site for site, names in SITES.items() for name in names}
+
 
 @struct.dataclass
 class Prompts:
@@ -95,6 +105,21 @@ class LowRank:
 
     down: jax.Array
     up: jax.Array
+
+
+@struct.dataclass
+class Offline:
+    """What a recipe needs besides the prompt, made once per model and stacked over the layers.
+
+    Attributes:
+      moments: per site, a corpus's moments; {} for recipes that use none or the prompt's.
+      low_rank: per projection, static factors; {} for none.
+      packed: the whole tree, already quantized: prefill then quantizes nothing; None otherwise.
+    """
+
+    moments: dict[str, Moments] = struct.field(default_factory=dict)
+    low_rank: dict[str, LowRank] = struct.field(default_factory=dict)
+    packed: Params | None = None
 
 
 @struct.dataclass

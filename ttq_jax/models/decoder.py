@@ -21,18 +21,10 @@ from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, softcap
-from ttq_jax.types import Cache, Params
+from ttq_jax.types import SITES, Cache, Params
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
 Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
-
-SITES: dict[str, tuple[str, ...]] = {
-    "attn_in": ("q", "k", "v"),
-    "attn_out": ("o",),
-    "mlp_in": ("gate", "up"),
-    "mlp_out": ("down",),
-}
-
 
 def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
     """The `Project` of a model that is only used: multiply, keep nothing."""

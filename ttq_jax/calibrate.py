@@ -1,0 +1,119 @@
+"""What is made once per model, ahead of any prompt: a corpus's moments, static factors, packed
+trees.
+
+AWQ is TTQ with the moments of a corpus in place of the prompt's; this is where they come from.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ttq_jax.checkpoint import Model
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import forward, plain
+from ttq_jax.quant.convert import quantize_params, static_factors
+from ttq_jax.quant.moments import observe
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.types import Moments, Offline, Params
+
+
+@partial(jax.jit, static_argnames=("config", "powers"))
+def observe_tokens(
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, powers: tuple[float, ...]
+) -> dict[str, Moments]:
+    """Moments of what every linear layer sees when the model reads these tokens.
+
+    Args:
+      params: a dense tree; the moments are those of the unquantized model.
+      tokens: without padding.
+      config: the model's.
+      powers: exponents to observe, see `Recipe.powers`.
+
+    Returns:
+      Per site, moments stacked over the layers.
+    """
+
+    def project(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict, Moments]:
+        return plain(site, x, weights)[0], observe(x, valid, powers)
+
+    valid = jnp.ones(tokens.shape, bool)
+    cache = empty_cache(config, *tokens.shape, params["embed"]["embedding"].dtype)
+    _, _, moments = forward(config, params, tokens, valid, cache, project=project)
+    return moments
+
+
+def calibrate(
+    model: Model,
+    windows: np.ndarray,
+    powers: tuple[float, ...],
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> dict[str, Moments]:
+    """A corpus's moments: the sum over its windows.
+
+    Args:
+      model: the unquantized model.
+      windows: int32[n, W] token ids, n >= 1.
+      powers: exponents to observe, see `Recipe.powers`.
+      progress: called with (windows done, windows in all).
+
+    Returns:
+      Per site, moments stacked over the layers.
+
+    Raises:
+      ConfigError: no window.
+    """
+    if not len(windows):
+        raise ConfigError("calibration: expected at least one window of text, got none")
+    total: dict[str, Moments] | None = None
+    for i, window in enumerate(windows):
+        seen = observe_tokens(
+            model.params, jnp.asarray(window)[None], config=model.config, powers=powers
+        )
+        total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
+        progress(i + 1, len(windows))
+    assert total is not None
+    return total
+
+
+def prepare(
+    model: Model,
+    recipe: Recipe | None,
+    calibration: np.ndarray | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Offline:
+    """Everything that a recipe needs besides the prompt.
+
+    A recipe that looks at no prompt is quantized here, once; one that does gets its static
+    factors here and its weights at every prompt.
+
+    Args:
+      model: the unquantized model.
+      recipe: how to quantize; None for not at all.
+      calibration: int32[n, W] token ids for a recipe whose moments are a corpus's.
+      progress: called with (windows done, windows in all) of the calibration.
+
+    Returns:
+      What `generate` and `perplexity` take as `offline`.
+
+    Raises:
+      ConfigError: a corpus recipe without a corpus.
+    """
+    if recipe is None:
+        return Offline()
+    made = Offline(low_rank=static_factors(model.params, recipe))
+    if recipe.moments == "prompt":
+        return made
+    if recipe.moments == "corpus":
+        if calibration is None:
+            raise ConfigError(
+                "this recipe's moments are a corpus's, but no calibration text was given; give "
+                "one (--calibration FILE on the command line) or use method 'ttq' or 'rtn'"
+            )
+        made = made.replace(moments=calibrate(model, calibration, recipe.powers, progress))
+    return Offline(packed=quantize_params(model.params, recipe, made))

@@ -1,0 +1,161 @@
+"""Text to text: prefill, moments, scale, pack and decode as one XLA program.
+
+`generate_tokens` is that program, and the way of the data is its four lines. `generate` is what
+stands around it: tokenizer, padding, timing.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ttq_jax.calibrate import prepare
+from ttq_jax.checkpoint import Model
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.decode import decode
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.prefill import decoded_shapes, last_hidden, prefill
+from ttq_jax.prompts import bucket, pad_prompts
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.sampling import Sampling
+from ttq_jax.types import Generation, Offline, Params, Prompts, effective_bits
+
+_STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
+
+
+def _one_tree(
+    params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
+    config: ModelConfig, recipe: Recipe | None, sampling: Sampling, capacity: int,
+    eos_ids: tuple[int, ...],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Prompts that share one quantized tree."""
+    batch, length = prompts.tokens.shape
+    dtype = params["embed"]["embedding"].dtype
+    cache = empty_cache(config, batch, length + capacity, dtype)
+    hidden, cache, packed = prefill(
+        params, prompts, cache, config=config, recipe=recipe, offline=offline
+    )
+    return decode(
+        packed, cache, last_hidden(hidden, prompts), key, limit,
+        config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=_STATIC)
+def generate_tokens(
+    params: Params,
+    prompts: Prompts,
+    offline: Offline,
+    key: Array,
+    limit: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    recipe: Recipe | None,
+    sampling: Sampling,
+    capacity: int,
+    eos_ids: tuple[int, ...],
+) -> tuple[Int[Array, "B capacity"], Int[Array, "B"]]:
+    """Prompts to tokens, one XLA program; compiled once per shape and static argument.
+
+    Args:
+      params: the dense tree.
+      prompts: a padded batch.
+      offline: what the recipe needs besides the prompts.
+      key: a PRNG key.
+      limit: most new tokens per row, from 1 to `capacity`; dynamic.
+      config: the model's.
+      recipe: how to quantize; None decodes from the tree as it is.
+      sampling: how tokens are chosen.
+      capacity: columns of the output and slots kept for it in the cache.
+      eos_ids: tokens that end a row.
+
+    Returns:
+      New tokens, and per row how many of them count.
+    """
+    run = partial(
+        _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
+        eos_ids=eos_ids,
+    )  # fmt: skip
+    if recipe is None or recipe.batch == "pooled":
+        return run(params, prompts, offline, key, limit)
+    rows = jax.tree.map(lambda x: x[:, None], prompts)
+    keys = jax.random.split(key, prompts.tokens.shape[0])
+    out, counts = jax.vmap(lambda row, k: run(params, row, offline, k, limit))(rows, keys)
+    return out[:, 0], counts[:, 0]
+
+
+def generate(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    recipe: Recipe | None,
+    offline: Offline | None = None,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    measure: bool = False,
+) -> Generation:
+    """Continues a batch of prompts from weights quantized for them.
+
+    Args:
+      model: from `load`.
+      texts: the prompts, one batch.
+      recipe: how to quantize, see `preset`; None for the unquantized model.
+      offline: from `prepare`; None makes it here, which a corpus recipe does not allow.
+      max_new_tokens: most new tokens per prompt, >= 1.
+      sampling: how tokens are chosen.
+      seed: of the sampling.
+      measure: time the stages apart, by running the program for one token first (twice if that
+        compiled it). Otherwise `seconds` holds only "total".
+
+    Returns:
+      Tokens, texts, sizes and times.
+
+    Raises:
+      PromptError: a prompt that is empty or does not fit the model's context.
+      ConfigError: max_new_tokens below 1.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    rows = [model.tokenizer.encode(text) for text in texts]
+    prompts = pad_prompts(
+        rows, max_positions=model.config.max_positions, max_new_tokens=max_new_tokens
+    )
+    if offline is None:
+        offline = prepare(model, recipe)
+    run = partial(
+        generate_tokens, model.params, prompts, offline, jax.random.key(seed),
+        config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
+        eos_ids=model.eos_ids,
+    )  # fmt: skip
+
+    def timed(limit: int) -> tuple[tuple[Array, Array], float]:
+        start = time.perf_counter()
+        out = jax.block_until_ready(run(jnp.asarray(limit, jnp.int32)))
+        return out, time.perf_counter() - start
+
+    seconds = {}
+    if measure:
+        compiled, (_, first) = generate_tokens._cache_size(), timed(1)
+        seconds["compile"] = 0.0
+        seconds["prefill_and_quantize"] = first
+        if generate_tokens._cache_size() > compiled:
+            _, warm = timed(1)
+            seconds = {"compile": first - warm, "prefill_and_quantize": warm}
+    (tokens, counts), total = timed(max_new_tokens)
+    if measure:
+        seconds["decode"] = max(total - seconds["prefill_and_quantize"], 0.0)
+    seconds["total"] = total
+    new = [row[:n].tolist() for row, n in zip(jax.device_get(tokens), counts.tolist(), strict=True)]
+    return Generation(
+        tokens=new,
+        texts=[model.tokenizer.decode(ids) for ids in new],
+        prompt_tokens=[len(row) for row in rows],
+        effective_bits=effective_bits(
+            decoded_shapes(model.params, model.config, recipe, offline)
+        ),
+        seconds=seconds,
+    )

@@ -1,0 +1,74 @@
+"""Stage 1: text -> a padded batch of tokens.
+
+Lengths are rounded up to a few buckets, so that one compiled program serves every prompt of its
+bucket.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from ttq_jax.types import Prompts
+
+SMALLEST_BUCKET = 32
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be served; the message says what to change."""
+
+
+def bucket(n: int, *, smallest: int = SMALLEST_BUCKET) -> int:
+    """The padded length for n tokens: the next power of two, at least `smallest`.
+
+    Args:
+      n: tokens, >= 1.
+      smallest: the shortest bucket.
+
+    Returns:
+      A length >= n.
+    """
+    return max(smallest, 1 << (n - 1).bit_length())
+
+
+def pad_prompts(
+    rows: Sequence[Sequence[int]],
+    *,
+    max_positions: int,
+    max_new_tokens: int = 0,
+    pad_id: int = 0,
+) -> Prompts:
+    """Right-pads tokenized prompts to the bucket of the longest.
+
+    Args:
+      rows: token ids, one sequence per prompt.
+      max_positions: the model's context, tokens.
+      max_new_tokens: room that the answer needs in it.
+      pad_id: any token id; it has no effect.
+
+    Returns:
+      The batch.
+
+    Raises:
+      PromptError: no prompt, an empty one, or one that does not fit the context.
+    """
+    if not rows:
+        raise PromptError("expected at least one prompt, got none")
+    for i, row in enumerate(rows):
+        if not len(row):
+            raise PromptError(
+                f"prompt {i + 1} of {len(rows)} is empty: expected at least one token; "
+                "give it some text"
+            )
+        if len(row) + max_new_tokens > max_positions:
+            raise PromptError(
+                f"prompt {i + 1} has {len(row)} tokens and asks for {max_new_tokens} more, but "
+                f"the model's context is {max_positions}; shorten the prompt or ask for fewer"
+            )
+    length = bucket(max(map(len, rows)))
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    valid = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        valid[i, : len(row)] = True
+    return Prompts(jnp.asarray(tokens), jnp.asarray(valid))

@@ -1,0 +1,119 @@
+"""Which scale: one positive number D per input channel, from the moments.
+
+Scaling a channel up before rounding makes its relative error smaller; D divides the activation
+at decoding, so the product is unchanged. Each rule is a frozen value with two members: `powers`,
+the moments it reads, and a call `(moments, trial) -> D`, where `trial(D)` is the activation-weighted
+error that quantizing with D would leave.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ttq_jax.config import ConfigError
+from ttq_jax.quant.moments import p_mean
+from ttq_jax.types import Moments
+
+Trial = Callable[[Float[Array, "d_in"]], Float[Array, ""]]
+
+# A channel that no token excites could get D = 0; its weights do not matter, its quotient must.
+_FLOOR = 1e-4
+
+
+def _relative(moments: Moments, p: float) -> Float[Array, "d_in"]:
+    """Channel p-means over their mean; ones if every input was zero."""
+    m = p_mean(moments, p)
+    mean = jnp.mean(m)
+    return jnp.where(mean > 0, m / jnp.where(mean > 0, mean, 1.0), 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoScale:
+    """D = 1: plain round-to-nearest."""
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """No moments are read."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """TTQ's closed form D_i = (m_i + λ)^α, with m the channel p-means relative to their mean.
+
+    The paper fixes α = 0.5, p = 2, λ = 0.4 (arXiv:2603.19296). m is normalized by the token count
+    and its own mean, so that D depends neither on the prompt's length nor on the unit of x.
+
+    Attributes:
+      alpha: α, in [0, 2].
+      lam: λ >= 0, relative to the mean of m.
+      p: exponent of the moment, > 0.
+    """
+
+    alpha: float = 0.5
+    lam: float = 0.4
+    p: float = 2.0
+
+    def __post_init__(self):
+        if not (0 <= self.alpha <= 2 and self.lam >= 0 and self.p > 0):
+            raise ConfigError(
+                f"power-law scale: expected 0 <= alpha <= 2, lam >= 0, p > 0; "
+                f"got alpha={self.alpha}, lam={self.lam}, p={self.p}"
+            )
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """The one moment of the formula."""
+        return (self.p,)
+
+    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, "d_in"]:
+        """D, positive."""
+        del trial
+        return jnp.maximum((_relative(moments, self.p) + self.lam) ** self.alpha, _FLOOR)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchedAlpha:
+    """AWQ's scale D = m^α with α searched per layer (Lin et al., 2023).
+
+    Our conventions (implementations differ): m is the mean magnitude, D is divided by
+    sqrt(max D · min D), the loss is the diagonal activation-weighted weight error
+    Σ E[x_i²] (W − Ŵ)², and α runs over i/steps for i = 0 … steps − 1, so that α = 0 (no scaling)
+    is always a candidate.
+
+    Attributes:
+      steps: candidates, >= 1.
+      p: exponent of the moment, > 0.
+    """
+
+    steps: int = 20
+    p: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1 or self.p <= 0:
+            raise ConfigError(
+                f"searched scale: expected steps >= 1 and p > 0, got {self.steps} and {self.p}"
+            )
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """The moment that scales and the one that weighs the error."""
+        return tuple(sorted({self.p, 2.0}))
+
+    def candidate(self, moments: Moments, alpha: Float[Array, ""]) -> Float[Array, "d_in"]:
+        """D for one α, centred so that its extremes are reciprocal."""
+        d = jnp.maximum(_relative(moments, self.p), _FLOOR) ** alpha
+        return d / jnp.sqrt(jnp.max(d) * jnp.min(d))
+
+    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, "d_in"]:
+        """D of the α that leaves the smallest error, positive."""
+        alphas = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
+        # Mapped, not vmapped: one candidate's temporaries at a time.
+        errors = jax.lax.map(lambda a: trial(self.candidate(moments, a)), alphas)
+        return self.candidate(moments, alphas[jnp.argmin(errors)])
+
+
+ScaleRule = NoScale | PowerLaw | SearchedAlpha

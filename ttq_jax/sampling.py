@@ -1,0 +1,60 @@
+"""From logits to the next token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ttq_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. Filters apply in the order top-k, top-p.
+
+    Attributes:
+      temperature: divides the logits, >= 0; 0 takes the likeliest token (greedy).
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens whose probabilities first reach this sum, in (0, 1]
+        (nucleus sampling, Holtzman et al., 2020).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                "sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got "
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
+            )
+
+
+def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+    """Chooses one token per row.
+
+    Args:
+      key: a PRNG key, unused when greedy.
+      logits: unnormalized log-probabilities, float32.
+      sampling: how.
+
+    Returns:
+      int32 token ids.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        k = min(sampling.top_k, logits.shape[-1])
+        kth = jax.lax.top_k(logits, k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(order, axis=-1)
+        # A token stays if the likelier ones do not reach top_p yet; the first always stays.
+        inside = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+        lowest = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
