@@ -1,0 +1,62 @@
+"""Loading models: Hugging Face directories and hub ids, GGUF files, and packaged aliases.
+
+Everything a checkpoint says is either used, knowingly ignored, or an error that names it: a model
+that is almost right still writes fluent text, and nobody would notice.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import jax.numpy as jnp
+
+from ttq_jax.checkpoint.assemble import Progress
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.gguf import load_gguf
+from ttq_jax.checkpoint.hub import is_hub_id, snapshot
+from ttq_jax.checkpoint.huggingface import load_directory
+from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.packaged import ALIASES
+from ttq_jax.checkpoint.tokenizer import Tokenizer
+
+__all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    progress: Progress | None = None,
+) -> Model:
+    """Loads a model.
+
+    Args:
+      model: an alias (`ALIASES`), a .gguf file, a directory with config.json and safetensors, or
+        a Hugging Face hub id "organization/name"; a path wins over a hub id of the same spelling.
+      dtype: of the weights.
+      progress: called as progress(done, total, "weights") while weights are read, in elements.
+
+    Returns:
+      The model, its weights on JAX's default device.
+
+    Raises:
+      CheckpointError: the model cannot be found or served; the message says why and what to do.
+
+    References:
+      Formats: huggingface.co/docs/safetensors; github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
+    name, path = str(model), Path(model).expanduser()
+    if name in ALIASES:
+        path = ALIASES[name]()
+    elif not path.exists():
+        if not is_hub_id(name) or path.suffix == ".gguf":
+            raise CheckpointError(
+                f"{name}: no such file or directory, and neither an alias ({', '.join(ALIASES)}) "
+                'nor a hub id ("organization/name")'
+            )
+        path = snapshot(name)
+    read = load_directory if path.is_dir() else load_gguf
+    return read(path, name=name, dtype=_DTYPES[dtype], progress=progress)

@@ -1,0 +1,207 @@
+"""From named tensors to the parameter tree, a few rows at a time.
+
+The tree's shapes come from `decoder.init_params`; each leaf is allocated once in its final layout
+(layers stacked, kernels [d_in, d_out]) and filled in place, so no second copy of the weights ever
+exists.
+"""
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.source import Source
+from ttq_jax.config import ModelConfig
+from ttq_jax.models.decoder import init_params
+from ttq_jax.models.family import Edit
+from ttq_jax.types import Params
+
+Progress = Callable[[int, int, str], None]
+# (a layer's array to fill, tensor name, first row, row after the last)
+_Job = tuple[np.ndarray, str, int, int]
+
+_SUFFIX = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bias": ".bias"}
+# Small enough for a chunk and its temporaries to stay in a core's cache.
+_CHUNK = 2**18
+_ALIGNMENT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One array of the tree and where its parts come from."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]  # of one layer
+    names: tuple[str, ...]  # one per layer, or just one
+    stacked: bool
+    edit: Edit | None
+
+    @property
+    def transposed(self) -> bool:
+        return self.path[-1] == "kernel"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor in the file."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (shape[0] + 2, *shape[1:]) if self.edit == "skip_two_rows" else shape
+
+
+def _leaves(
+    config: ModelConfig, modules: Mapping[str, str], edits: Mapping[str, Edit]
+) -> list[_Leaf]:
+    """What must be filled, by the tree that the config implies."""
+    tree = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    leaves = []
+    for keys, spec in jax.tree_util.tree_leaves_with_path(tree):
+        path = tuple(str(k.key) for k in keys)
+        module, stacked = ".".join(path[:-1]), path[0] == "layers"
+        name = modules[module] + _SUFFIX[path[-1]]
+        layers = range(config.n_layers) if stacked else range(1)
+        names = tuple(name.replace("{i}", str(i)) for i in layers)
+        shape = spec.shape[1:] if stacked else spec.shape
+        leaves.append(_Leaf(path, shape, names, stacked, edits.get(module)))
+    return leaves
+
+
+def _some(names: list[str]) -> str:
+    """A few names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> None:
+    """Every expected tensor is there in its shape, and no other one.
+
+    Raises:
+      CheckpointError: a tensor is missing, unknown, or of another shape than expected.
+    """
+    expected = {name: leaf.stored_shape for leaf in leaves for name in leaf.names}
+    missing = [n for n in expected if n not in source.shapes]
+    if missing:
+        n = missing[0]
+        raise CheckpointError(
+            f"{source.label}: missing tensor{'s' if len(missing) > 1 else ''} {_some(missing)} "
+            f"({n} expected with shape {expected[n]}). Is the checkpoint complete, and do its "
+            "configuration and weights belong together?"
+        )
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            raise CheckpointError(
+                f"{source.label}: tensor {name}: expected shape {shape}, "
+                f"found {source.shapes[name]}. Configuration and weights do not belong together"
+            )
+    unknown = sorted(
+        n for n in set(source.shapes) - set(expected)
+        if not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)
+    )  # fmt: skip
+    if unknown:
+        raise CheckpointError(
+            f"{source.label}: unknown tensor{'s' if len(unknown) > 1 else ''} {_some(unknown)}: "
+            "the model code has no use for it, so the model might compute something else. Is this "
+            "the architecture that the configuration names?"
+        )
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialized memory that JAX can adopt on a CPU without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _edited(rows: np.ndarray, edit: Edit | None, head_dim: int) -> np.ndarray:
+    """A chunk of rows after what the family asks for."""
+    if edit == "minus_one":
+        return rows.astype(np.float32) - 1
+    if edit == "unpermute":
+        pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return rows
+
+
+def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
+    """Reads rows into their place in a layer's array; returns their number of elements.
+
+    Raises:
+      CheckpointError: a weight is NaN or infinite.
+    """
+    out, name, start, stop = job
+    skip = 2 if leaf.edit == "skip_two_rows" else 0
+    rows = source.read(name, start + skip, stop + skip)
+    if not np.isfinite(rows).all():
+        raise CheckpointError(
+            f"{source.label}: tensor {name} holds NaN or infinity; expected finite weights. "
+            "Download the checkpoint again or use another"
+        )
+    rows = _edited(rows, leaf.edit, head_dim)
+    (out.T if leaf.transposed else out)[start:stop] = rows
+    return rows.size
+
+
+def _jobs(leaf: _Leaf, out: np.ndarray, head_dim: int) -> Iterator[_Job]:
+    """Chunks of rows that one thread reads at a time."""
+    for i, name in enumerate(leaf.names):
+        part = out[i] if leaf.stacked else out
+        n_rows = part.shape[-1] if leaf.transposed else part.shape[0]
+        step = n_rows if part.ndim == 1 else max(1, _CHUNK * n_rows // part.size)
+        if leaf.edit == "unpermute":
+            step = -(-step // head_dim) * head_dim
+        for start in range(0, n_rows, step):
+            yield part, name, start, min(start + step, n_rows)
+
+
+def assemble(
+    config: ModelConfig,
+    source: Source,
+    modules: Mapping[str, str],
+    edits: Mapping[str, Edit],
+    *,
+    ignored: tuple[str, ...] = (),
+    dtype: Any = np.float32,
+    progress: Progress | None = None,
+) -> Params:
+    """Loads a parameter tree.
+
+    Args:
+      config: the model's.
+      source: the checkpoint's tensors.
+      modules: dotted module path in the tree to module name in the checkpoint.
+      edits: module path to what is done to its tensors' rows.
+      ignored: patterns of tensors that are knowingly left out.
+      dtype: of every leaf, float32 or bfloat16.
+      progress: called as progress(done, total, "weights"), in elements.
+
+    Returns:
+      A tree of the form of `decoder.init_params`, on the default device.
+
+    Raises:
+      CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
+    """
+    leaves = _leaves(config, modules, edits)
+    _check(source, leaves, ignored)
+    total = sum(int(np.prod(leaf.shape)) * len(leaf.names) for leaf in leaves)
+    params: Params = {}
+    done = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for leaf in leaves:
+            layers = (config.n_layers,) if leaf.stacked else ()
+            out = _allocate((*layers, *leaf.shape), np.dtype(jnp.dtype(dtype)))
+            jobs = _jobs(leaf, out, config.head_dim)
+            for size in pool.map(partial(_fill, source, leaf, config.head_dim), jobs):
+                done += size
+                if progress:
+                    progress(done, total, "weights")
+            node = params
+            for key in leaf.path[:-1]:
+                node = node.setdefault(key, {})
+            node[leaf.path[-1]] = jax.device_put(out, may_alias=True)
+    return params

@@ -1,0 +1,129 @@
+"""Loads a GGUF file (llama.cpp's format): config, weights and tokenizer from one file."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.gguf_file import GgufFile
+from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
+from ttq_jax.checkpoint.model import FAMILIES, Model
+from ttq_jax.checkpoint.source import RandomAccess
+from ttq_jax.config import ConfigError, ModelConfig, Rope
+from ttq_jax.models.family import Family, Settings
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def _family(file: GgufFile) -> Family:
+    """The family of the file's architecture.
+
+    Raises:
+      CheckpointError: an architecture that is not supported.
+    """
+    arch = file.metadata.get("general.architecture")
+    known = {f.gguf_arch: f for f in FAMILIES if f.gguf_arch}
+    if arch not in known:
+        raise CheckpointError(
+            f"{file.label}: architecture {arch!r} is not supported in GGUF files; expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+    return known[arch]
+
+
+def _llama3_rope(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
+    """The `llama3` scaling that a file stores as one divisor per frequency.
+
+    Raises:
+      ConfigError: the divisors are of no released Llama 3.
+    """
+    plain = rope.inverse_frequencies(head_dim)
+    if rope.scaling == "none" and factors.shape == plain.shape and factors.max() >= 1:
+        scaled = dataclasses.replace(
+            rope, scaling="llama3", factor=float(factors.max()), low_freq_factor=1.0,
+            high_freq_factor=4.0, original_positions=8192,
+        )  # fmt: skip
+        if np.allclose(plain / factors, scaled.inverse_frequencies(head_dim), rtol=1e-4, atol=0):
+            return scaled
+    raise ConfigError(
+        f"{_ROPE_FACTORS} is not the rope scaling of Llama 3 (low and high frequency factors 1 and "
+        "4, original context 8192). Load the model from a Hugging Face directory instead"
+    )
+
+
+def read_config(file: GgufFile, family: Family) -> ModelConfig:
+    """The config that a GGUF header and the presence of some tensors imply.
+
+    Args:
+      file: the file.
+      family: its family.
+
+    Returns:
+      The config.
+
+    Raises:
+      ConfigError: a setting that is missing, unknown or not implemented.
+    """
+    arch = family.gguf_arch
+    settings = Settings(file.metadata)
+    # Provenance; the tokenizer checks its own keys.
+    settings.ignore_prefix("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
+    settings.require(f"{arch}.attention.causal", True)
+    vocab_size = file.shapes.get("token_embd.weight", (0,))[0]
+    settings.require(f"{arch}.vocab_size", vocab_size)
+    assert family.gguf_config is not None
+    config = family.gguf_config(settings, vocab_size, "output.weight" not in file.shapes)
+    settings.finish()
+    if _ROPE_FACTORS in file.shapes:
+        assert config.rope is not None
+        (size,) = file.shapes[_ROPE_FACTORS]
+        factors = file.read(_ROPE_FACTORS, 0, size)
+        config = dataclasses.replace(
+            config, rope=_llama3_rope(config.rope, config.head_dim, factors)
+        )
+    return dataclasses.replace(
+        config,
+        qkv_bias="blk.0.attn_q.bias" in file.shapes,
+        o_bias="blk.0.attn_output.bias" in file.shapes,
+        mlp_bias="blk.0.ffn_up.bias" in file.shapes,
+    )
+
+
+def load_gguf(
+    path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None
+) -> Model:
+    """Loads a GGUF file.
+
+    Args:
+      path: of the file.
+      name: what to call the model.
+      dtype: of the weights, float32 or bfloat16.
+      progress: see `assemble.assemble`.
+
+    Returns:
+      The model.
+
+    Raises:
+      CheckpointError: the file cannot be served; the message says why.
+    """
+    with RandomAccess(path) as access:
+        file = GgufFile(access)
+        family = _family(file)
+        try:
+            config = read_config(file, family)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        tokenizer = build_tokenizer(file.metadata, file.label)
+        params = assemble(
+            config,
+            file,
+            family.gguf_modules,
+            family.gguf_edits,
+            ignored=(_ROPE_FACTORS,),
+            dtype=dtype,
+            progress=progress,
+        )
+    return Model(config, params, tokenizer, name, tokenizer.eos_ids)

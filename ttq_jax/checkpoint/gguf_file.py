@@ -1,0 +1,251 @@
+"""The GGUF container: header and tensors of llama.cpp's file format, read by rows.
+
+The header is parsed here (the gguf package takes seconds for a vocabulary of 262144 tokens); the
+quantized blocks are decoded by the gguf package.
+"""
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.source import RandomAccess, check_size
+
+SUPPORTED_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+
+_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+
+class _Cursor:
+    """Reads the header front to back; never past the end of the file."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.offset = path, data, 0
+
+    def raw(self, size: int) -> bytes:
+        """The next bytes."""
+        end = self.offset + size
+        check_size(self.path, end, len(self.data))
+        out = self.data[self.offset : end]
+        self.offset = end
+        return out
+
+    def integer(self, size: int) -> int:
+        """The next unsigned integer of that many bytes."""
+        return int.from_bytes(self.raw(size), "little")
+
+    def string(self) -> str:
+        """The next length-prefixed string."""
+        return self.raw(self.integer(8)).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        """The next value of a type; arrays become NumPy arrays or lists of strings.
+
+        Raises:
+          CheckpointError: an unknown type.
+        """
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(self.integer(4), self.integer(8))
+        if kind not in _SCALARS:
+            raise CheckpointError(f"{self.path}: unknown GGUF value type {kind}; file is damaged")
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self.raw(dtype.itemsize), dtype)[0].item()
+
+    def _array(self, kind: int, length: int) -> Any:
+        """The next array.
+
+        Raises:
+          CheckpointError: an unknown element type.
+        """
+        if kind == _STRING:
+            return self._strings(length)
+        if kind not in _SCALARS:
+            raise CheckpointError(f"{self.path}: GGUF array of type {kind} is not supported")
+        dtype = np.dtype(_SCALARS[kind])
+        return np.frombuffer(self.raw(dtype.itemsize * length), dtype)
+
+    def _strings(self, length: int) -> list[str]:
+        """The next strings. A loop of its own: vocabularies have hundreds of thousands.
+
+        Raises:
+          CheckpointError: the file ends before.
+        """
+        data, at, end = self.data, self.offset, len(self.data)
+        unpack, out = struct.Struct("<Q").unpack_from, []
+        for _ in range(length):
+            check_size(self.path, at + 8, end)
+            (size,) = unpack(data, at)
+            at += 8 + size
+            check_size(self.path, at, end)
+            out.append(data[at - size : at].decode("utf-8"))
+        self.offset = at
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies and how it is stored."""
+
+    kind: str
+    offset: int
+    row_bytes: int
+
+
+def _check_type(path: Path, name: str, code: int) -> str:
+    """The name of a tensor's storage type.
+
+    Raises:
+      CheckpointError: a type that is not supported.
+    """
+    from gguf import GGMLQuantizationType  # only this format needs the package
+
+    known = {t.value: t.name for t in GGMLQuantizationType}
+    kind = known.get(code, f"type {code}")
+    if kind not in SUPPORTED_TYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is stored as {kind}; expected one of "
+            f"{', '.join(SUPPORTED_TYPES)}. Choose a file of another quantization"
+        )
+    return kind
+
+
+class GgufFile:
+    """A GGUF file: its metadata and its tensors.
+
+    Attributes:
+      label: the path.
+      metadata: header keys to values.
+      shapes: tensor name to shape, weights as [d_out, d_in].
+    """
+
+    def __init__(self, file: RandomAccess):
+        """Reads the header.
+
+        Args:
+          file: opened; the caller closes it.
+
+        Raises:
+          CheckpointError: no GGUF, a version or type not supported, a truncated file.
+        """
+        self.label = str(file.path)
+        self._file = file
+        check_size(file.path, 24, file.size)
+        with (
+            file.path.open("rb") as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            try:
+                self._parse(_Cursor(file.path, data))
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{file.path}: damaged header ({error})") from error
+
+    def _parse(self, cursor: _Cursor) -> None:
+        """Fills metadata, shapes and tensor places.
+
+        Raises:
+          CheckpointError: no GGUF, or a version that is not supported, or a part of a split file.
+        """
+        path = self._file.path
+        if cursor.raw(4) != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file (no GGUF magic at its start)")
+        version = cursor.integer(4)
+        if version not in (2, 3):
+            raise CheckpointError(
+                f"{path}: GGUF version {version}; expected 2 or 3, little-endian. Convert it again"
+            )
+        n_tensors, n_keys = cursor.integer(8), cursor.integer(8)
+        self.metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.integer(4))
+        if self.metadata.get("split.count", 1) > 1:
+            raise CheckpointError(
+                f"{path}: one of {self.metadata['split.count']} parts of a split file; expected a "
+                "whole one. Join them with `llama-gguf-split --merge`"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, _Tensor] = {}
+        for _ in range(n_tensors):
+            self._tensor_info(cursor)
+        self._place(cursor.offset)
+
+    def _tensor_info(self, cursor: _Cursor) -> None:
+        """Reads one tensor's entry; its offset stays relative until all are read.
+
+        Raises:
+          CheckpointError: an entry that cannot be right.
+        """
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        path, name = self._file.path, cursor.string()
+        shape = tuple(cursor.integer(8) for _ in range(cursor.integer(4)))[::-1]
+        kind = _check_type(path, name, cursor.integer(4))
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        if not shape or shape[-1] % block:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {shape}; {kind} needs rows of a multiple of "
+                f"{block}. The file is damaged"
+            )
+        if name in self.shapes:
+            raise CheckpointError(f"{path}: tensor {name!r} occurs twice; the file is damaged")
+        self.shapes[name] = shape
+        self._tensors[name] = _Tensor(kind, cursor.integer(8), shape[-1] // block * size)
+
+    def _place(self, header_end: int) -> None:
+        """Makes the tensors' offsets absolute and checks that the file reaches that far.
+
+        Raises:
+          CheckpointError: the file ends before its last tensor.
+        """
+        align = self.metadata.get("general.alignment", 32)
+        base = -(-header_end // align) * align
+        for name, tensor in self._tensors.items():
+            start = base + tensor.offset
+            stop = start + math.prod(self.shapes[name][:-1]) * tensor.row_bytes
+            check_size(self._file.path, stop, self._file.size)
+            self._tensors[name] = dataclasses.replace(tensor, offset=start)
+
+    def read(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows *row"]:
+        """Rows start…stop-1 of a tensor; a vector is read whole.
+
+        Args:
+          name: of the tensor, of one or two axes.
+          start: first row.
+          stop: row after the last.
+
+        Returns:
+          float16, bfloat16 or float32 rows; quantized ones are decoded to float32.
+        """
+        tensor, shape = self._tensors[name], self.shapes[name]
+        if len(shape) == 1:
+            return self._decode(tensor, 0, 1).reshape(-1)[start:stop]
+        return self._decode(tensor, start, stop)
+
+    def _decode(self, tensor: _Tensor, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor, each a contiguous run of blocks."""
+        raw = self._file.at(
+            tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes
+        ).reshape(stop - start, tensor.row_bytes)
+        if tensor.kind in ("F32", "F16"):
+            return raw.view(np.dtype("<f4" if tensor.kind == "F32" else "<f2"))
+        if tensor.kind == "BF16":
+            return raw.view(jnp.bfloat16)
+        import gguf.quants
+
+        # By rows and not through gguf.dequantize: that one visits 16 rows at a time in Python,
+        # which threads cannot overlap.
+        with np.errstate(all="ignore"):
+            return getattr(gguf.quants, tensor.kind).dequantize_rows(raw)

@@ -1,0 +1,191 @@
+"""The tokenizer inside a GGUF file, built from its vocabulary and merges.
+
+Two kinds occur: "gpt2", byte-level BPE with its merges written out, and "llama", SentencePiece
+BPE, whose merges follow from the vocabulary: any two tokens merge if their union is a token, the
+better-ranked union first.
+"""
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_KEY = "tokenizer.ggml."
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+# How text is cut before merging, one entry per way a vocabulary was trained.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+_PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe", "llama3", "llama-v3")
+
+_NOT_IMPLEMENTED = {
+    "add_eos_token": "an end-of-text token after every prompt",
+    "remove_extra_whitespaces": "removing whitespace",
+    "precompiled_charsmap": "a character map",
+}
+
+
+def _pre_tokenizer(name: str) -> "tokenizers.pre_tokenizers.PreTokenizer":
+    """The pre-tokenizer of a byte-level vocabulary."""
+    from tokenizers import Regex, pre_tokenizers
+
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt-2", "default"):
+        return whole
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+    split = Regex(_QWEN2 if name == "qwen2" else _LLAMA3)
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(split, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+
+
+def _byte_level(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
+    """A "gpt2" tokenizer.
+
+    Raises:
+      CheckpointError: a pre-tokenizer that is not implemented, or inconsistent lists.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pre = meta.get(_KEY + "pre")
+    if pre not in _PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{label}: {_KEY}pre = {pre!r} is not implemented; expected one of "
+            f"{', '.join(_PRE_TOKENIZERS)}. Load the model from a Hugging Face directory instead"
+        )
+    if _KEY + "merges" not in meta:
+        raise CheckpointError(f"{label}: expected {_KEY}merges, found none; convert it again")
+    vocab = {token: i for i, token in enumerate(meta[_KEY + "tokens"])}
+    merges = [tuple(m.split(" ", 1)) for m in meta[_KEY + "merges"]]
+    llama3 = pre in ("llama-bpe", "llama3", "llama-v3")
+    try:
+        backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=llama3))
+    except Exception as error:
+        raise CheckpointError(f"{label}: its vocabulary and merges disagree ({error})") from error
+    backend.pre_tokenizer = _pre_tokenizer(pre)
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _implied_merges(vocab: dict[str, int], rank: dict[str, float]) -> list[tuple[str, str]]:
+    """All pairs of tokens whose union is a token, best union first."""
+    pairs = []
+    for token, order in rank.items():
+        found = [
+            (vocab[token[:i]], vocab[token[i:]], token[:i], token[i:])
+            for i in range(1, len(token))
+            if token[:i] in vocab and token[i:] in vocab
+        ]
+        found.sort(key=itemgetter(0, 1))
+        pairs += [(order, left, right) for _, _, left, right in found]
+    pairs.sort(key=itemgetter(0))
+    return [(left, right) for _, left, right in pairs]
+
+
+def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
+    """A "llama" tokenizer.
+
+    Raises:
+      CheckpointError: an inconsistent vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens, types = meta[_KEY + "tokens"], meta[_KEY + "token_type"]
+    scores, gemma = meta[_KEY + "scores"], meta.get("general.architecture") == "gemma3"
+    # Files spell runs of spaces as such; after normalization they are runs of "▁".
+    tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    mergeable = {t: i for t, i in vocab.items() if types[i] in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    # Gemma's scores do not follow its merge order; its token order does.
+    rank = {t: float(i if gemma else -scores[i]) for t, i in mergeable.items()}
+    unknown = meta.get(_KEY + "unknown_token_id")
+    try:
+        model = models.BPE(
+            vocab,
+            _implied_merges(mergeable, rank),
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    except Exception as error:
+        raise CheckpointError(f"{label}: its vocabulary is inconsistent ({error})") from error
+    backend = Tokenizer(model)
+    prefix = bool(meta.get(_KEY + "add_space_prefix", True))
+    replace = normalizers.Replace(" ", "▁")
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = replace
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> None:
+    """Control tokens and user-defined ones are matched whole; only the former are hidden."""
+    from tokenizers import AddedToken
+
+    tokens, types = meta[_KEY + "tokens"], meta.get(_KEY + "token_type")
+    if types is None:
+        return
+    known = backend.get_vocab()
+    pairs = [(t, int(k)) for t, k in zip(tokens, types, strict=True) if k in (3, 4) and t in known]
+    backend.add_special_tokens([
+        AddedToken(t, normalized=False, special=True) for t, k in pairs if k == _CONTROL
+    ])
+    backend.add_tokens([
+        AddedToken(t, normalized=False, special=False) for t, k in pairs if k == _USER_DEFINED
+    ])
+
+
+def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
+    """The tokenizer that a GGUF header describes.
+
+    Args:
+      meta: the header.
+      label: the file, for messages.
+
+    Returns:
+      The tokenizer; its `eos_ids` are the header's end-of-text and end-of-turn tokens.
+
+    Raises:
+      CheckpointError: a kind of tokenizer that is not implemented, or an inconsistent header.
+    """
+    kind = meta.get(_KEY + "model")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
+        raise CheckpointError(
+            f"{label}: {_KEY}model = {kind!r} is not implemented; expected "
+            f"{' or '.join(builders)}. Load the model from a Hugging Face directory instead"
+        )
+    needed = ("tokens", "token_type", "scores") if kind == "llama" else ("tokens",)
+    for key in needed:
+        if _KEY + key not in meta:
+            raise CheckpointError(f"{label}: expected {_KEY}{key}, found none; convert it again")
+    for key, what in _NOT_IMPLEMENTED.items():
+        if meta.get(_KEY + key) not in (None, False):
+            raise CheckpointError(f"{label}: {_KEY}{key} asks for {what}; not implemented")
+    backend = builders[kind](meta, label)
+    _add_special(backend, meta)
+    eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot")]
+    # llama.cpp's defaults where the header is silent.
+    implied = kind == "llama" or meta.get(_KEY + "pre") in ("llama-bpe", "llama3", "llama-v3")
+    return Tokenizer(
+        backend,
+        bos_id=meta.get(_KEY + "bos_token_id"),
+        adds_bos=bool(meta.get(_KEY + "add_bos_token", implied)),
+        eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
+    )

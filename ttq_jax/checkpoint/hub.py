@@ -1,0 +1,59 @@
+"""Models on the Hugging Face hub: a snapshot of what is needed, or what the cache has of it."""
+
+import re
+from pathlib import Path
+
+from ttq_jax.checkpoint.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+# Second copies of the weights in other formats, which some repositories carry.
+_UNWANTED = ("original/*", "onnx/*", "consolidated*", "metal/*", "gguf/*", "*/*")
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a string has the form "organization/name"."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def snapshot(model: str) -> Path:
+    """The local directory of a hub model, downloaded if need be.
+
+    Args:
+      model: "organization/name".
+
+    Returns:
+      The directory, in the Hugging Face cache.
+
+    Raises:
+      CheckpointError: it does not exist, is not accessible, or there is no network and no copy.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        path = huggingface_hub.snapshot_download(
+            model, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        )
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{model}: access is restricted; accept its terms on huggingface.co and log in with "
+            "`hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{model}: no such model on the Hugging Face hub, and no such path here. Check the "
+            "name; if it is private, log in with `hf auth login`"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{model}: no such path here, not in the Hugging Face cache, and the hub cannot be "
+            "reached (no network, or HF_HUB_OFFLINE is set). Connect, or give a local directory, a "
+            ".gguf file or an alias"
+        ) from error
+    except Exception as error:
+        # The hub's client lets through whatever its HTTP library raises, which varies by version.
+        raise CheckpointError(
+            f"{model}: the Hugging Face hub cannot be reached or refused ({error})"
+        ) from error
+    return Path(path)

@@ -1,0 +1,38 @@
+"""What loading returns."""
+
+import dataclasses
+
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.tokenizer import Tokenizer
+from ttq_jax.config import ModelConfig
+from ttq_jax.models import gemma3, llama, opt, qwen3
+from ttq_jax.models.family import Family
+from ttq_jax.types import Params
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gemma3.FAMILY, opt.FAMILY)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+      config: its mathematics.
+      params: its weights, of the form of `decoder.init_params`.
+      tokenizer: its tokenizer.
+      name: what it was loaded as.
+      eos_ids: tokens that end a text.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    name: str
+    eos_ids: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise CheckpointError(
+                f"{self.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding "
+                f"only {self.config.vocab_size} rows; tokenizer and weights do not belong together"
+            )

@@ -1,0 +1,148 @@
+"""Text to token ids and back, whatever the checkpoint's tokenizer was stored as."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.safetensors import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Attributes:
+      bos_id: the begin-of-text token, or None.
+      adds_bos: whether this checkpoint's prompts start with it.
+      eos_ids: tokens that end a text.
+      vocab_size: one more than the largest token id.
+    """
+
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        *,
+        bos_id: int | None,
+        adds_bos: bool,
+        eos_ids: Iterable[int] = (),
+    ):
+        """Wraps a fast tokenizer.
+
+        Args:
+          backend: does the work; its post-processor is not used.
+          bos_id: the begin-of-text token, or None.
+          adds_bos: whether prompts start with it.
+          eos_ids: tokens that end a text.
+        """
+        self._backend = backend
+        self.bos_id = bos_id
+        self.adds_bos = adds_bos and bos_id is not None
+        self.eos_ids = tuple(eos_ids)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written out in it are recognized.
+
+        Args:
+          text: any text.
+          add_bos: start with the begin-of-text token, if this checkpoint's prompts do.
+
+        Returns:
+          The ids.
+        """
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens.
+
+        Args:
+          ids: token ids.
+
+        Returns:
+          The text; ids that end inside a character end it with the replacement character.
+        """
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _content(token: Any) -> str | None:
+    """The text of a special token in tokenizer_config.json: a string, or an object with one."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _leading_special(backend: "tokenizers.Tokenizer") -> int | None:
+    """The token that the tokenizer's own post-processor puts before a text, if any."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    return full[0] if full and bare and full[0] != bare[0] else None
+
+
+def _hub_backend(directory: Path) -> "tokenizers.Tokenizer":
+    """The tokenizer of a directory without tokenizer.json, by way of transformers.
+
+    Raises:
+      CheckpointError: there is none, or transformers cannot build it.
+    """
+    names = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((directory / name).exists() for name in names):
+        raise CheckpointError(
+            f"{directory}: expected tokenizer.json (or {' or '.join(names)}), found none. Copy the "
+            "model's tokenizer files there"
+        )
+    import transformers  # takes seconds to import; most directories do without
+
+    try:
+        slow = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return slow.backend_tokenizer
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: transformers cannot build the tokenizer ({error}). Add a tokenizer.json"
+        ) from error
+
+
+def load_tokenizer(
+    directory: Path, *, bos_id: int | None = None, eos_ids: Iterable[int] = ()
+) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    Whether prompts start with a begin-of-text token follows `add_bos_token` of
+    tokenizer_config.json, and where that is silent the tokenizer's post-processor.
+
+    Args:
+      directory: with tokenizer.json, or the files of an older tokenizer.
+      bos_id: the begin-of-text token by config.json.
+      eos_ids: the end-of-text tokens.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: there is none, or it is unreadable.
+    """
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    if path.exists():
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            raise CheckpointError(f"{path}: not readable ({error}). Download it again") from error
+    else:
+        backend = _hub_backend(directory)
+    # A tokenizer.json may ask for truncation or padding, as its author's training script left it.
+    backend.no_truncation()
+    backend.no_padding()
+    settings_path = directory / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.exists() else {}
+    name = _content(settings.get("bos_token"))
+    named = backend.token_to_id(name) if name else None
+    leading = _leading_special(backend)
+    adds = settings.get("add_bos_token")
+    if adds is None:
+        adds, named = leading is not None, leading if leading is not None else named
+    return Tokenizer(
+        backend, bos_id=bos_id if named is None else named, adds_bos=bool(adds), eos_ids=eos_ids
+    )

@@ -1,0 +1,342 @@
+"""What a model family has to say: how its settings read and what its weights are called.
+
+The parameter tree is the same for all (`decoder.init_params`), so a family names the *modules* of
+that tree in the checkpoint's words; which leaves a module has follows from the config.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from ttq_jax.config import ConfigError, ModelConfig, Rope
+
+_REQUIRED: Any = object()
+
+# What is done to a tensor's rows on the way in: undo llama.cpp's reordering of the rotated
+# channels; undo its +1 on Gemma's norms; leave out OPT's two unused leading positions.
+Edit = Literal["unpermute", "minus_one", "skip_two_rows"]
+
+
+class Settings:
+    """A checkpoint's settings, read with account: what nobody took or waived is an error.
+
+    A setting that the model code does not know may change its mathematics, and a wrong model
+    still produces fluent text; so nothing is skipped in silence.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = ""):
+        """Wraps settings.
+
+        Args:
+          values: name to value, as in config.json or a GGUF header.
+          prefix: stands before each name in messages.
+        """
+        self._values = dict(values)
+        self._prefix = prefix
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def take(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The value of a setting; a null counts as absent.
+
+        Args:
+          name: of the setting.
+          default: what absence means; without it absence is an error.
+
+        Returns:
+          The value.
+
+        Raises:
+          ConfigError: the setting is absent and has no default.
+        """
+        self._read.add(name)
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ConfigError(f"expected the key {self._prefix + name!r}, found none; add it")
+        return default
+
+    def number(self, name: str, default: Any = _REQUIRED) -> Any:
+        """`take`, checked to be a number (and no boolean).
+
+        Args:
+          name: of the setting.
+          default: see `take`; returned unchecked.
+
+        Returns:
+          The number.
+
+        Raises:
+          ConfigError: it is absent without default, or not a number.
+        """
+        value = self.take(name, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{self._prefix + name}: expected a number, got {value!r}")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Waives settings that do not touch the mathematics of inference."""
+        self._read.update(names)
+
+    def ignore_prefix(self, *prefixes: str) -> None:
+        """Waives all settings whose names start so."""
+        self._read.update(n for n in self._values if n.startswith(prefixes))
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Accepts a setting only at values that mean what the model code does.
+
+        Args:
+          name: of the setting; absent or null is accepted.
+          *allowed: the values.
+
+        Raises:
+          ConfigError: another value.
+        """
+        value = self.take(name, None)
+        if value is not None and value not in allowed:
+            raise ConfigError(
+                f"{self._prefix + name} = {value!r} is not implemented; expected "
+                f"{' or '.join(map(repr, allowed)) or 'no such key'}. Use a checkpoint without it"
+            )
+
+    def finish(self) -> None:
+        """Checks that every setting was read or waived.
+
+        Raises:
+          ConfigError: naming the ones that were not.
+        """
+        unread = sorted(self._prefix + n for n in set(self._values) - self._read)
+        if unread:
+            raise ConfigError(
+                f"unknown key{'s' if len(unread) > 1 else ''} {', '.join(unread)}: the model code "
+                "neither uses nor knowingly ignores it, so the model might compute something else. "
+                "If it does not change inference, remove it from the configuration or report it"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: its settings and the names of its weights.
+
+    Module names map a dotted path of the parameter tree ("embed", "layers.q", …) to the
+    checkpoint's; "{i}" stands for the layer.
+
+    Attributes:
+      name: as in `ModelConfig.family`.
+      hf_types: values of config.json's `model_type`.
+      hf_config: reads config.json.
+      hf_modules: names in safetensors files, without prefix.
+      hf_prefixes: what may stand before the names; the first that fits counts.
+      hf_heads: names of the head, whole; kept out of the tree where it is tied.
+      hf_ignored: patterns (fnmatch) of tensors that are knowingly left out.
+      hf_edits: module to edit.
+      gguf_arch: value of a GGUF's `general.architecture`, or None where llama.cpp has none.
+      gguf_config: reads a GGUF header, given the vocabulary size and whether the head is tied.
+      gguf_modules: names in GGUF files.
+      gguf_edits: module to edit.
+    """
+
+    name: str
+    hf_types: tuple[str, ...]
+    hf_config: Callable[[Settings], ModelConfig]
+    hf_modules: Mapping[str, str]
+    hf_prefixes: tuple[str, ...] = ("model.", "")
+    hf_heads: tuple[str, ...] = ("lm_head",)
+    # Old Llama files hold the rotation's frequencies, which follow from the config.
+    hf_ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    hf_edits: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+    gguf_arch: str | None = None
+    gguf_config: Callable[[Settings, int, bool], ModelConfig] | None = None
+    gguf_modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    gguf_edits: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+
+
+HF_MODULES = {
+    "embed": "embed_tokens",
+    "final_norm": "norm",
+    "layers.attn_norm": "layers.{i}.input_layernorm",
+    "layers.mlp_norm": "layers.{i}.post_attention_layernorm",
+    "layers.q": "layers.{i}.self_attn.q_proj",
+    "layers.k": "layers.{i}.self_attn.k_proj",
+    "layers.v": "layers.{i}.self_attn.v_proj",
+    "layers.o": "layers.{i}.self_attn.o_proj",
+    "layers.q_norm": "layers.{i}.self_attn.q_norm",
+    "layers.k_norm": "layers.{i}.self_attn.k_norm",
+    "layers.gate": "layers.{i}.mlp.gate_proj",
+    "layers.up": "layers.{i}.mlp.up_proj",
+    "layers.down": "layers.{i}.mlp.down_proj",
+}
+
+GGUF_MODULES = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "layers.attn_norm": "blk.{i}.attn_norm",
+    "layers.mlp_norm": "blk.{i}.ffn_norm",
+    "layers.q": "blk.{i}.attn_q",
+    "layers.k": "blk.{i}.attn_k",
+    "layers.v": "blk.{i}.attn_v",
+    "layers.o": "blk.{i}.attn_output",
+    "layers.q_norm": "blk.{i}.attn_q_norm",
+    "layers.k_norm": "blk.{i}.attn_k_norm",
+    "layers.gate": "blk.{i}.ffn_gate",
+    "layers.up": "blk.{i}.ffn_up",
+    "layers.down": "blk.{i}.ffn_down",
+}
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh", "relu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activation(settings: Settings, key: str, default: str) -> Any:
+    """The activation that a config.json names.
+
+    Args:
+      settings: config.json.
+      key: its key.
+      default: what absence means, in config.json's words.
+
+    Returns:
+      The name in `layers.ACTIVATIONS`.
+
+    Raises:
+      ConfigError: an activation that is not implemented.
+    """
+    name = settings.take(key, default)
+    if name not in _ACTIVATIONS:
+        raise ConfigError(f"{key}: expected one of {sorted(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def ignore_common(settings: Settings) -> None:
+    """Waives what any config.json may hold and inference does not depend on.
+
+    Args:
+      settings: config.json, whose unknown-key check this prepares.
+
+    Raises:
+      ConfigError: one of these keys has a value that does change the model.
+    """
+    settings.ignore(
+        "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "auto_map",
+        "use_cache", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id",
+        "pad_token_id", "sep_token_id", "unk_token_id", "tokenizer_class", "prefix",
+        "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+        "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+        "torchscript", "name_or_path", "is_llama_config", "transformers.js_config",
+        "gradient_checkpointing", "cache_implementation", "finetuning_task", "is_decoder",
+        "tf_legacy_loss",
+        # Old configs carry the defaults of text generation.
+        "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature",
+        "num_beam_groups", "diversity_penalty", "top_k", "top_p", "typical_p",
+        "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids",
+        "encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores",
+        "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+        "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens", "decoder_start_token_id",
+    )  # fmt: skip
+    settings.ignore("_name_or_path", "_attn_implementation", "_attn_implementation_autoset")
+    for key in ("is_encoder_decoder", "add_cross_attention", "rope_interleaved", "use_bfloat16",
+                "tie_encoder_decoder", "cross_attention_hidden_size", "pruned_heads"):  # fmt: skip
+        settings.require(key, False, {})
+    settings.require("pretraining_tp", 1)
+    settings.require("partial_rotary_factor", 1, 1.0)
+    settings.require("quantization_config")
+
+
+def make_rope(values: Mapping[str, Any], default_theta: float | None = None) -> Rope:
+    """A rotation from one `rope_scaling` or `rope_parameters` entry.
+
+    Args:
+      values: the entry, with its `rope_theta`.
+      default_theta: where the entry has none.
+
+    Returns:
+      The rotation.
+
+    Raises:
+      ConfigError: a kind of scaling that is not implemented, or an unknown key in it.
+    """
+    s = Settings(values, "rope parameters: ")
+    theta = s.number("rope_theta", default_theta)
+    old = s.take("type", "default")
+    kind = s.take("rope_type", old)
+    s.require("partial_rotary_factor", 1, 1.0)
+    if theta is None:
+        raise ConfigError("expected a rope_theta, found none; add it")
+    if kind == "default":
+        s.ignore("factor", "original_max_position_embeddings")
+        rope = Rope(theta=theta)
+    elif kind == "linear":
+        s.ignore("original_max_position_embeddings")
+        rope = Rope(theta=theta, scaling="linear", factor=s.number("factor"))
+    elif kind == "llama3":
+        rope = Rope(
+            theta=theta,
+            scaling="llama3",
+            factor=s.number("factor"),
+            low_freq_factor=s.number("low_freq_factor"),
+            high_freq_factor=s.number("high_freq_factor"),
+            original_positions=s.number("original_max_position_embeddings"),
+        )
+    else:
+        raise ConfigError(
+            f"rope scaling {kind!r} is not implemented; expected default, linear or llama3. "
+            "Use a checkpoint without it"
+        )
+    s.finish()
+    return rope
+
+
+def hf_rope(settings: Settings, default_theta: float = 10000.0) -> Rope:
+    """The rotation of a model with one kind of layer, from old or new config.json keys.
+
+    Args:
+      settings: config.json.
+      default_theta: where none is given.
+
+    Returns:
+      The rotation.
+    """
+    new = settings.take("rope_parameters", None)
+    theta = settings.number("rope_theta", default_theta)
+    scaling = settings.take("rope_scaling", None) or {}
+    if new is None:
+        return make_rope({**scaling, "rope_theta": theta})
+    return make_rope(new, theta)
+
+
+def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> Rope:
+    """The rotation of a GGUF model's full-attention layers.
+
+    Args:
+      settings: the GGUF header.
+      arch: prefix of its keys.
+      default_theta: where none is given.
+
+    Returns:
+      The rotation.
+
+    Raises:
+      ConfigError: a kind of scaling that is not implemented.
+    """
+    theta = settings.number(f"{arch}.rope.freq_base", default_theta)
+    kind = settings.take(f"{arch}.rope.scaling.type", "none")
+    factor = settings.number(f"{arch}.rope.scaling.factor", None)
+    factor = settings.number(f"{arch}.rope.scale_linear", 1.0) if factor is None else factor
+    settings.ignore(f"{arch}.rope.scaling.original_context_length")
+    settings.ignore(f"{arch}.rope.scaling.finetuned")
+    if kind not in ("none", "linear"):
+        raise ConfigError(f"{arch}.rope.scaling.type = {kind!r} is not implemented")
+    if kind == "none" or factor in (0, 1):
+        return Rope(theta=theta)
+    return Rope(theta=theta, scaling="linear", factor=factor)

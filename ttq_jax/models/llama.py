@@ -1,0 +1,96 @@
+"""Llama (Touvron et al., 2023; Grattafiori et al., 2024) and its kin: Llama 2, Llama 3, SmolLM2."""
+
+from ttq_jax.config import ModelConfig
+from ttq_jax.models.family import (
+    GGUF_MODULES,
+    HF_MODULES,
+    Family,
+    Settings,
+    activation,
+    gguf_rope,
+    hf_rope,
+    ignore_common,
+)
+
+
+def hf_config(s: Settings) -> ModelConfig:
+    """The model that a config.json of `model_type` "llama" describes.
+
+    Args:
+      s: config.json.
+
+    Returns:
+      Its config.
+    """
+    ignore_common(s)
+    width, heads = s.number("hidden_size"), s.number("num_attention_heads")
+    head_dim = s.number("head_dim", width // heads)
+    attention_bias = s.take("attention_bias", False)
+    return ModelConfig(
+        family="llama",
+        vocab_size=s.number("vocab_size"),
+        d_model=width,
+        embed_dim=width,
+        n_layers=s.number("num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=s.number("num_key_value_heads", heads),
+        head_dim=head_dim,
+        d_ff=s.number("intermediate_size"),
+        max_positions=s.number("max_position_embeddings", 2048),
+        query_scale=head_dim**-0.5,
+        norm_eps=s.number("rms_norm_eps", 1e-6),
+        activation=activation(s, "hidden_act", "silu"),
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=s.take("mlp_bias", False),
+        rope=hf_rope(s),
+        tie_embeddings=s.take("tie_word_embeddings", False),
+    )
+
+
+def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
+    """The model that a GGUF header of architecture "llama" describes.
+
+    Args:
+      s: the header.
+      vocab_size: rows of the embedding.
+      tied: whether the file has no head of its own.
+
+    Returns:
+      Its config; biases are switched on by the loader where the file has them.
+    """
+    width, heads = s.number("llama.embedding_length"), s.number("llama.attention.head_count")
+    head_dim = s.number("llama.attention.key_length", width // heads)
+    s.require("llama.attention.value_length", head_dim)
+    s.require("llama.rope.dimension_count", head_dim)
+    s.require("llama.expert_count", 0)
+    s.require("llama.expert_used_count", 0)
+    return ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        d_model=width,
+        embed_dim=width,
+        n_layers=s.number("llama.block_count"),
+        n_heads=heads,
+        n_kv_heads=s.number("llama.attention.head_count_kv", heads),
+        head_dim=head_dim,
+        d_ff=s.number("llama.feed_forward_length"),
+        max_positions=s.number("llama.context_length"),
+        query_scale=head_dim**-0.5,
+        norm_eps=s.number("llama.attention.layer_norm_rms_epsilon"),
+        rope=gguf_rope(s, "llama"),
+        tie_embeddings=tied,
+    )
+
+
+FAMILY = Family(
+    name="llama",
+    hf_types=("llama",),
+    hf_config=hf_config,
+    hf_modules=HF_MODULES,
+    gguf_arch="llama",
+    gguf_config=gguf_config,
+    gguf_modules=GGUF_MODULES,
+    # llama.cpp rotates neighbouring channels, so its files hold q and k reordered for that.
+    gguf_edits={"layers.q": "unpermute", "layers.k": "unpermute"},
+)
