@@ -1,0 +1,8 @@
+"""`python -m ttq_jax` is `ttq`."""
+
+import sys
+
+from ttq_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

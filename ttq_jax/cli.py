@@ -1,0 +1,247 @@
+"""The command line: options, exit codes, and how a command ends.
+
+Nothing here imports jax: `--help` and a mistyped option answer at once. What the commands do is
+in `commands` (generate, perplexity), `inspection` and `demo`.
+
+Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
+130 after Ctrl-C; 141 when the reader of stdout is gone.
+"""
+
+import argparse
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ttq_jax._version import __version__
+
+METHODS = ("none", "rtn", "awq", "ttq")
+
+_DESCRIPTION = """\
+Test-time quantization of language models: the prompt itself calibrates the low-bit weights that
+it is answered with (TTQ, arXiv:2603.19296)."""
+
+_EPILOG = """\
+exit codes: 0 done, 2 unusable input, 130 interrupted. Results go to stdout, progress to stderr.
+
+Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/ttq_jax/xla, else
+~/.cache/ttq_jax/xla, so that a second start need not compile again (--cache-dir,
+--no-compilation-cache)."""
+
+
+class BadInput(Exception):
+    """Input that cannot be used; its text is all that the user sees."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ttq: error: {message} (see {self.prog} --help)\n")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output and environment")
+    group.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    group.add_argument("--cache-dir", metavar="DIR", help="where compiled programs are kept")
+    group.add_argument(
+        "--no-compilation-cache", action="store_true", help="neither read nor keep them"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="M",
+        help="a Hugging Face directory or hub id, a .gguf file, or the alias of a model that is a "
+        "Python package: smollm2, gemma3-270m",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"),
+        help="of the unquantized weights and the activations (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantization")
+    add = group.add_argument
+    add("--method", default="ttq", choices=METHODS, help="default: %(default)s")
+    add("--bits", type=int, default=4, help="2, 3, 4, 5 or 8 (default: %(default)s)")
+    add("--group-size", type=int, default=32, metavar="N",
+        help="weights of a column that share a scale: a multiple of 8, or -1 for all of them "
+        "(default: %(default)s)")  # fmt: skip
+    add("--rank", type=int, default=0, metavar="R",
+        help="keep each weight's best rank-R part unquantized (default: %(default)s)")  # fmt: skip
+    add("--symmetric", action="store_true", help="no zero points")
+    add("--clip", action="store_true", help="search each group's range before rounding")
+    add("--alpha", type=float, help="ttq: exponent of the channel scale (default: 0.5)")
+    add("--lam", type=float, metavar="LAMBDA",
+        help="ttq: added to the relative moment (default: 0.4)")  # fmt: skip
+    add("--p", type=float, help="ttq: exponent of the activation moment (default: 2)")
+    add("--prefill", default="full", choices=("full", "quantized"),
+        help="full: the prompt is read by the unquantized weights; quantized: by the ones made "
+        "from it, layer by layer, as in the paper (default: %(default)s)")  # fmt: skip
+    add("--select", default="layers/.*", metavar="REGEX",
+        help="which projections are quantized, by path (default: %(default)s)")  # fmt: skip
+    add("--zero-point", default="integer", choices=("integer", "float"),
+        help="how zero points are stored (default: %(default)s)")  # fmt: skip
+    add("--store-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
+        help="of scales, zero points and low-rank factors (default: %(default)s)")  # fmt: skip
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration (awq)")
+    group.add_argument(
+        "--calibration", metavar="FILE", help="text file or hf:NAME whose activations awq uses"
+    )
+    group.add_argument(
+        "--calibration-tokens", type=int, default=8192, metavar="N",
+        help="read its first N tokens (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _generate_parser(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="continue prompts from weights made for them")
+    _add_model(parser)
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    prompts.add_argument(
+        "--prompts-file", metavar="F", help="UTF-8 text file, a prompt per line; - reads stdin"
+    )
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="keep the likeliest that reach probability P (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="B",
+        help="prompts read together; they share one set of quantized weights unless --per-prompt "
+        "(default: %(default)s)")  # fmt: skip
+    add("--per-prompt", action="store_true", help="in a batch, quantize for each prompt apart")
+    _add_recipe(parser)
+    _add_calibration(parser)
+    _add_common(parser)
+
+
+def _perplexity_parser(commands: Any) -> None:
+    parser = commands.add_parser("perplexity", help="score a text, window by window")
+    _add_model(parser)
+    add = parser.add_argument
+    add("--corpus", required=True, metavar="C",
+        help="UTF-8 text file, or hf:NAME[:CONFIG][:SPLIT] for a Hugging Face dataset; short "
+        "names: hf:wikitext2, hf:ptb, hf:c4")  # fmt: skip
+    add("--protocol", default="causal", choices=("causal", "window"),
+        help="causal: weights from the first P tokens of a window, the rest is scored; window: "
+        "weights from the window that is scored (default: %(default)s)")  # fmt: skip
+    add("--window", type=int, default=512, metavar="W", help="tokens (default: %(default)s)")
+    add("--prompt-tokens", type=int, default=256, metavar="P",
+        help="causal: tokens read before scoring (default: %(default)s)")  # fmt: skip
+    add("--max-windows", type=int, metavar="N", help="score only the first N windows")
+    add("--with-baseline", action="store_true", help="score the unquantized model too")
+    _add_recipe(parser)
+    _add_calibration(parser)
+    _add_common(parser)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line.
+
+    Returns:
+      A parser whose result has `command` and the options of that command.
+    """
+    parser = _Parser(
+        prog="ttq", description=_DESCRIPTION, epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"ttq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="a real model at 3 bits, four ways, in minutes")
+    _add_common(demo)
+    _generate_parser(commands)
+    _perplexity_parser(commands)
+    inspect = commands.add_parser("inspect", help="what is in a model, and what would be quantized")
+    _add_model(inspect)
+    _add_recipe(inspect)
+    _add_common(inspect)
+    return parser
+
+
+def cache_directory(chosen: str | None) -> Path:
+    """Where compiled programs are kept.
+
+    Args:
+      chosen: by an option, or None.
+
+    Returns:
+      The directory, which need not exist yet.
+    """
+    if chosen:
+        return Path(chosen).expanduser()
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "ttq_jax" / "xla"
+
+
+def _run(args: argparse.Namespace) -> None:
+    from ttq_jax import commands
+
+    commands.run(args, None if args.no_compilation_cache else cache_directory(args.cache_dir))
+
+
+def _interruptible(args: argparse.Namespace) -> None:
+    """Runs the command beside the main thread, which alone can receive Ctrl-C.
+
+    Compiling and decoding are single calls into XLA that would hold it back for many seconds.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C; the command may still be inside XLA.
+    """
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _run(args)
+        except BaseException as e:
+            failure.append(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+      The exit code; see the module's docstring.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as e:
+        return int(e.code or 0)
+    try:
+        _interruptible(args)
+        sys.stdout.flush()
+    except BadInput as e:
+        print(f"ttq: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nttq: interrupted", file=sys.stderr, flush=True)
+        # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
+        if threading.active_count() > 1:
+            os._exit(130)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit: give it something that accepts.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
