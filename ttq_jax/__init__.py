@@ -15,14 +15,21 @@ Axis legend, used in every signature:
 A *group* shares a scale; a *block* is what a kernel loads at once.
 """
 
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
 from ttq_jax._version import __version__
-from ttq_jax.calibrate import calibrate, prepare
-from ttq_jax.checkpoint import Model, load
-from ttq_jax.corpora import cut_windows, read_corpus
-from ttq_jax.generate import generate
-from ttq_jax.perplexity import Protocol, perplexity
-from ttq_jax.quant.recipe import PRESETS, Recipe, preset
-from ttq_jax.sampling import Sampling
+
+if TYPE_CHECKING:
+    from ttq_jax.calibrate import calibrate, prepare
+    from ttq_jax.checkpoint import Model, load
+    from ttq_jax.corpora import cut_windows, read_corpus
+    from ttq_jax.generate import generate
+    from ttq_jax.perplexity import Protocol, perplexity
+    from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+    from ttq_jax.sampling import Sampling
 
 __all__ = [
     "PRESETS",
@@ -40,3 +47,48 @@ __all__ = [
     "preset",
     "read_corpus",
 ]
+
+# Imported at first use: `ttq --help` and a mistyped option must not wait for jax.
+_HOME = {
+    "PRESETS": "ttq_jax.quant.recipe",
+    "Model": "ttq_jax.checkpoint",
+    "Protocol": "ttq_jax.perplexity",
+    "Recipe": "ttq_jax.quant.recipe",
+    "Sampling": "ttq_jax.sampling",
+    "calibrate": "ttq_jax.calibrate",
+    "cut_windows": "ttq_jax.corpora",
+    "generate": "ttq_jax.generate",
+    "load": "ttq_jax.checkpoint",
+    "perplexity": "ttq_jax.perplexity",
+    "prepare": "ttq_jax.calibrate",
+    "preset": "ttq_jax.quant.recipe",
+    "read_corpus": "ttq_jax.corpora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps `ttq_jax.generate` the function, whichever was imported first.
+
+    Python binds a submodule to its package when it is imported; three functions are named like
+    the file they live in.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
