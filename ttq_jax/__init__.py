@@ -17,7 +17,7 @@ A *group* shares a scale; a *block* is what a kernel loads at once.
 
 import importlib
 import sys
-import types
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ttq_jax._version import __version__
@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _Package(types.ModuleType):
+class _Package(ModuleType):
     """Keeps `ttq_jax.generate` the function, whichever was imported first.
 
     Python binds a submodule to its package when it is imported; three functions are named like
@@ -86,7 +86,7 @@ class _Package(types.ModuleType):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOME and isinstance(value, types.ModuleType):
+        if name in _HOME and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 
