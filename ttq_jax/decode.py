@@ -61,7 +61,7 @@ def decode(
         token = choose(step, hidden[:, 0])
         done = done | is_end(token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-        return step + 1, token, cache, out, done, counts + ~done
+        return step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32)
 
     first = choose(jnp.zeros((), jnp.int32), hidden)
     done = is_end(first)

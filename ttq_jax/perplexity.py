@@ -13,7 +13,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ class Protocol:
       prompt_tokens: P, causal only: the weights come from the first P tokens of each window.
     """
 
-    kind: Literal["causal", "window"] = "causal"
+    kind: str = "causal"
     window: int = 512
     prompt_tokens: int = 256
 
@@ -135,10 +134,11 @@ def score_window(
             # The first reading was unquantized: score a second one.
             hidden, _, _ = forward(config, packed, read, prompts.valid, cache)
         return _nll(config, packed, hidden[0, :-1], tokens[1:])
-    rest = tokens[None, length:-1]
-    after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
     # As in generation, the first token after the prompt is predicted by the prompt's last state.
-    hidden = jnp.concatenate([hidden[0, -1:], after[0]])
+    hidden, rest = hidden[0, -1:], tokens[None, length:-1]
+    if rest.size:
+        after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
+        hidden = jnp.concatenate([hidden, after[0]])
     return _nll(config, packed, hidden, tokens[length:])
 
 

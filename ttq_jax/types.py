@@ -15,6 +15,9 @@ from flax import struct
 
 Params = dict[str, Any]
 
+# A field of a pytree: an array, or what stands for one while JAX transforms the tree.
+Leaf = Any
+
 # The observation sites of a block, and the projections that read each one's activations.
 SITES: dict[str, tuple[str, ...]] = {
     "attn_in": ("q", "k", "v"),
@@ -35,8 +38,8 @@ class Prompts:
       valid: bool[B, T]; True where a token is real. The real tokens of a row are contiguous.
     """
 
-    tokens: jax.Array
-    valid: jax.Array
+    tokens: Leaf
+    valid: Leaf
 
 
 @struct.dataclass
@@ -52,8 +55,8 @@ class Moments:
       powers: the P exponents, each > 0.
     """
 
-    sums: jax.Array
-    count: jax.Array
+    sums: Leaf
+    count: Leaf
     powers: tuple[float, ...] = struct.field(pytree_node=False)
 
     @classmethod
@@ -103,8 +106,8 @@ class LowRank:
       up: [r, d_out].
     """
 
-    down: jax.Array
-    up: jax.Array
+    down: Leaf
+    up: Leaf
 
 
 @struct.dataclass
@@ -117,9 +120,9 @@ class Offline:
       packed: the whole tree, already quantized: prefill then quantizes nothing; None otherwise.
     """
 
-    moments: dict[str, Moments] = struct.field(default_factory=dict)
-    low_rank: dict[str, LowRank] = struct.field(default_factory=dict)
-    packed: Params | None = None
+    moments: dict[str, Leaf] = struct.field(default_factory=dict)
+    low_rank: dict[str, Leaf] = struct.field(default_factory=dict)
+    packed: Leaf = None
 
 
 @struct.dataclass
@@ -145,11 +148,11 @@ class QuantizedLinear:
       d_out: output channels.
     """
 
-    planes: tuple[jax.Array, ...]
-    scales: jax.Array
-    zeros: jax.Array | None
-    channel_scale: jax.Array | None
-    low_rank: LowRank | None
+    planes: tuple[Leaf, ...]
+    scales: Leaf
+    zeros: Leaf
+    channel_scale: Leaf
+    low_rank: Leaf
     bits: int = struct.field(pytree_node=False)
     group_size: int = struct.field(pytree_node=False)
     d_in: int = struct.field(pytree_node=False)
@@ -171,11 +174,11 @@ class Cache:
       used: int32[]; slots written so far, the same for every row.
     """
 
-    k: jax.Array
-    v: jax.Array
-    positions: jax.Array
-    valid: jax.Array
-    used: jax.Array
+    k: Leaf
+    v: Leaf
+    positions: Leaf
+    valid: Leaf
+    used: Leaf
 
 
 def _leaf_sizes(leaf: Any) -> tuple[int, int]:

@@ -247,7 +247,7 @@ def forward(
     layers = (params["layers"], _layer_constants(config), per_layer)
     (x, k, v), kept = jax.lax.scan(layer_step, (x, cache.k, cache.v), layers)
     if config.final_norm:
-        x = make_norm(config, None).apply({"params": params["final_norm"]}, x)
+        x = make_norm(config).apply({"params": params["final_norm"]}, x)
     return x, cache.replace(k=k, v=v), kept
 
 
@@ -284,7 +284,7 @@ def init_params(config: ModelConfig, key: Array) -> Params:
         params["project_in"] = {"kernel": normal(keys["in"], shape)}
         params["project_out"] = {"kernel": normal(keys["out"], shape[::-1])}
     if config.final_norm:
-        params["final_norm"] = make_norm(config, None).init(key, x)["params"]
+        params["final_norm"] = make_norm(config).init(key, x)["params"]
     if not config.tie_embeddings:
         params["head"] = {"kernel": normal(keys["head"], (config.embed_dim, config.vocab_size))}
     return params

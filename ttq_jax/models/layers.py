@@ -43,7 +43,7 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def make_norm(config: ModelConfig, name: str) -> Norm:
+def make_norm(config: ModelConfig, name: str | None = None) -> Norm:
     """The config's norm under a parameter name."""
     return Norm(config.norm, config.norm_eps, name=name)
 

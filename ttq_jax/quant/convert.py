@@ -78,7 +78,7 @@ def quantize(
     )
 
 
-def replace_kernels(params: Params, packed: dict[str, QuantizedLinear]) -> Params:
+def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
     """The tree with some projections' kernels replaced; everything else is shared."""
     layers = params["layers"]
     new = {name: {**layers[name], "kernel": kernel} for name, kernel in packed.items()}

@@ -9,7 +9,6 @@ make up for that rounding, and the packed weight is exactly what the error was m
 """
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -37,7 +36,7 @@ class Grid:
     bits: int = 4
     group_size: int = 32
     symmetric: bool = False
-    zero_point: Literal["integer", "float"] = "integer"
+    zero_point: str = "integer"
     store_dtype: str = "bfloat16"
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ data; a new method is a new row.
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Any
 
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.clip import ClipSearch
@@ -44,13 +44,13 @@ class Recipe:
       ConfigError: a value outside its range, or choices that need moments without any.
     """
 
-    moments: Literal["none", "corpus", "prompt"] = "prompt"
+    moments: str = "prompt"
     scale: ScaleRule = PowerLaw()
     rounding: Rounding = Nearest()
     low_rank: StaticLowRank = StaticLowRank()
     grid: Grid = Grid()
-    prefill: Literal["full", "quantized"] = "full"
-    batch: Literal["pooled", "per_prompt"] = "pooled"
+    prefill: str = "full"
+    batch: str = "pooled"
     select: str = "layers/.*"
 
     def __post_init__(self):

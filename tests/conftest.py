@@ -1,0 +1,18 @@
+"""One set-up for the whole suite: CPU, strict dtypes, shapes checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Nothing here may reach a hub; what a test needs is a package or made by the test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import jaxtyping
+
+ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
+              "generate", "calibrate", "perplexity"]  # fmt: skip
+jaxtyping.install_import_hook(
+    ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
+)
+jax.config.update("jax_numpy_dtype_promotion", "strict")

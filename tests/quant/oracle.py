@@ -1,0 +1,36 @@
+"""The method restated in plain NumPy, float64 where it matters; shares no code with the package."""
+
+import numpy as np
+
+
+def bf16(x):
+    """Round to nearest even bfloat16, as float64."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def stored(x, dtype):
+    return {"bfloat16": bf16, "float32": lambda v: np.asarray(v, np.float32).astype(np.float64),
+            "float16": lambda v: np.asarray(v, np.float16).astype(np.float64)}[dtype](x)  # fmt: skip
+
+
+def round_groups(w, bits, rows, symmetric, zero_point="integer", dtype="float32", shrink=1.0):
+    """Quantize-dequantize of w[d_in, d_out] in groups of `rows` along d_in."""
+    out = np.empty_like(w, dtype=np.float64)
+    for start in range(0, w.shape[0], rows):
+        g = np.asarray(w[start : start + rows], np.float64)
+        low = np.minimum(g.min(0), 0) * shrink
+        high = np.maximum(g.max(0), 0) * shrink
+        if symmetric:
+            s = stored(np.maximum(-low, high) / (2 ** (bits - 1) - 1), dtype)
+            s = np.where(s > 0, s, 1)
+            z = np.full_like(s, 2.0 ** (bits - 1))
+        else:
+            s = stored((high - low) / (2**bits - 1), dtype)
+            s = np.where(s > 0, s, 1)
+            z = -low / s
+            z = np.clip(np.round(z), 0, 2**bits - 1) if zero_point == "integer" else stored(z, dtype)
+        q = np.clip(np.round(g / s + z), 0, 2**bits - 1)
+        out[start : start + rows] = s * (q - z)
+    return out

@@ -1,0 +1,53 @@
+"""Small random models in our own form, for tests that need no checkpoint and no tokenizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttq_jax.config import ModelConfig, Rope
+from ttq_jax.models.decoder import init_params
+from ttq_jax.types import Prompts
+
+BASE = {
+    "family": "llama", "vocab_size": 97, "d_model": 64, "n_layers": 3, "n_heads": 4,
+    "n_kv_heads": 2, "head_dim": 16, "d_ff": 96, "max_positions": 512, "embed_dim": 64,
+    "query_scale": 0.25, "rope": Rope(theta=10000.0),
+}  # fmt: skip
+
+OPT = {
+    "family": "opt", "norm": "layer", "activation": "relu", "gated": False, "rope": None,
+    "n_kv_heads": 4, "qkv_bias": True, "o_bias": True, "mlp_bias": True,
+}  # fmt: skip
+
+
+def small_config(**changes) -> ModelConfig:
+    """A three-layer model; OPT's switches with `**OPT`."""
+    return ModelConfig(**{**BASE, **changes})
+
+
+def small_params(config: ModelConfig, seed: int = 0):
+    """Random parameters with opinions: channels differ in size, logits are of order one."""
+    params = init_params(config, jax.random.key(seed))
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * 10.0
+    rng = np.random.default_rng(seed)
+    for name in ("attn_norm", "mlp_norm"):
+        scale = params["layers"][name]["scale"]
+        spread = jnp.asarray(np.exp(rng.normal(size=scale.shape)), jnp.float32)
+        params["layers"][name]["scale"] = scale * spread
+    return params
+
+
+def prompts_of(rows, length: int, side: str = "right", fill: int = 0) -> Prompts:
+    """Pads rows of token ids to `length` on one side, with `fill` in the padding."""
+    tokens = np.full((len(rows), length), fill, np.int32)
+    valid = np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, at], valid[i, at] = row, True
+    return Prompts(jnp.asarray(tokens), jnp.asarray(valid))
+
+
+def random_rows(lengths, vocab: int = 97, seed: int = 0):
+    """Rows of random token ids."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, vocab, n).tolist() for n in lengths]
