@@ -75,10 +75,28 @@ def make_model(variant: str, seed: int = 0):
 
     kind, arguments = VARIANTS[variant]
     config = getattr(transformers, kind)(**arguments)
-    config._attn_implementation = "eager"  # the one that applies soft caps
+    config._attn_implementation = _capped_attention() if "Gemma3" in kind else "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     randomize(model, torch.Generator().manual_seed(seed))
     return model
+
+
+def _capped_attention() -> str:
+    """Name of an attention that applies Gemma3's score cap.
+
+    transformers 5.23 reads `attn_logit_softcapping` and then forgets to pass it on.
+    """
+    import transformers
+    from transformers.masking_utils import eager_mask
+    from transformers.models.gemma3 import modeling_gemma3
+
+    def attention(module, *args, **kwargs):
+        cap = getattr(module, "attn_logit_softcapping", None)
+        return modeling_gemma3.eager_attention_forward(module, *args, softcap=cap, **kwargs)
+
+    transformers.AttentionInterface.register("eager_capped", attention)
+    transformers.AttentionMaskInterface.register("eager_capped", eager_mask)
+    return "eager_capped"
 
 
 def randomize(model, generator) -> None:

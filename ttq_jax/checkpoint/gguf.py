@@ -1,6 +1,7 @@
 """Loads a GGUF file (llama.cpp's format): config, weights and tokenizer from one file."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,17 @@ def load_gguf(
             config = read_config(file, family)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        tokenizer = build_tokenizer(file.metadata, file.label)
-        params = assemble(
-            config,
-            file,
-            family.gguf_modules,
-            family.gguf_edits,
-            ignored=(_ROPE_FACTORS,),
-            dtype=dtype,
-            progress=progress,
-        )
+        # A vocabulary without merges takes seconds of one core; the weights are read meanwhile.
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(build_tokenizer, file.metadata, file.label)
+            params = assemble(
+                config,
+                file,
+                family.gguf_modules,
+                family.gguf_edits,
+                ignored=(_ROPE_FACTORS,),
+                dtype=dtype,
+                progress=progress,
+            )
+            tokenizer = future.result()
     return Model(config, params, tokenizer, name, tokenizer.eos_ids)

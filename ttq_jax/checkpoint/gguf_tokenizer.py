@@ -6,7 +6,6 @@ better-ranked union first.
 """
 
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _KEY = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 # How text is cut before merging, one entry per way a vocabulary was trained.
 _QWEN2 = (
@@ -79,19 +78,24 @@ def _byte_level(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
     return backend
 
 
-def _implied_merges(vocab: dict[str, int], rank: dict[str, float]) -> list[tuple[str, str]]:
-    """All pairs of tokens whose union is a token, best union first."""
-    pairs = []
-    for token, order in rank.items():
-        found = [
-            (vocab[token[:i]], vocab[token[i:]], token[:i], token[i:])
-            for i in range(1, len(token))
-            if token[:i] in vocab and token[i:] in vocab
-        ]
-        found.sort(key=itemgetter(0, 1))
-        pairs += [(order, left, right) for _, _, left, right in found]
-    pairs.sort(key=itemgetter(0))
-    return [(left, right) for _, left, right in pairs]
+def _implied_merges(vocab: dict[str, int], ranked: list[str]) -> list[tuple[str, str]]:
+    """All pairs of tokens whose union is a token.
+
+    Args:
+      vocab: tokens that take part, to their ids.
+      ranked: the same tokens, best first.
+
+    Returns:
+      The pairs, best union first; pairs of one union by their ids.
+    """
+    merges: list[tuple[str, str]] = []
+    for token in ranked:
+        cuts = range(1, len(token))
+        pairs = [(token[:i], token[i:]) for i in cuts if token[:i] in vocab and token[i:] in vocab]
+        if len(pairs) > 1:
+            pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += pairs
+    return merges
 
 
 def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
@@ -107,14 +111,17 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     # Files spell runs of spaces as such; after normalization they are runs of "▁".
     tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
-    mergeable = {t: i for t, i in vocab.items() if types[i] in (_NORMAL, _USER_DEFINED, _UNUSED)}
+    joins = {_NORMAL, _USER_DEFINED, _UNUSED}
+    mergeable = {
+        t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in joins
+    }
     # Gemma's scores do not follow its merge order; its token order does.
-    rank = {t: float(i if gemma else -scores[i]) for t, i in mergeable.items()}
+    ranked = list(mergeable) if gemma else sorted(mergeable, key=lambda t: -scores[mergeable[t]])
     unknown = meta.get(_KEY + "unknown_token_id")
     try:
         model = models.BPE(
             vocab,
-            _implied_merges(mergeable, rank),
+            _implied_merges(mergeable, ranked),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -141,14 +148,12 @@ def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> No
     tokens, types = meta[_KEY + "tokens"], meta.get(_KEY + "token_type")
     if types is None:
         return
-    known = backend.get_vocab()
-    pairs = [(t, int(k)) for t, k in zip(tokens, types, strict=True) if k in (3, 4) and t in known]
-    backend.add_special_tokens([
-        AddedToken(t, normalized=False, special=True) for t, k in pairs if k == _CONTROL
-    ])
-    backend.add_tokens([
-        AddedToken(t, normalized=False, special=False) for t, k in pairs if k == _USER_DEFINED
-    ])
+    whole: dict[int, list[AddedToken]] = {_CONTROL: [], _USER_DEFINED: []}
+    for token, kind in zip(tokens, types.tolist(), strict=True):
+        if kind in whole and backend.token_to_id(token) is not None:
+            whole[kind].append(AddedToken(token, normalized=False, special=kind == _CONTROL))
+    backend.add_special_tokens(whole[_CONTROL])
+    backend.add_tokens(whole[_USER_DEFINED])
 
 
 def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
@@ -188,4 +193,5 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
         bos_id=meta.get(_KEY + "bos_token_id"),
         adds_bos=bool(meta.get(_KEY + "add_bos_token", implied)),
         eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
+        vocab_size=len(meta[_KEY + "tokens"]),
     )

@@ -28,6 +28,7 @@ class Tokenizer:
         bos_id: int | None,
         adds_bos: bool,
         eos_ids: Iterable[int] = (),
+        vocab_size: int | None = None,
     ):
         """Wraps a fast tokenizer.
 
@@ -36,12 +37,15 @@ class Tokenizer:
           bos_id: the begin-of-text token, or None.
           adds_bos: whether prompts start with it.
           eos_ids: tokens that end a text.
+          vocab_size: one more than the largest token id; None to find out.
         """
         self._backend = backend
         self.bos_id = bos_id
         self.adds_bos = adds_bos and bos_id is not None
         self.eos_ids = tuple(eos_ids)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if vocab_size is None:
+            vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognized.

@@ -68,7 +68,6 @@ def hf_config(s: Settings) -> ModelConfig:
     outer, s = s, _text_settings(s)
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
-    s.require("sliding_window_pattern", *range(1, 1000))
     n_layers, width = s.number("num_hidden_layers", 26), s.number("hidden_size", 2304)
     pattern = s.number("sliding_window_pattern", s.number("_sliding_window_pattern", _PATTERN))
     types = s.take("layer_types", None)
