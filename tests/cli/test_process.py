@@ -43,7 +43,8 @@ def test_cold_start_leaves_slow_libraries_alone(tiny):
 
 
 def test_compiled_programs_are_kept_where_documented(tiny, tmp_path):
-    command = [*TTQ, "generate", "--model", tiny, "--prompt", "ä", "--max-new-tokens", "3", "--json"]
+    command = [*TTQ, "generate", "--model", tiny, "--prompt", "ä", "--max-new-tokens", "3"]
+    command.append("--json")
     env = environment(XDG_CACHE_HOME=str(tmp_path))
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     first = subprocess.run(command, capture_output=True, text=True, env=env)
