@@ -5,7 +5,7 @@ BPE, whose merges follow from the vocabulary: any two tokens merge if their unio
 better-ranked union first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
@@ -78,24 +78,22 @@ def _byte_level(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
     return backend
 
 
-def _implied_merges(vocab: dict[str, int], ranked: list[str]) -> list[tuple[str, str]]:
+def _implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
     """All pairs of tokens whose union is a token.
 
     Args:
-      vocab: tokens that take part, to their ids.
+      vocab: the tokens that take part.
       ranked: the same tokens, best first.
 
     Returns:
-      The pairs, best union first; pairs of one union by their ids.
+      The pairs, best union first, and of one union the pair with the longest left part first.
     """
-    merges: list[tuple[str, str]] = []
-    for token in ranked:
-        cuts = range(1, len(token))
-        pairs = [(token[:i], token[i:]) for i in cuts if token[:i] in vocab and token[i:] in vocab]
-        if len(pairs) > 1:
-            pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += pairs
-    return merges
+    return [
+        (token[:i], token[i:])
+        for token in ranked
+        for i in range(len(token) - 1, 0, -1)
+        if token[:i] in vocab and token[i:] in vocab
+    ]
 
 
 def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
