@@ -21,7 +21,7 @@ octet column
     The rows ``j, j + g/8, .., j + 7 g/8`` of a group. In every plane their bits fill whole carriers
     that hold nothing else, so it is the smallest piece that can be unpacked on its own.
 group
-    ``g`` consecutive rows (input channels) that share, per output channel, a scale and a zero point.
+    ``g`` consecutive rows (input channels) that share, per output channel, a scale and a zero.
 block
     What one step of a kernel loads. A block holds whole groups; it is no part of this contract.
 

@@ -28,8 +28,8 @@ from pallas_kernels.layout import PLANES, check_planes, unpack
 FEW_ROWS = 4
 """Up to this many rows of x the weight is not written down: the crossover on 2 AVX-512 cores."""
 
-_OCTET_COLUMNS = 2
-"""Octet columns (8 rows each) summed in one partial; more spill registers and compile slower."""
+_MAX_UNROLLED_COLUMNS = 17
+"""Most octet columns (8 rows each) unrolled into one partial sum; compile time grows with it."""
 
 _SCALE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -123,6 +123,18 @@ def _code(views: Sequence[jax.Array], widths: Sequence[int], octet: int) -> jax.
     return code.astype(jnp.int32).astype(jnp.float32)
 
 
+def _unrolled_columns(group_size: int) -> int | None:
+    """Octet columns in one partial sum: the fewest that compile to a fast loop, None if none do.
+
+    XLA:CPU fuses the slice that a layer scan takes of the stacked planes into a loop that uses it
+    in at most 15 places, and then reloads the layer number for every weight, which stops LLVM from
+    vectorising (3 times slower). Two columns are 16 rows: the slice becomes a small copy instead.
+    """
+    columns = group_size // 8
+    upper = min(columns, _MAX_UNROLLED_COLUMNS)
+    return next((step for step in range(2, upper + 1) if columns % step == 0), None)
+
+
 def _one_row(
     x: jax.Array,
     planes: Sequence[jax.Array],
@@ -136,7 +148,8 @@ def _one_row(
     n = planes[0].shape[-1]
     widths = PLANES[bits]
     n_group, columns = x.size // group_size, group_size // 8
-    step = max(c for c in range(1, _OCTET_COLUMNS + 1) if columns % c == 0)
+    step = _unrolled_columns(group_size)
+    assert step is not None, group_size
     n_part = columns // step
     x = x.reshape(n_group, 8, n_part, step)
     views = [
@@ -144,6 +157,7 @@ def _one_row(
         for width, plane in zip(widths, planes, strict=True)
     ]
     partial = jnp.zeros((n_group, n_part, n), jnp.float32)
+    x_sum = jnp.zeros((n_group, n_part), jnp.float32)
     for first in range(min(widths)):
         # Fields of the same carrier next to each other, so that it is loaded once.
         for j in range(step):
@@ -151,13 +165,28 @@ def _one_row(
             for octet in range(first, 8, min(widths)):
                 code = _code(column, widths, octet)
                 partial = partial + x[:, octet, :, j, None] * code
+                x_sum = x_sum + x[:, octet, :, j]
     zero = _zeros_f32(zeros, bits)
     if zeros is not None:
         zero = zero[:, None]
-    partial = scales.astype(jnp.float32)[:, None] * (partial - zero * x.sum((1, 3))[..., None])
-    # A dot with ones, because XLA:CPU pulls a reduction into the loop above and quarters its speed.
+    partial = scales.astype(jnp.float32)[:, None] * (partial - zero * x_sum[..., None])
+    # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with all
+    # that fuses into it to a library that wants every operand in memory (4 times slower).
     ones = jnp.ones((n_group * n_part,), jnp.float32)
     return jnp.matmul(ones, partial.reshape(-1, n), precision=jax.lax.Precision.HIGHEST)
+
+
+def _tie(planes: Sequence[jax.Array], x: jax.Array) -> tuple[jax.Array, ...]:
+    """The same planes, but to the compiler a function of ``float32[m, k]`` x.
+
+    In a loop over tokens whose planes do not change, XLA would move the unpacking out of the loop
+    and keep four bytes per weight; optimization barriers are dropped before that pass. The tie is
+    a bit that is zero unless x has a NaN, and then the product has one too.
+    """
+    if x.size == 0:
+        return tuple(planes)
+    tie = (x[0, 0] != x[0, 0]).astype(jnp.uint8)
+    return tuple(plane | tie for plane in planes)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))
@@ -201,7 +230,8 @@ def packed_matmul(
         )
     m = math.prod(x.shape[:-1])
     rows = x.reshape(m, k).astype(jnp.float32)
-    if 0 < m <= FEW_ROWS:
+    planes = _tie(planes, rows)
+    if 0 < m <= FEW_ROWS and _unrolled_columns(group_size):
         # A loop nest per row: one nest with the rows inside is no longer vectorised over n.
         one = functools.partial(_one_row, bits=bits, group_size=group_size)
         y = jnp.stack([one(rows[i], planes, scales, zeros) for i in range(m)])

@@ -202,3 +202,36 @@ def test_matmul_refuses(change, message):
 def test_dequantize_refuses_scales_of_another_shape():
     with pytest.raises(ValueError, match=r"scales: expected shape \(2, 4\)"):
         dequantize(GOOD["planes"], jnp.zeros((2, 5)), None, bits=4, group_size=16)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("group_size", [8, 88, 152, 192])
+def test_groups_with_awkward_column_counts(group_size, bits):
+    codes, scales, zeros = random_weight(5, bits, group_size, 2, 7)
+    planes = pack(jnp.asarray(codes), bits=bits, group_size=group_size)
+    x = np.random.default_rng(6).standard_normal((1, 2 * group_size), dtype=np.float32)
+    y = packed_matmul(jnp.asarray(x), planes, scales, zeros, bits=bits, group_size=group_size)
+    exact, size = oracle_weight(codes, scales, zeros, bits, group_size)
+    bound = (2 * group_size + 4) * EPS * (np.abs(x).astype(np.float64) @ size)
+    assert np.all(np.abs(np.asarray(y, np.float64) - x.astype(np.float64) @ exact) <= bound)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS + 1])
+def test_a_token_loop_keeps_the_weight_packed(rows):
+    k = 128
+    codes, scales, zeros = random_weight(7, 4, 32, k // 32, k)
+    planes = pack(jnp.asarray(codes), bits=4, group_size=32)
+
+    @jax.jit
+    def tokens(x, planes):
+        def step(_, x):
+            return 0.01 * packed_matmul(x, planes, scales, zeros, bits=4, group_size=32)
+
+        return jax.lax.fori_loop(0, 5, step, x)
+
+    compiled = tokens.lower(jnp.ones((rows, k)), planes).compile().as_text()
+    carried = next(line for line in compiled.splitlines() if " while(" in line).split(" while(")[0]
+    # Unpacked codes, in any layout, would be carried as k * k elements or slabs of them.
+    assert "u8[64,128]" in carried
+    assert f"f32[{k},{k}]" not in carried
+    assert carried.count("f32[") <= 3
