@@ -65,7 +65,7 @@ def test_same_ids_as_transformers(packaged):
 
 
 def test_begin_of_text_follows_the_header(packaged):
-    path, meta, ours = packaged
+    path, _, ours = packaged
     bare = ours.encode("a b", add_bos=False)
     if path.name.startswith("gemma"):
         assert ours.encode("a b") == [2, *bare]

@@ -210,7 +210,7 @@ class GgufFile:
         Raises:
           CheckpointError: the file ends before its last tensor.
         """
-        align = self.metadata.get("general.alignment", 32)
+        align = self.metadata.get("general.alignment") or 32
         base = -(-header_end // align) * align
         for name, tensor in self._tensors.items():
             start = base + tensor.offset

@@ -95,7 +95,9 @@ def hf_config(s: Settings) -> ModelConfig:
         rope=full,
         rope_local=local,
         sliding_window=s.number("sliding_window", 4096),
-        sliding_layers=_every(pattern, n_layers) if types is None else sliding_layers(types),
+        sliding_layers=_every(pattern, n_layers)
+        if types is None
+        else sliding_layers(types, n_layers),
         embed_scale=width**0.5,
         tie_embeddings=s.take("tie_word_embeddings", True),
         attn_softcap=s.number("attn_logit_softcapping", None),
@@ -109,9 +111,9 @@ def hf_config(s: Settings) -> ModelConfig:
 def _gguf_sliding(s: Settings, n_layers: int) -> tuple[bool, ...]:
     """Which layers slide: a flag per layer, a period, or Gemma3's own period."""
     pattern = s.take("gemma3.attention.sliding_window_pattern", _PATTERN)
-    if isinstance(pattern, list):
-        return tuple(bool(p) for p in pattern)
-    return _every(pattern, n_layers)
+    if isinstance(pattern, int):
+        return _every(pattern, n_layers)
+    return tuple(bool(p) for p in pattern)
 
 
 def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:

@@ -13,18 +13,21 @@ from ttq_jax.models.family import (
 )
 
 
-def sliding_layers(types: list[str]) -> tuple[bool, ...]:
+def sliding_layers(types: list[str], n_layers: int) -> tuple[bool, ...]:
     """Reads config.json's `layer_types`.
 
     Args:
       types: per layer, "full_attention" or "sliding_attention".
+      n_layers: how many there must be.
 
     Returns:
       Per layer, whether its attention slides; () if none does.
 
     Raises:
-      ConfigError: another kind of layer.
+      ConfigError: another kind of layer, or another number of them.
     """
+    if len(types) != n_layers:
+        raise ConfigError(f"layer_types: expected {n_layers} entries, got {len(types)}")
     known = {"full_attention": False, "sliding_attention": True}
     other = sorted(set(types) - set(known))
     if other:
@@ -40,7 +43,7 @@ def _layers(s: Settings, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     if not s.take("use_sliding_window", False):
         window = None
     if types is not None:
-        sliding = sliding_layers(types)
+        sliding = sliding_layers(types, n_layers)
     else:
         sliding = tuple(window is not None and i >= first for i in range(n_layers))
         sliding = sliding if any(sliding) else ()

@@ -1,0 +1,108 @@
+"""Tiny GGUF files, written by hand from transformers models as llama.cpp's converter would."""
+
+from pathlib import Path
+
+import numpy as np
+
+_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+}  # fmt: skip
+_PRE_NORM = {"post_attention_layernorm": "ffn_norm"}
+_SANDWICH = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+
+
+def _permute(w: np.ndarray, heads: int) -> np.ndarray:
+    """The order of rotated channels that llama.cpp keeps for the llama architecture."""
+    halves = w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:])
+    return halves.swapaxes(1, 2).reshape(w.shape)
+
+
+def tensors_of(model, arch: str) -> dict[str, np.ndarray]:
+    """The tensors of a transformers model under llama.cpp's names and conventions."""
+    config, out = model.config, {}
+    names = _NAMES | (_SANDWICH if arch == "gemma3" else _PRE_NORM)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, kind = name.rsplit(".", 1)
+        block = ""
+        if module.startswith("model.layers."):
+            layer, module = module.removeprefix("model.layers.").split(".", 1)
+            block = f"blk.{layer}."
+        new, array = names[module], value.numpy().copy()
+        if arch == "llama" and new in heads:
+            array = _permute(array, heads[new])
+        if arch == "gemma3" and new.endswith("norm"):
+            array = array + 1
+        out[f"{block}{new}.{kind}"] = array
+    return out
+
+
+def header_of(model, arch: str) -> dict:
+    """The architecture's keys for a transformers model, without the tokenizer's."""
+    c = model.config
+    rope = c.rope_parameters
+    keys = {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
+    }
+    if arch == "gemma3":
+        keys["attention.sliding_window"] = c.sliding_window
+    return {f"{arch}.{k}": v for k, v in keys.items()}
+
+
+def tokenizer_header(size: int) -> dict:
+    """A byte-level vocabulary of that size."""
+    from tokenizers import pre_tokenizers
+
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens += [*(f"<extra{i}>" for i in range(size - len(tokens) - 1)), "ab"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3] * (size - 257) + [1],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eos_token_id": 257,
+    }
+
+
+def _add(writer, key: str, value) -> None:
+    kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
+    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+
+
+def write_gguf(path: Path, arch: str, header: dict, tensors: dict, types=None) -> None:
+    """Writes a GGUF file.
+
+    `types` maps tensor names to quantized types; the others are F32.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), arch)
+    for key, value in header.items():
+        _add(writer, key, value)
+    for name, array in tensors.items():
+        kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
