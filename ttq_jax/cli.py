@@ -198,7 +198,7 @@ def _interruptible(args: argparse.Namespace) -> None:
     Compiling and decoding are single calls into XLA that would hold it back for many seconds.
 
     Raises:
-      KeyboardInterrupt: Ctrl-C; the command may still be inside XLA.
+      KeyboardInterrupt: Ctrl-C, when the command had just ended.
     """
     failure: list[BaseException] = []
 
@@ -210,7 +210,14 @@ def _interruptible(args: argparse.Namespace) -> None:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        print("\nttq: interrupted", file=sys.stderr, flush=True)
+        # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
+        if thread.is_alive():
+            os._exit(130)
+        raise
     if failure:
         raise failure[0]
 
@@ -235,10 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ttq: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nttq: interrupted", file=sys.stderr, flush=True)
-        # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
-        if threading.active_count() > 1:
-            os._exit(130)
         return 130
     except BrokenPipeError:
         # Python flushes stdout once more at exit: give it something that accepts.

@@ -30,6 +30,9 @@ MODEL = "smollm2"
 # Per domain, the corpus that AWQ is calibrated on there.
 WRONG_CORPUS = {"prose": "python", "python": "prose", "javascript": "prose"}
 
+# Characters; what is shorter is a heading or a list.
+_PARAGRAPH = 160
+
 METHODS = {
     "none": "unquantized",
     "rtn": "RTN, no activations",
@@ -59,7 +62,7 @@ class Plan:
     prefill: str = "full"
     window: int = 512
     prompt_tokens: int = 256
-    windows: int = 6
+    windows: int = 8
     calibration_tokens: int = 4096
     story_tokens: int = 256
     new_tokens: int = 48
@@ -160,24 +163,25 @@ def measure(model: Model, texts: dict[str, str], plan: Plan, progress: Progress)
 
 
 def story_prompt(model: Model, text: str, plan: Plan) -> str:
-    """The prompt that is continued: the beginning of a text, about `story_tokens` long.
+    """The prompt that is continued: a text's first paragraphs, about `story_tokens` long.
 
     Args:
       model: its tokenizer counts.
-      text: a domain's.
+      text: a domain's; headings and lists are left out.
       plan: how long.
 
     Returns:
-      A text that ends with a whole word.
+      A text that ends with a sentence, where it has one that ends.
 
     Raises:
       ConfigError: the text is too short.
     """
-    ids = model.tokenizer.encode(text, add_bos=False)
+    paragraphs = [" ".join(p.split()) for p in text.split("\n\n") if len(p) >= _PARAGRAPH]
+    ids = model.tokenizer.encode("\n\n".join(paragraphs[:50]), add_bos=False)
     if len(ids) <= plan.story_tokens:
         raise ConfigError(f"expected a text of more than {plan.story_tokens} tokens")
     start = model.tokenizer.decode(ids[: plan.story_tokens])
-    return start.rsplit(" ", 1)[0]
+    return start[: start.rfind(". ") + 1] or start
 
 
 def continue_story(

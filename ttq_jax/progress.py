@@ -5,6 +5,7 @@ and every ten seconds in between.
 """
 
 import contextlib
+import shutil
 import sys
 import threading
 import time
@@ -88,6 +89,8 @@ class Progress:
         return f"\r{blank}\r" if blank else ""
 
     def _draw(self, line: str) -> None:
+        # A line that wraps could not be redrawn.
+        line = line[: shutil.get_terminal_size().columns - 1]
         with self._lock:
             padded = line.ljust(self._width)
             self._width = len(line)
@@ -119,12 +122,17 @@ class Progress:
             self.note(f"{text} …")
         if self.enabled:
             ticker.start()
-        outcome = "not finished"
         try:
             yield stage.update
-            outcome = clock(time.perf_counter() - stage.start)
-        finally:
-            finished.set()
-            if self.enabled:
-                ticker.join()
-            self.note(f"{text}: {outcome}{', ' + stage.note if stage.note else ''}")
+        except BaseException:
+            self._stop(ticker, finished)
+            self.clear()
+            raise
+        self._stop(ticker, finished)
+        took = clock(time.perf_counter() - stage.start)
+        self.note(f"{text}: {took}{', ' + stage.note if stage.note else ''}")
+
+    def _stop(self, ticker: threading.Thread, finished: threading.Event) -> None:
+        finished.set()
+        if self.enabled:
+            ticker.join()
