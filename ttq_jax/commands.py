@@ -191,7 +191,9 @@ def run_perplexity(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe = recipe_of(args)
     protocol = Protocol(kind=args.protocol, window=args.window, prompt_tokens=args.prompt_tokens)
-    corpus, calibration = read_corpus(args.corpus), calibration_text(args, recipe, progress)
+    with progress.stage(f"reading {args.corpus}"):
+        corpus = read_corpus(args.corpus)
+    calibration = calibration_text(args, recipe, progress)
     model, _ = load_model(args.model, args.dtype, progress)
     check_selection(model, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)

@@ -121,12 +121,12 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
         ["parameters", f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)"],
         ["method", recipe_line],
     ]
-    rows = [["parameter", "shape", "dtype", "now", "then", "bits"]]
+    rows = [["parameter", "shape", "dtype", "loaded", "quantized", "bits"]]
     for r in found["groups"]:
         shape = "x".join(map(str, r["shape"]))
-        then = megabytes(r["stored_bytes"]) if r["quantized"] else "as it is"
+        packed = megabytes(r["stored_bytes"]) if r["quantized"] else "no"
         bits = f"{r['bits']:.2f}"
-        rows.append([r["path"], shape, r["dtype"], megabytes(r["bytes"]), then, bits])
+        rows.append([r["path"], shape, r["dtype"], megabytes(r["bytes"]), packed, bits])
     total = 8 * found["stored_bytes"] / found["parameters"]
     rows.append(
         ["total", "", "", megabytes(found["bytes"]), megabytes(found["stored_bytes"]),

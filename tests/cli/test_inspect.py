@@ -57,5 +57,5 @@ def test_human_output(cli, tiny):
     code, out, _ = cli("inspect", "--model", tiny, "--no-compilation-cache")
     assert code == 0
     assert "layers/gate/kernel" in out
-    assert "as it is" in out
+    assert "quantized" in out
     assert out.splitlines()[-1].startswith("total")
