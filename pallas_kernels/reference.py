@@ -26,7 +26,14 @@ import jax.numpy as jnp
 from pallas_kernels.layout import PLANES, check_planes, unpack
 
 FEW_ROWS = 4
-"""Up to this many rows of x the weight is not written down: the crossover on 2 AVX-512 cores."""
+"""Up to this many rows of x the weight is not written down, twice as many for a large weight.
+
+On 2 AVX-512 cores the crossover is at 5 rows for 576 x 1536 and above 12 for 4096 x 4096, where
+at 8 rows a dense float32 weight is as fast.
+"""
+
+_LARGE_WEIGHT = 2**22
+"""Weights in a matrix that no longer fits a cache once written down as float32."""
 
 _MAX_UNROLLED_COLUMNS = 17
 """Most octet columns (8 rows each) unrolled into one partial sum; compile time grows with it."""
@@ -201,7 +208,7 @@ def packed_matmul(
 ) -> jax.Array:
     """``y = x @ w`` for the weight of `dequantize`, accumulated in float32.
 
-    The formulation depends on the number of rows of ``x`` alone, which is static: see `FEW_ROWS`.
+    The formulation depends on shapes alone, which are static: see `FEW_ROWS`.
 
     Args:
       x: ``[..., k]``, finite, any floating dtype.
@@ -231,7 +238,8 @@ def packed_matmul(
     m = math.prod(x.shape[:-1])
     rows = x.reshape(m, k).astype(jnp.float32)
     planes = _tie(planes, rows)
-    if 0 < m <= FEW_ROWS and _unrolled_columns(group_size):
+    few = 2 * FEW_ROWS if k * n >= _LARGE_WEIGHT else FEW_ROWS
+    if 0 < m <= few and _unrolled_columns(group_size):
         # A loop nest per row: one nest with the rows inside is no longer vectorised over n.
         one = functools.partial(_one_row, bits=bits, group_size=group_size)
         y = jnp.stack([one(rows[i], planes, scales, zeros) for i in range(m)])
