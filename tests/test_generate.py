@@ -262,7 +262,7 @@ def test_stored_bytes_are_what_effective_bits_says(bits, symmetric):
         layers, d_in, d_out = kernel.shape
         codes = sum(p.nbytes for p in ours[name].planes)
         assert codes * 8 == layers * d_in * d_out * bits
-        per_group = 16 + (0 if symmetric else 8)
+        per_group = 16 + (0 if symmetric else 16)
         by_hand += layers * (d_in * d_out * (bits + per_group / 32) + 16 * d_in + 32 * (d_in + d_out))
     np.testing.assert_allclose(effective_bits(packed), by_hand / weights)
     assert effective_bits(PARAMS) == 32

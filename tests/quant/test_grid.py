@@ -63,7 +63,7 @@ def test_any_group_size_and_ragged_width(group_size):
     packed = quantize(jnp.asarray(w), None, rtn(bits=3, group_size=group_size))
     rows = 104 if group_size == -1 or group_size > 104 else group_size
     assert packed.group_size == rows
-    want = round_groups(w, 3, rows, False, dtype="bfloat16")
+    want = round_groups(w, 3, rows, False, "float", dtype="bfloat16")
     assert (np.abs(dense_weight(packed) - want) > 1e-5).mean() < 0.003
 
 
@@ -108,7 +108,7 @@ def test_clip_search_is_the_oracles():
     best = np.full((2, 6), np.inf)
     out = np.zeros((2, 32, 6))
     for shrink in np.linspace(1, 0.55, 10):
-        q = round_groups(w, 3, 32, False, dtype="float32", shrink=shrink)
+        q = round_groups(w, 3, 32, False, "float", dtype="float32", shrink=shrink)
         e = (h[:, None] * (w - q) ** 2).reshape(2, 32, 6).sum(1)
         out = np.where((e < best)[:, None], q.reshape(2, 32, 6), out)
         best = np.minimum(e, best)
@@ -143,7 +143,7 @@ def test_searched_alpha_takes_the_best_candidate():
     for i in range(20):
         d = np.maximum(m / m.mean(), 1e-4) ** (i / 20)
         d = d / np.sqrt(d.max() * d.min())
-        wrong = round_groups(w * d[:, None], 3, 32, False) / d[:, None] - w
+        wrong = round_groups(w * d[:, None], 3, 32, False, "float") / d[:, None] - w
         errors.append((h[:, None] * wrong**2).sum())
     recipe = preset("awq", bits=3, store_dtype="float32")
     packed = quantize(jnp.asarray(w), moments_of(x), recipe)

@@ -28,15 +28,16 @@ class Grid:
       group_size: rows of a column that share a scale: a positive multiple of 8, or -1 for the
         whole row.
       symmetric: no zero point is stored.
-      zero_point: "integer" (uint8, the value 0 is on the grid) or "float" (stored like a scale,
-        the group's minimum is on the grid).
+      zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
+        "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention). Per stored bit the
+        float one is the more accurate: 3 bits at group 32 against integer ones at group 24.
       store_dtype: type of scales, float zero points, channel scales and low-rank factors.
     """
 
     bits: int = 4
     group_size: int = 32
     symmetric: bool = False
-    zero_point: str = "integer"
+    zero_point: str = "float"
     store_dtype: str = "bfloat16"
 
     def __post_init__(self):
