@@ -82,14 +82,13 @@ def test_text_survives_a_round_trip(packaged):
             assert ours.decode(ours.encode(text, add_bos=False)) == text
 
 
-def test_smollm2_is_built_quickly(packaged):
+def test_built_quickly(packaged):
     path, meta, _ = packaged
-    if path.name.startswith("gemma"):
-        pytest.skip("its merges have to be derived")
     start = time.process_time()
     build_tokenizer(meta, str(path))
-    # The time of this process: other work on the machine does not count.
-    assert time.process_time() - start < 0.3
+    # The time of this process: other work on the machine does not count. Gemma's half a million
+    # merges have to be derived.
+    assert time.process_time() - start < (10 if path.name.startswith("gemma") else 0.3)
 
 
 def gpt2_header(pre, tokens=(), merges=(), **extra):

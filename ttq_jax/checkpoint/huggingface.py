@@ -22,7 +22,7 @@ def _family(directory: Path, raw: dict[str, Any]) -> Family:
     """
     known = {kind: family for family in FAMILIES for kind in family.hf_types}
     kind = raw.get("model_type")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
             f"{directory}: architecture {kind!r} (model_type in config.json) is not supported; "
             f"expected one of {', '.join(sorted(known))}"
@@ -54,10 +54,15 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
-    """An id, a list of them or null, as a tuple."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    """An id, a list of them or null, as a tuple.
+
+    Raises:
+      CheckpointError: it is none of these.
+    """
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise CheckpointError(f"bos_token_id, eos_token_id: expected token ids, got {value!r}")
+    return ids
 
 
 def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:

@@ -5,6 +5,7 @@ that tree in the checkpoint's words; which leaves a module has follows from the 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -59,23 +60,38 @@ class Settings:
             raise ConfigError(f"expected the key {self._prefix + name!r}, found none; add it")
         return default
 
-    def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        """`take`, checked to be a number (and no boolean).
-
-        Args:
-          name: of the setting.
-          default: see `take`; returned unchecked.
-
-        Returns:
-          The number.
+    def _typed(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        """`take`, with the value (not the default) checked.
 
         Raises:
-          ConfigError: it is absent without default, or not a number.
+          ConfigError: it is absent without default, or does not fit.
         """
         value = self.take(name, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{self._prefix + name}: expected a number, got {value!r}")
+        if name in self and not fits(value):
+            raise ConfigError(f"{self._prefix + name}: expected {what}, got {value!r}")
         return value
+
+    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> Any:
+        """An integer of at least `least`. Other arguments as for `take`."""
+        fits = lambda v: type(v) is int and v >= least  # noqa: E731
+        return self._typed(name, default, fits, f"an integer >= {least}")
+
+    def number(self, name: str, default: Any = _REQUIRED, zero: bool = False) -> Any:
+        """A finite number above 0, or 0 too if `zero`. Other arguments as for `take`."""
+
+        def fits(v: Any) -> bool:
+            return type(v) in {int, float} and (0 < v < math.inf or (zero and v == 0))
+
+        value = self._typed(name, default, fits, "a number above 0")
+        return float(value) if name in self else value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false. Arguments as for `take`."""
+        return self._typed(name, default, lambda v: isinstance(v, bool), "true or false")
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """An object; empty where there is none. Arguments as for `take`."""
+        return self._typed(name, {}, lambda v: isinstance(v, dict), "an object")
 
     def ignore(self, *names: str) -> None:
         """Waives settings that do not touch the mathematics of inference."""
@@ -212,7 +228,7 @@ def activation(settings: Settings, key: str, default: str) -> Any:
       ConfigError: an activation that is not implemented.
     """
     name = settings.take(key, default)
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ConfigError(f"{key}: expected one of {sorted(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]
 
@@ -307,12 +323,8 @@ def hf_rope(settings: Settings, default_theta: float = 10000.0) -> Rope:
     Returns:
       The rotation.
     """
-    new = settings.take("rope_parameters", None)
-    theta = settings.number("rope_theta", default_theta)
-    scaling = settings.take("rope_scaling", None) or {}
-    if new is None:
-        return make_rope({**scaling, "rope_theta": theta})
-    return make_rope(new, theta)
+    new, old = settings.mapping("rope_parameters"), settings.mapping("rope_scaling")
+    return make_rope({**old, **new}, settings.number("rope_theta", default_theta))
 
 
 def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> Rope:
@@ -331,8 +343,10 @@ def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> 
     """
     theta = settings.number(f"{arch}.rope.freq_base", default_theta)
     kind = settings.take(f"{arch}.rope.scaling.type", "none")
-    factor = settings.number(f"{arch}.rope.scaling.factor", None)
-    factor = settings.number(f"{arch}.rope.scale_linear", 1.0) if factor is None else factor
+    # llama.cpp writes 0 for none.
+    factor = settings.number(f"{arch}.rope.scaling.factor", None, zero=True)
+    older = settings.number(f"{arch}.rope.scale_linear", 1.0, zero=True)
+    factor = older if factor is None else factor
     settings.ignore(f"{arch}.rope.scaling.original_context_length")
     settings.ignore(f"{arch}.rope.scaling.finetuned")
     if kind not in ("none", "linear"):

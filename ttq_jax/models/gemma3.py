@@ -3,8 +3,6 @@
 Five of six layers slide and rotate with a small theta, the sixth sees everything with a large one.
 """
 
-from typing import Any
-
 from ttq_jax.config import ModelConfig, Rope
 from ttq_jax.models.family import (
     GGUF_MODULES,
@@ -35,7 +33,7 @@ def _text_settings(s: Settings) -> Settings:
     ignore_common(s)
     s.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
              "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
-    text = dict(s.take("text_config"))
+    text = dict(s.mapping("text_config"))
     tied = s.take("tie_word_embeddings", None)
     if tied is not None:
         text.setdefault("tie_word_embeddings", tied)
@@ -45,13 +43,11 @@ def _text_settings(s: Settings) -> Settings:
 
 def _ropes(s: Settings) -> tuple[Rope, Rope]:
     """(rotation of full layers, rotation of sliding layers), from old or new keys."""
-    new: dict[str, Any] = s.take("rope_parameters", None) or {}
     theta = s.number("rope_theta", _GLOBAL_THETA)
     local = s.number("rope_local_base_freq", _LOCAL_THETA)
-    scaling = s.take("rope_scaling", None) or {}
-    parts = Settings(new, "rope_parameters.")
-    full = {**(parts.take("full_attention", None) or {}), **scaling}
-    sliding = parts.take("sliding_attention", None) or {}
+    parts = Settings(s.mapping("rope_parameters"), "rope_parameters.")
+    full = {**parts.mapping("full_attention"), **s.mapping("rope_scaling")}
+    sliding = parts.mapping("sliding_attention")
     parts.finish()
     return make_rope(full, theta), make_rope(sliding, local)
 
@@ -68,22 +64,22 @@ def hf_config(s: Settings) -> ModelConfig:
     outer, s = s, _text_settings(s)
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
-    n_layers, width = s.number("num_hidden_layers", 26), s.number("hidden_size", 2304)
-    pattern = s.number("sliding_window_pattern", s.number("_sliding_window_pattern", _PATTERN))
+    n_layers, width = s.integer("num_hidden_layers", 26), s.integer("hidden_size", 2304)
+    pattern = s.integer("sliding_window_pattern", s.integer("_sliding_window_pattern", _PATTERN))
     types = s.take("layer_types", None)
     full, local = _ropes(s)
-    attention_bias = s.take("attention_bias", False)
+    attention_bias = s.flag("attention_bias", False)
     config = ModelConfig(
         family="gemma3",
-        vocab_size=s.number("vocab_size", 262_208),
+        vocab_size=s.integer("vocab_size", 262_208),
         d_model=width,
         embed_dim=width,
         n_layers=n_layers,
-        n_heads=s.number("num_attention_heads", 8),
-        n_kv_heads=s.number("num_key_value_heads", 4),
-        head_dim=s.number("head_dim", 256),
-        d_ff=s.number("intermediate_size", 9216),
-        max_positions=s.number("max_position_embeddings", 131_072),
+        n_heads=s.integer("num_attention_heads", 8),
+        n_kv_heads=s.integer("num_key_value_heads", 4),
+        head_dim=s.integer("head_dim", 256),
+        d_ff=s.integer("intermediate_size", 9216),
+        max_positions=s.integer("max_position_embeddings", 131_072),
         query_scale=s.number("query_pre_attn_scalar", 256) ** -0.5,
         norm="rms_plus_one",
         norm_eps=s.number("rms_norm_eps", 1e-6),
@@ -94,12 +90,12 @@ def hf_config(s: Settings) -> ModelConfig:
         qk_norm=True,
         rope=full,
         rope_local=local,
-        sliding_window=s.number("sliding_window", 4096),
+        sliding_window=s.integer("sliding_window", 4096),
         sliding_layers=_every(pattern, n_layers)
         if types is None
         else sliding_layers(types, n_layers),
         embed_scale=width**0.5,
-        tie_embeddings=s.take("tie_word_embeddings", True),
+        tie_embeddings=s.flag("tie_word_embeddings", True),
         attn_softcap=s.number("attn_logit_softcapping", None),
         logit_softcap=s.number("final_logit_softcapping", None),
     )
@@ -127,9 +123,9 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config.
     """
-    width, heads = s.number("gemma3.embedding_length"), s.number("gemma3.attention.head_count")
-    n_layers = s.number("gemma3.block_count")
-    head_dim = s.number("gemma3.attention.key_length", 256)
+    width, heads = s.integer("gemma3.embedding_length"), s.integer("gemma3.attention.head_count")
+    n_layers = s.integer("gemma3.block_count")
+    head_dim = s.integer("gemma3.attention.key_length", 256)
     s.require("gemma3.attention.value_length", head_dim)
     s.require("gemma3.rope.dimension_count", head_dim)
     s.ignore("gemma3.mm.tokens_per_image")
@@ -142,10 +138,10 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         embed_dim=width,
         n_layers=n_layers,
         n_heads=heads,
-        n_kv_heads=s.number("gemma3.attention.head_count_kv", heads),
+        n_kv_heads=s.integer("gemma3.attention.head_count_kv", heads),
         head_dim=head_dim,
-        d_ff=s.number("gemma3.feed_forward_length"),
-        max_positions=s.number("gemma3.context_length", 131_072),
+        d_ff=s.integer("gemma3.feed_forward_length"),
+        max_positions=s.integer("gemma3.context_length", 131_072),
         query_scale=scalar**-0.5,
         norm="rms_plus_one",
         norm_eps=s.number("gemma3.attention.layer_norm_rms_epsilon", 1e-6),
@@ -154,12 +150,12 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         qk_norm=True,
         rope=gguf_rope(s, "gemma3", _GLOBAL_THETA),
         rope_local=Rope(theta=s.number("gemma3.rope.freq_base_swa", _LOCAL_THETA)),
-        sliding_window=s.number("gemma3.attention.sliding_window"),
+        sliding_window=s.integer("gemma3.attention.sliding_window"),
         sliding_layers=_gguf_sliding(s, n_layers),
         embed_scale=width**0.5,
         tie_embeddings=tied,
-        attn_softcap=s.number("gemma3.attn_logit_softcapping", None) or None,
-        logit_softcap=s.number("gemma3.final_logit_softcapping", None) or None,
+        attn_softcap=s.number("gemma3.attn_logit_softcapping", None, zero=True) or None,
+        logit_softcap=s.number("gemma3.final_logit_softcapping", None, zero=True) or None,
     )
 
 

@@ -23,28 +23,28 @@ def hf_config(s: Settings) -> ModelConfig:
       Its config.
     """
     ignore_common(s)
-    width, heads = s.number("hidden_size"), s.number("num_attention_heads")
-    head_dim = s.number("head_dim", width // heads)
-    attention_bias = s.take("attention_bias", False)
+    width, heads = s.integer("hidden_size"), s.integer("num_attention_heads")
+    head_dim = s.integer("head_dim", width // heads)
+    attention_bias = s.flag("attention_bias", False)
     return ModelConfig(
         family="llama",
-        vocab_size=s.number("vocab_size"),
+        vocab_size=s.integer("vocab_size"),
         d_model=width,
         embed_dim=width,
-        n_layers=s.number("num_hidden_layers"),
+        n_layers=s.integer("num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=s.number("num_key_value_heads", heads),
+        n_kv_heads=s.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        d_ff=s.number("intermediate_size"),
-        max_positions=s.number("max_position_embeddings", 2048),
+        d_ff=s.integer("intermediate_size"),
+        max_positions=s.integer("max_position_embeddings", 2048),
         query_scale=head_dim**-0.5,
         norm_eps=s.number("rms_norm_eps", 1e-6),
         activation=activation(s, "hidden_act", "silu"),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
-        mlp_bias=s.take("mlp_bias", False),
+        mlp_bias=s.flag("mlp_bias", False),
         rope=hf_rope(s),
-        tie_embeddings=s.take("tie_word_embeddings", False),
+        tie_embeddings=s.flag("tie_word_embeddings", False),
     )
 
 
@@ -59,8 +59,8 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config; biases are switched on by the loader where the file has them.
     """
-    width, heads = s.number("llama.embedding_length"), s.number("llama.attention.head_count")
-    head_dim = s.number("llama.attention.key_length", width // heads)
+    width, heads = s.integer("llama.embedding_length"), s.integer("llama.attention.head_count")
+    head_dim = s.integer("llama.attention.key_length", width // heads)
     s.require("llama.attention.value_length", head_dim)
     s.require("llama.rope.dimension_count", head_dim)
     s.require("llama.expert_count", 0)
@@ -70,12 +70,12 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         vocab_size=vocab_size,
         d_model=width,
         embed_dim=width,
-        n_layers=s.number("llama.block_count"),
+        n_layers=s.integer("llama.block_count"),
         n_heads=heads,
-        n_kv_heads=s.number("llama.attention.head_count_kv", heads),
+        n_kv_heads=s.integer("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
-        d_ff=s.number("llama.feed_forward_length"),
-        max_positions=s.number("llama.context_length"),
+        d_ff=s.integer("llama.feed_forward_length"),
+        max_positions=s.integer("llama.context_length"),
         query_scale=head_dim**-0.5,
         norm_eps=s.number("llama.attention.layer_norm_rms_epsilon"),
         rope=gguf_rope(s, "llama"),

@@ -19,23 +19,23 @@ def hf_config(s: Settings) -> ModelConfig:
     ignore_common(s)
     s.ignore("dropout", "activation_dropout", "layerdrop", "init_std", "output_projection")
     s.require("layer_norm_elementwise_affine", True)
-    width, heads = s.number("hidden_size"), s.number("num_attention_heads")
+    width, heads = s.integer("hidden_size"), s.integer("num_attention_heads")
     if width % heads:
         raise ConfigError(f"num_attention_heads must divide hidden_size, got {heads} and {width}")
-    pre = s.take("do_layer_norm_before", True)
-    bias = s.take("enable_bias", True)
-    removed = s.take("_remove_final_layer_norm", False)
+    pre = s.flag("do_layer_norm_before", True)
+    bias = s.flag("enable_bias", True)
+    removed = s.flag("_remove_final_layer_norm", False)
     return ModelConfig(
         family="opt",
-        vocab_size=s.number("vocab_size"),
+        vocab_size=s.integer("vocab_size"),
         d_model=width,
-        embed_dim=s.number("word_embed_proj_dim", width),
-        n_layers=s.number("num_hidden_layers"),
+        embed_dim=s.integer("word_embed_proj_dim", width),
+        n_layers=s.integer("num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=heads,
         head_dim=width // heads,
-        d_ff=s.number("ffn_dim"),
-        max_positions=s.number("max_position_embeddings", 2048),
+        d_ff=s.integer("ffn_dim"),
+        max_positions=s.integer("max_position_embeddings", 2048),
         query_scale=(width // heads) ** -0.5,
         norm="layer",
         norm_placement="pre" if pre else "post",
@@ -45,7 +45,7 @@ def hf_config(s: Settings) -> ModelConfig:
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=bias,
-        tie_embeddings=s.take("tie_word_embeddings", True),
+        tie_embeddings=s.flag("tie_word_embeddings", True),
     )
 
 

@@ -1,5 +1,7 @@
 """Qwen3, dense (Yang et al., 2025): Llama with normed query and key heads."""
 
+from typing import Any
+
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
@@ -13,7 +15,7 @@ from ttq_jax.models.family import (
 )
 
 
-def sliding_layers(types: list[str], n_layers: int) -> tuple[bool, ...]:
+def sliding_layers(types: Any, n_layers: int) -> tuple[bool, ...]:
     """Reads config.json's `layer_types`.
 
     Args:
@@ -26,10 +28,10 @@ def sliding_layers(types: list[str], n_layers: int) -> tuple[bool, ...]:
     Raises:
       ConfigError: another kind of layer, or another number of them.
     """
-    if len(types) != n_layers:
-        raise ConfigError(f"layer_types: expected {n_layers} entries, got {len(types)}")
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise ConfigError(f"layer_types: expected a list of {n_layers} entries, got {types!r}")
     known = {"full_attention": False, "sliding_attention": True}
-    other = sorted(set(types) - set(known))
+    other = sorted({str(t) for t in types} - set(known))
     if other:
         raise ConfigError(f"layer_types: expected {' or '.join(known)}, got {', '.join(other)}")
     flags = tuple(known[t] for t in types)
@@ -38,9 +40,9 @@ def sliding_layers(types: list[str], n_layers: int) -> tuple[bool, ...]:
 
 def _layers(s: Settings, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """(window, which layers slide)."""
-    window, first = s.number("sliding_window", 4096), s.number("max_window_layers", 28)
+    window, first = s.integer("sliding_window", 4096), s.integer("max_window_layers", 28, 0)
     types = s.take("layer_types", None)
-    if not s.take("use_sliding_window", False):
+    if not s.flag("use_sliding_window", False):
         window = None
     if types is not None:
         sliding = sliding_layers(types, n_layers)
@@ -60,21 +62,21 @@ def hf_config(s: Settings) -> ModelConfig:
       Its config.
     """
     ignore_common(s)
-    head_dim = s.number("head_dim", 128)
-    heads, n_layers = s.number("num_attention_heads"), s.number("num_hidden_layers")
-    attention_bias = s.take("attention_bias", False)
+    head_dim = s.integer("head_dim", 128)
+    heads, n_layers = s.integer("num_attention_heads"), s.integer("num_hidden_layers")
+    attention_bias = s.flag("attention_bias", False)
     window, sliding = _layers(s, n_layers)
     return ModelConfig(
         family="qwen3",
-        vocab_size=s.number("vocab_size"),
-        d_model=s.number("hidden_size"),
-        embed_dim=s.number("hidden_size"),
+        vocab_size=s.integer("vocab_size"),
+        d_model=s.integer("hidden_size"),
+        embed_dim=s.integer("hidden_size"),
         n_layers=n_layers,
         n_heads=heads,
-        n_kv_heads=s.number("num_key_value_heads", heads),
+        n_kv_heads=s.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        d_ff=s.number("intermediate_size"),
-        max_positions=s.number("max_position_embeddings", 32768),
+        d_ff=s.integer("intermediate_size"),
+        max_positions=s.integer("max_position_embeddings", 32768),
         query_scale=head_dim**-0.5,
         norm_eps=s.number("rms_norm_eps", 1e-6),
         activation=activation(s, "hidden_act", "silu"),
@@ -84,7 +86,7 @@ def hf_config(s: Settings) -> ModelConfig:
         rope=hf_rope(s),
         sliding_window=window,
         sliding_layers=sliding,
-        tie_embeddings=s.take("tie_word_embeddings", False),
+        tie_embeddings=s.flag("tie_word_embeddings", False),
     )
 
 
@@ -99,8 +101,8 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config.
     """
-    width, heads = s.number("qwen3.embedding_length"), s.number("qwen3.attention.head_count")
-    head_dim = s.number("qwen3.attention.key_length", width // heads)
+    width, heads = s.integer("qwen3.embedding_length"), s.integer("qwen3.attention.head_count")
+    head_dim = s.integer("qwen3.attention.key_length", width // heads)
     s.require("qwen3.attention.value_length", head_dim)
     s.require("qwen3.rope.dimension_count", head_dim)
     return ModelConfig(
@@ -108,12 +110,12 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         vocab_size=vocab_size,
         d_model=width,
         embed_dim=width,
-        n_layers=s.number("qwen3.block_count"),
+        n_layers=s.integer("qwen3.block_count"),
         n_heads=heads,
-        n_kv_heads=s.number("qwen3.attention.head_count_kv", heads),
+        n_kv_heads=s.integer("qwen3.attention.head_count_kv", heads),
         head_dim=head_dim,
-        d_ff=s.number("qwen3.feed_forward_length"),
-        max_positions=s.number("qwen3.context_length"),
+        d_ff=s.integer("qwen3.feed_forward_length"),
+        max_positions=s.integer("qwen3.context_length"),
         query_scale=head_dim**-0.5,
         norm_eps=s.number("qwen3.attention.layer_norm_rms_epsilon"),
         qk_norm=True,

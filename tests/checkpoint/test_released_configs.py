@@ -1,0 +1,125 @@
+"""The config.json of released models, as they are on the hub: nothing in them is unknown."""
+
+import json
+
+import pytest
+
+from ttq_jax.checkpoint.huggingface import read_config
+
+LLAMA_COMMON = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1,
+    "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0", "use_cache": True,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+OPT_COMMON = {
+    "_name_or_path": "facebook/opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+    "activation_function": "relu", "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0,
+    "bos_token_id": 2, "dropout": 0.1, "eos_token_id": 2, "init_std": 0.02, "layerdrop": 0.0,
+    "max_position_embeddings": 2048, "model_type": "opt", "pad_token_id": 1, "prefix": "</s>",
+    "torch_dtype": "float16", "transformers_version": "4.20.0.dev0", "use_cache": True,
+    "vocab_size": 50272,
+}  # fmt: skip
+
+RELEASED = {
+    "smollm2-135m": LLAMA_COMMON | {
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 576, "intermediate_size": 1536,
+        "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "rope_interleaved": False, "rope_scaling": None,
+        "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    },
+    "llama-3.2-1b": LLAMA_COMMON | {
+        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
+    },
+    "llama-2-7b": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "qwen3-0.6b": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "gemma-3-270m": {
+        "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
+        "bos_token_id": 2, "eos_token_id": 1, "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640, "initializer_range": 0.02,
+        "intermediate_size": 2048, "layer_types": (["sliding_attention"] * 5
+        + ["full_attention"]) * 3, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": 512, "torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0",
+        "use_bidirectional_attention": False, "use_cache": True, "vocab_size": 262144,
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+        "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+            "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    },
+    "opt-125m": OPT_COMMON | {
+        "do_layer_norm_before": True, "ffn_dim": 3072, "hidden_size": 768,
+        "num_attention_heads": 12, "num_hidden_layers": 12, "word_embed_proj_dim": 768,
+    },
+    "opt-350m": OPT_COMMON | {
+        "do_layer_norm_before": False, "ffn_dim": 4096, "hidden_size": 1024,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "word_embed_proj_dim": 512,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def read(tmp_path):
+    def get(name):
+        (tmp_path / "config.json").write_text(json.dumps(RELEASED[name]))
+        return read_config(tmp_path)[1]
+
+    return get
+
+
+@pytest.mark.parametrize("name", list(RELEASED))
+def test_nothing_is_unknown(name, read):
+    kind = name.split("-", maxsplit=1)[0]
+    assert read(name).family == {"smollm2": "llama", "gemma": "gemma3"}.get(kind, kind)
+
+
+def test_what_they_leave_unsaid(read):
+    assert read("llama-2-7b").rope.theta == 10000.0
+    assert read("llama-3.2-1b").rope.scaling == "llama3"
+    assert read("qwen3-0.6b").sliding_layers == ()
+    small, large = read("gemma-3-270m"), read("gemma-3-4b")
+    assert (large.n_heads, large.n_kv_heads, large.head_dim) == (8, 4, 256)
+    assert (large.rope.scaling, large.rope.factor, large.rope.theta) == ("linear", 8.0, 1e6)
+    assert large.rope_local.theta == small.rope_local.theta == 10000.0
+    assert large.sliding_layers[:12] == small.sliding_layers[:12]
+    assert large.tie_embeddings and small.tie_embeddings
+    post = read("opt-350m")
+    assert (post.norm_placement, post.final_norm, post.embed_dim) == ("post", False, 512)
