@@ -18,7 +18,7 @@ MODULES = {
 ORDER = [
     ("pallas_kernels",),
     ("ttq_jax._version", "ttq_jax.config", "ttq_jax.types"),
-    ("ttq_jax.linear", "ttq_jax.prompts"),
+    ("ttq_jax.linear", "ttq_jax.prompts", "ttq_jax.timing"),
     ("ttq_jax.models", "ttq_jax.quant"),
     ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.corpora"),
     ("ttq_jax.prefill", "ttq_jax.decode"),

@@ -84,8 +84,11 @@ def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass():
 
 
 @pytest.mark.parametrize("flavour", ["full", "quantized"])
-@pytest.mark.parametrize("changes", [{}, OPT, {"sliding_window": 5, "sliding_layers": (True, False, True)}],
-                         ids=["llama", "opt", "sliding"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, OPT, {"sliding_window": 5, "sliding_layers": (True, False, True)}],
+    ids=["llama", "opt", "sliding"],
+)
 def test_left_right_and_no_padding_agree(changes, flavour):
     config = small_config(**changes)
     params = small_params(config)
@@ -102,9 +105,7 @@ def test_left_right_and_no_padding_agree(changes, flavour):
         for name, kernel in kernels(tree["layers"]).items():
             scale = kernels(trees[0]["layers"])[name].channel_scale.astype(jnp.float32)
             # bfloat16 storage turns float32 rounding into at most one unit in the last place.
-            np.testing.assert_allclose(
-                kernel.channel_scale.astype(jnp.float32), scale, rtol=2**-7
-            )
+            np.testing.assert_allclose(kernel.channel_scale.astype(jnp.float32), scale, rtol=2**-7)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -179,15 +180,23 @@ def test_seeds_reproduce_and_matter():
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(temperature=1.3), Sampling(temperature=0.7, top_k=5), Sampling(temperature=1.0, top_p=0.6),
-     Sampling(temperature=1.5, top_k=8, top_p=0.8), Sampling(temperature=1.0, top_k=1), Sampling()],
+    [
+        Sampling(temperature=1.3),
+        Sampling(temperature=0.7, top_k=5),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.5, top_k=8, top_p=0.8),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_sampled_frequencies_are_the_filtered_softmax(sampling):
     z = np.random.default_rng(0).normal(size=20) * 2
     keys = jax.random.split(jax.random.key(0), 20000)
     batch = jnp.asarray(z[None], jnp.float32)
-    got = np.bincount(np.asarray(jax.vmap(lambda k: sample(k, batch, sampling)[0])(keys)), minlength=20)
+    got = np.bincount(
+        np.asarray(jax.vmap(lambda k: sample(k, batch, sampling)[0])(keys)), minlength=20
+    )
     p = np.exp(z / (sampling.temperature or 1e-3) - (z / (sampling.temperature or 1e-3)).max())
     p /= p.sum()
     order = np.argsort(-p)
@@ -263,7 +272,9 @@ def test_stored_bytes_are_what_effective_bits_says(bits, symmetric):
         codes = sum(p.nbytes for p in ours[name].planes)
         assert codes * 8 == layers * d_in * d_out * bits
         per_group = 16 + (0 if symmetric else 16)
-        by_hand += layers * (d_in * d_out * (bits + per_group / 32) + 16 * d_in + 32 * (d_in + d_out))
+        by_hand += layers * (
+            d_in * d_out * (bits + per_group / 32) + 16 * d_in + 32 * (d_in + d_out)
+        )
     np.testing.assert_allclose(effective_bits(packed), by_hand / weights)
     assert effective_bits(PARAMS) == 32
 
@@ -288,7 +299,11 @@ def test_prompts_are_padded_to_buckets():
     [
         ([], 1, "at least one prompt"),
         ([[1], []], 1, "prompt 2 of 2 is empty"),
-        ([[1] * 60], 8, "prompt 1 has 60 tokens and asks for 8 more, but the model's context is 64"),
+        (
+            [[1] * 60],
+            8,
+            "prompt 1 has 60 tokens and asks for 8 more, but the model's context is 64",
+        ),
     ],
 )
 def test_bad_prompts_are_refused(rows, new, message):

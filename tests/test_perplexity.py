@@ -18,7 +18,9 @@ from ttq_jax.types import Offline
 
 CONFIG = small_config()
 PARAMS = small_params(CONFIG)
-MODEL = Model(config=CONFIG, params=PARAMS, tokenizer=SimpleNamespace(vocab_size=97), name="small", eos_ids=())
+MODEL = Model(
+    config=CONFIG, params=PARAMS, tokenizer=SimpleNamespace(vocab_size=97), name="small", eos_ids=()
+)
 WINDOWS = np.random.default_rng(0).integers(1, 97, (3, 48)).astype(np.int32)
 CAUSAL = Protocol(kind="causal", window=48, prompt_tokens=20)
 WINDOW = Protocol(kind="window", window=48)

@@ -1,9 +1,9 @@
-"""What is made once per model, ahead of any prompt: a corpus's moments, static factors, packed
-trees.
+"""What is made once per model, ahead of any prompt: moments, static factors, packed trees.
 
 AWQ is TTQ with the moments of a corpus in place of the prompt's; this is where they come from.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,7 +43,8 @@ def observe_tokens(
         return plain(site, x, weights)[0], observe(x, valid, powers)
 
     valid = jnp.ones(tokens.shape, bool)
-    cache = empty_cache(config, *tokens.shape, params["embed"]["embedding"].dtype)
+    batch, length = tokens.shape
+    cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
     _, _, moments = forward(config, params, tokens, valid, cache, project=project)
     return moments
 
@@ -115,5 +116,6 @@ def prepare(
                 "this recipe's moments are a corpus's, but no calibration text was given; give "
                 "one (--calibration FILE on the command line) or use method 'ttq' or 'rtn'"
             )
-        made = made.replace(moments=calibrate(model, calibration, recipe.powers, progress))
+        seen = calibrate(model, calibration, recipe.powers, progress)
+        made = dataclasses.replace(made, moments=seen)
     return Offline(packed=quantize_params(model.params, recipe, made))

@@ -21,6 +21,7 @@ from ttq_jax.prefill import decoded_shapes, last_hidden, prefill
 from ttq_jax.prompts import bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
+from ttq_jax.timing import compile_time
 from ttq_jax.types import Generation, Offline, Params, Prompts, effective_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
@@ -139,23 +140,20 @@ def generate(
 
     seconds = {}
     if measure:
-        compiled, (_, first) = generate_tokens._cache_size(), timed(1)
-        seconds["compile"] = 0.0
-        seconds["prefill_and_quantize"] = first
-        if generate_tokens._cache_size() > compiled:
-            _, warm = timed(1)
-            seconds = {"compile": first - warm, "prefill_and_quantize": warm}
+        with compile_time() as compiling:
+            _, first = timed(1)
+        if compiling.seconds:
+            _, first = timed(1)
+        seconds = {"compile": compiling.seconds, "prefill_and_quantize": first}
     (tokens, counts), total = timed(max_new_tokens)
     if measure:
-        seconds["decode"] = max(total - seconds["prefill_and_quantize"], 0.0)
+        seconds["decode"] = max(total - first, 0.0)
     seconds["total"] = total
     new = [row[:n].tolist() for row, n in zip(jax.device_get(tokens), counts.tolist(), strict=True)]
     return Generation(
         tokens=new,
         texts=[model.tokenizer.decode(ids) for ids in new],
         prompt_tokens=[len(row) for row in rows],
-        effective_bits=effective_bits(
-            decoded_shapes(model.params, model.config, recipe, offline)
-        ),
+        effective_bits=effective_bits(decoded_shapes(model.params, model.config, recipe, offline)),
         seconds=seconds,
     )

@@ -12,7 +12,7 @@ def linear(
     w: Float[Array, "d_in d_out"] | QuantizedLinear,
     bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """y = x·W (+ bias), whatever W is stored as; accumulated in float32, returned in x's dtype.
+    """Y = x·W (+ bias), whatever W is stored as; accumulated in float32, returned in x's dtype.
 
     For a packed weight the channel scale divides the activation vector and never touches the
     codes: y = Q(W·D)·(x / D) + B(A x) (arXiv:2603.19296).

@@ -19,9 +19,7 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Offline, Params, Prompts, QuantizedLinear
 
 
-def last_hidden(
-    hidden: Float[Array, "B T D"], prompts: Prompts
-) -> Float[Array, "B D"]:
+def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
     """The hidden state of each row's last real token."""
     length = prompts.valid.shape[1]
     last = length - 1 - jnp.argmax(prompts.valid[:, ::-1], axis=1)
@@ -56,9 +54,7 @@ def prefill(
     length = prompts.tokens.shape[1]
 
     def read(tree: Params, **project: Any) -> tuple[Array, Cache, dict[str, Any]]:
-        return forward(
-            config, tree, prompts.tokens, prompts.valid, cache, slots=length, **project
-        )
+        return forward(config, tree, prompts.tokens, prompts.valid, cache, slots=length, **project)
 
     if recipe is None or offline.packed is not None:
         packed = params if offline.packed is None else offline.packed

@@ -127,7 +127,9 @@ class Offline:
 
 @struct.dataclass
 class QuantizedLinear:
-    """A packed weight. It stands for exactly this matrix, W[d_in, d_out]:
+    """A packed weight.
+
+    It stands for exactly this matrix, W[d_in, d_out]:
 
         W[i, j] = scales[g, j] · (codes[i, j] − zeros[g, j]) / channel_scale[i]
                   + (low_rank.down @ low_rank.up)[i, j],          g = i // group_size

@@ -11,8 +11,9 @@ def bf16(x):
 
 
 def stored(x, dtype):
-    return {"bfloat16": bf16, "float32": lambda v: np.asarray(v, np.float32).astype(np.float64),
-            "float16": lambda v: np.asarray(v, np.float16).astype(np.float64)}[dtype](x)  # fmt: skip
+    if dtype == "bfloat16":
+        return bf16(x)
+    return np.asarray(x, dtype).astype(np.float64)
 
 
 def round_groups(w, bits, rows, symmetric, zero_point="integer", dtype="float32", shrink=1.0):
@@ -30,7 +31,11 @@ def round_groups(w, bits, rows, symmetric, zero_point="integer", dtype="float32"
             s = stored((high - low) / (2**bits - 1), dtype)
             s = np.where(s > 0, s, 1)
             z = -low / s
-            z = np.clip(np.round(z), 0, 2**bits - 1) if zero_point == "integer" else stored(z, dtype)
+            z = (
+                np.clip(np.round(z), 0, 2**bits - 1)
+                if zero_point == "integer"
+                else stored(z, dtype)
+            )
         q = np.clip(np.round(g / s + z), 0, 2**bits - 1)
         out[start : start + rows] = s * (q - z)
     return out

@@ -1,5 +1,7 @@
 """The key-value cache: made empty, then written slot by slot."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -48,7 +50,8 @@ def next_positions(cache: Cache, valid: Bool[Array, "B T"]) -> Int[Array, "B T"]
 def register(cache: Cache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Cache:
     """Marks the next T slots as holding these tokens; their keys and values follow per layer."""
     at = (0, cache.used)
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         positions=jax.lax.dynamic_update_slice(cache.positions, positions, at),
         valid=jax.lax.dynamic_update_slice(cache.valid, valid, at),
         used=cache.used + positions.shape[1],
@@ -57,7 +60,9 @@ def register(cache: Cache, positions: Int[Array, "B T"], valid: Bool[Array, "B T
 
 def write_layer(stack: Array, layer: Int[Array, ""], slot: Int[Array, ""], new: Array) -> Array:
     """Writes one layer's new keys (or values) [B, T, K, H] into the stack [L, B, S, K, H]."""
-    return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), (layer, 0, slot, 0, 0))
+    return jax.lax.dynamic_update_slice(
+        stack, new[None].astype(stack.dtype), (layer, 0, slot, 0, 0)
+    )
 
 
 def read_layer(stack: Array, layer: Int[Array, ""], slots: int) -> Array:

@@ -7,6 +7,7 @@ observes and quantizes; calibration one that only observes. Whatever `project` k
 over the layers by the scan.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from ttq_jax.types import SITES, Cache, Params
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
 Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
+
 
 def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
     """The `Project` of a model that is only used: multiply, keep nothing."""
@@ -241,14 +243,15 @@ def forward(
         def visit(site: str, h: Array, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
             return project(site, h, w) if per_layer is None else project(site, h, w, extra)
 
-        x, (ks, vs), kept = block.apply({"params": weights}, x, attention, visit)
-        return (x, ks, vs), kept
+        out: Any = block.apply({"params": weights}, x, attention, visit)
+        x, stacks, kept = out
+        return (x, *stacks), kept
 
     layers = (params["layers"], _layer_constants(config), per_layer)
     (x, k, v), kept = jax.lax.scan(layer_step, (x, cache.k, cache.v), layers)
     if config.final_norm:
-        x = make_norm(config).apply({"params": params["final_norm"]}, x)
-    return x, cache.replace(k=k, v=v), kept
+        x = jnp.asarray(make_norm(config).apply({"params": params["final_norm"]}, x))
+    return x, dataclasses.replace(cache, k=k, v=v), kept
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
@@ -263,7 +266,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     Returns:
       {"embed", "layers", …}; "layers" is stacked over L; kernels are [d_in, d_out]; float32.
     """
-    keys = dict(zip(("embed", "positions", "in", "out", "head", "layers"), jax.random.split(key, 6)))  # noqa: B905, E501
+    names = ("embed", "positions", "in", "out", "head", "layers")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     normal = nn.initializers.normal(0.02)
     x = jnp.zeros((1, 1, config.d_model))
     one_layer = Block(config).init

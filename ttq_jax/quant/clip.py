@@ -63,7 +63,9 @@ class ClipSearch:
             rounded = decode(encode(groups, scales, zeros, grid), scales, zeros, grid)
             return jnp.sum(h[..., None] * jnp.square(groups - rounded), axis=1)
 
-        def try_factor(best: tuple[Array, Array], shrink: Array) -> tuple[tuple[Array, Array], None]:
+        def try_factor(
+            best: tuple[Array, Array], shrink: Array
+        ) -> tuple[tuple[Array, Array], None]:
             tried = error(shrink)
             better = tried < best[0]
             return (jnp.where(better, tried, best[0]), jnp.where(better, shrink, best[1])), None

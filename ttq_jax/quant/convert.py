@@ -1,9 +1,9 @@
 """The composition: moments -> scale -> rounding -> packed weight.
 
-    R = W − BA                 what is left for the codes
-    D = scale(moments)         one positive number per input channel
-    Q = round(D · R)           group-wise, on the grid
-    Ŵ = Q / D + BA             arXiv:2603.19296; the division is done on the activation
+R = W − BA                 what is left for the codes
+D = scale(moments)         one positive number per input channel
+Q = round(D · R)           group-wise, on the grid
+Ŵ = Q / D + BA             arXiv:2603.19296; the division is done on the activation
 """
 
 from functools import partial

@@ -42,22 +42,17 @@ class Grid:
 
     def __post_init__(self):
         if self.bits not in BITS:
-            raise ConfigError(
-                f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}"
-            )
+            raise ConfigError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(
                 f"group size: expected a positive multiple of 8, or -1 for the whole row, "
                 f"got {self.group_size}"
             )
         if self.zero_point not in {"integer", "float"}:
-            raise ConfigError(
-                f"zero point: expected 'integer' or 'float', got {self.zero_point!r}"
-            )
+            raise ConfigError(f"zero point: expected 'integer' or 'float', got {self.zero_point!r}")
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(
-                f"store dtype: expected one of {', '.join(STORE_DTYPES)}, "
-                f"got {self.store_dtype!r}"
+                f"store dtype: expected one of {', '.join(STORE_DTYPES)}, got {self.store_dtype!r}"
             )
 
     def rows_per_group(self, d_in: int) -> int:
@@ -73,9 +68,7 @@ class Grid:
         return whole if self.group_size == -1 else min(self.group_size, whole)
 
 
-def split_groups(
-    w: Float[Array, "d_in *rest"], rows: int
-) -> Float[Array, "n_group rows *rest"]:
+def split_groups(w: Float[Array, "d_in *rest"], rows: int) -> Float[Array, "n_group rows *rest"]:
     """Groups along the first axis, padded with zeros to a whole number of groups."""
     padding = -w.shape[0] % rows
     w = jnp.pad(w, [(0, padding)] + [(0, 0)] * (w.ndim - 1))
@@ -83,7 +76,7 @@ def split_groups(
 
 
 def store(x: Array, grid: Grid) -> Array:
-    """x in the type that small per-group and per-channel numbers are stored in."""
+    """X in the type that small per-group and per-channel numbers are stored in."""
     return x.astype(grid.store_dtype)
 
 

@@ -26,9 +26,7 @@ def observe(
     # Selected, not multiplied: 0 · inf in a padding row would be NaN.
     magnitude = jnp.where(valid[..., None], jnp.abs(x.astype(jnp.float32)), 0.0)
     axes = tuple(range(x.ndim - 1))
-    rows = [
-        jnp.sum(jnp.square(magnitude) if p == 2 else magnitude**p, axis=axes) for p in powers
-    ]
+    rows = [jnp.sum(jnp.square(magnitude) if p == 2 else magnitude**p, axis=axes) for p in powers]
     return Moments(jnp.stack(rows), jnp.sum(valid, dtype=jnp.float32), powers)
 
 

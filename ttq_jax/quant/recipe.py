@@ -85,7 +85,7 @@ class Recipe:
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if dataclasses.is_dataclass(value):
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 rule = {} if field.name in {"grid", "low_rank"} else {"rule": type(value).__name__}
                 value = {**rule, **dataclasses.asdict(value)}
             out[field.name] = value

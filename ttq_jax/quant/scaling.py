@@ -2,8 +2,8 @@
 
 Scaling a channel up before rounding makes its relative error smaller; D divides the activation
 at decoding, so the product is unchanged. Each rule is a frozen value with two members: `powers`,
-the moments it reads, and a call `(moments, trial) -> D`, where `trial(D)` is the activation-weighted
-error that quantizing with D would leave.
+the moments it reads, and a call `(moments, trial) -> D`, where `trial(D)` is the
+activation-weighted error that quantizing with D would leave.
 """
 
 import dataclasses
