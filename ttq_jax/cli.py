@@ -80,15 +80,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--lam", type=float, metavar="LAMBDA",
         help="ttq: added to the relative moment (default: 0.4)")  # fmt: skip
     add("--p", type=float, help="ttq: exponent of the activation moment (default: 2)")
-    add("--prefill", default="full", choices=("full", "quantized"),
+    add("--prefill", choices=("full", "quantized"),
         help="full: the prompt is read by the unquantized weights; quantized: by the ones made "
-        "from it, layer by layer, as in the paper (default: %(default)s)")  # fmt: skip
-    add("--select", default="layers/.*", metavar="REGEX",
-        help="which projections are quantized, by path (default: %(default)s)")  # fmt: skip
-    add("--zero-point", default="integer", choices=("integer", "float"),
-        help="how zero points are stored (default: %(default)s)")  # fmt: skip
-    add("--store-dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"),
-        help="of scales, zero points and low-rank factors (default: %(default)s)")  # fmt: skip
+        "from it, layer by layer, as in the paper (default: full)")  # fmt: skip
+    add("--select", metavar="REGEX",
+        help="which projections are quantized, by path (default: layers/.*)")  # fmt: skip
+    add("--zero-point", choices=("integer", "float"),
+        help="how zero points are stored (default: float)")  # fmt: skip
+    add("--store-dtype", choices=("bfloat16", "float16", "float32"),
+        help="of scales, zero points and low-rank factors (default: bfloat16)")  # fmt: skip
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -341,22 +342,32 @@ def _package_file(package: str, *parts: str) -> str:
     return read_file(origin.parent.joinpath(*parts) if parts else origin)
 
 
-def _sources(*modules: str) -> str:
-    return "\n".join(_package_file(module) for module in modules)
+_LOCALES = (
+    "de_DE", "fr_FR", "es_ES", "it_IT", "pl_PL", "nl_NL", "pt_BR", "sv_SE", "tr_TR", "ru_RU",
+    "da_DK", "fi_FI", "hu_HU", "uk_UA", "vi_VN",
+)  # fmt: skip
+
+
+def _translations() -> str:
+    """Short phrases about time and numbers, one language after the other."""
+    catalogues = [
+        _package_file("humanize", "locale", name, "LC_MESSAGES", "humanize.po")
+        for name in _LOCALES
+    ]
+    phrases = re.compile(r'^msgstr(?:\[\d\])? "(..+)"$', re.MULTILINE)
+    return "\n\n".join("\n".join(phrases.findall(text)) for text in catalogues)
 
 
 DOMAINS: tuple[Domain, ...] = (
     Domain(name="prose", source="the Python language reference", read=_python_reference),
     Domain(
         name="python",
-        source="Python's standard library (argparse.py)",
-        read=lambda: _sources("argparse"),
+        source="argparse.py of Python's standard library",
+        read=lambda: _package_file("argparse"),
     ),
     Domain(
-        name="javascript",
-        source="treescope's arrayviz.js",
-        read=lambda: _package_file("treescope", "_internal", "js", "arrayviz.js"),
+        name="languages",
+        source="humanize's phrases in German, French, Spanish, …",
+        read=_translations,
     ),
 )
-
-

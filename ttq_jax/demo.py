@@ -28,7 +28,7 @@ from ttq_jax.types import Offline, effective_bits, kernels, stored_bytes
 MODEL = "smollm2"
 
 # Per domain, the corpus that AWQ is calibrated on there.
-WRONG_CORPUS = {"prose": "python", "python": "prose", "javascript": "prose"}
+WRONG_CORPUS = {"prose": "python", "python": "prose", "languages": "prose"}
 
 # Characters; what is shorter is a heading or a list.
 _PARAGRAPH = 160
@@ -242,12 +242,12 @@ def _caption(plan: Plan, result: dict[str, Any]) -> str:
     sources = "; ".join(f"{d.name}: {d.source}" for d in DOMAINS)
     return (
         f"  {plan.bits} bits, group {plan.group_size}. Per domain {plan.windows} windows of "
-        f"{plan.window} tokens: the first {plan.prompt_tokens} are the prompt, read by the\n"
-        f"  {reads} weights in every row; the other {plan.window - plan.prompt_tokens} are scored. "
-        f"AWQ: {plan.calibration_tokens} tokens of the corpus named under it.\n"
-        f"  Texts: {sources}.\n"
-        "  SmolLM2-135M-Instruct; its file is already rounded to 4 bits (Q4_1), and "
-        "\"unquantized\" means as it is in the file.\n"
+        f"{plan.window} tokens: the first {plan.prompt_tokens} are the prompt, read by\n"
+        f"  {reads} weights in every row; the other {plan.window - plan.prompt_tokens} are "
+        f"scored. AWQ's corpus is {plan.calibration_tokens} tokens of the domain under it.\n"
+        f"  {sources}.\n"
+        "  SmolLM2-135M-Instruct, whose file is rounded to 4 bits already (Q4_1): "
+        '"unquantized" is what the file says.\n'
         f"  {result['device']}; {versions}; {clock(result['seconds'])} in all."
     )
 

@@ -32,13 +32,9 @@ def recipe_of(args: argparse.Namespace, *, batch: str = "pooled") -> Recipe | No
     Raises:
       ConfigError: an option out of range, or one that the method does not read.
     """
-    choices: dict[str, Any] = {
-        "zero_point": args.zero_point,
-        "store_dtype": args.store_dtype,
-        "prefill": args.prefill,
-        "select": args.select,
-        "batch": batch,
-    }
+    names = ("zero_point", "store_dtype", "prefill", "select")
+    choices: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    choices["batch"] = batch
     law = {k: getattr(args, k) for k in ("alpha", "lam", "p") if getattr(args, k) is not None}
     if law and args.method != "ttq":
         raise ConfigError(f"--{next(iter(law))} belongs to method ttq, not to {args.method}")

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from ttq_jax.cli import METHODS
+from ttq_jax.cli import METHODS, main
 from ttq_jax.quant.recipe import PRESETS
 
 HEAD = {"model", "method", "recipe", "device", "versions", "effective_bits"}
@@ -12,6 +12,20 @@ STAGES = {"load", "compile", "prefill_and_quantize", "decode"}
 
 def test_methods_on_offer_are_the_presets():
     assert list(METHODS) == list(PRESETS)
+
+
+def test_defaults_in_the_help_are_the_library_s(capsys):
+    assert main(["inspect", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    recipe = PRESETS["ttq"]
+    for option, value in {
+        "prefill": recipe.prefill, "select": recipe.select, "zero-point": recipe.grid.zero_point,
+        "store-dtype": recipe.grid.store_dtype, "alpha": recipe.scale.alpha,
+        "lam": recipe.scale.lam, "p": f"{recipe.scale.p:g}", "bits": recipe.grid.bits,
+        "group-size": recipe.grid.group_size, "rank": recipe.low_rank.rank,
+    }.items():  # fmt: skip
+        described = said.split("quantization:")[1].split(f"--{option} ")[1]
+        assert described.split("(default: ")[1].split(")")[0] == str(value), option
 
 
 @pytest.mark.parametrize("method", METHODS)
