@@ -201,21 +201,24 @@ def _interruptible(args: argparse.Namespace) -> None:
       KeyboardInterrupt: Ctrl-C, when the command had just ended.
     """
     failure: list[BaseException] = []
+    # Not Thread.join: interrupted, it forgets that the thread still runs (bpo-45274).
+    ended = threading.Event()
 
     def work() -> None:
         try:
             _run(args)
         except BaseException as e:
             failure.append(e)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     try:
-        thread.join()
+        ended.wait()
     except KeyboardInterrupt:
         print("\nttq: interrupted", file=sys.stderr, flush=True)
         # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
-        if thread.is_alive():
+        if not ended.is_set():
             os._exit(130)
         raise
     if failure:

@@ -325,7 +325,7 @@ class Domain:
 def _python_reference() -> str:
     from pydoc_data.topics import topics
 
-    chapters = ("execmodel", "objects", "import", "customization", "attribute-access", "try")
+    chapters = ("import", "execmodel", "objects", "customization", "attribute-access", "try")
     return "\n\n".join(topics[c] for c in chapters if c in topics)
 
 
@@ -367,7 +367,7 @@ DOMAINS: tuple[Domain, ...] = (
     ),
     Domain(
         name="languages",
-        source="humanize's phrases in German, French, Spanish, …",
+        source="the phrases of the humanize package in German, French, Spanish and twelve more",
         read=_translations,
     ),
 )

@@ -237,15 +237,15 @@ def demo_table(rows: list[Row]) -> str:
 
 
 def _caption(plan: Plan, result: dict[str, Any]) -> str:
-    reads = "unquantized" if plan.prefill == "full" else "its own quantized"
+    reads = "the unquantized" if plan.prefill == "full" else "its own quantized"
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    sources = "; ".join(f"{d.name}: {d.source}" for d in DOMAINS)
+    sources = "\n".join(f"  {d.name}: {d.source}" for d in DOMAINS)
     return (
         f"  {plan.bits} bits, group {plan.group_size}. Per domain {plan.windows} windows of "
         f"{plan.window} tokens: the first {plan.prompt_tokens} are the prompt, read by\n"
         f"  {reads} weights in every row; the other {plan.window - plan.prompt_tokens} are "
         f"scored. AWQ's corpus is {plan.calibration_tokens} tokens of the domain under it.\n"
-        f"  {sources}.\n"
+        f"{sources}\n"
         "  SmolLM2-135M-Instruct, whose file is rounded to 4 bits already (Q4_1): "
         '"unquantized" is what the file says.\n'
         f"  {result['device']}; {versions}; {clock(result['seconds'])} in all."

@@ -45,7 +45,8 @@ class _Stage:
 
     def line(self) -> str:
         elapsed = clock(time.perf_counter() - self.start)
-        if not self.total:
+        # What can be counted is done, but the stage goes on: how long is not known.
+        if not 0 < self.done < self.total:
             return f"{self.text} … {elapsed}"
         share = f"{100 * self.done / self.total:.0f} %"
         note = f", {self.note}" if self.note else ""
