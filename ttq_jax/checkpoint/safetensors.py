@@ -1,26 +1,18 @@
-"""Safetensors files, one or sharded, read by rows.
-
-The format is a length, a JSON header and raw little-endian rows. It is read here and not through
-the safetensors package because that cannot hand out bfloat16 rows to NumPy without a copy of the
-whole tensor.
-"""
+"""A directory's safetensors files, one or sharded, read by rows."""
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
 
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.source import RandomAccess, check_size
 
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
-_MAX_HEADER = 100_000_000
+_DTYPES = ("F32", "F16", "BF16")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,29 +38,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _header(file: RandomAccess) -> tuple[dict[str, Any], int]:
-    """(header, offset of the first tensor's bytes).
-
-    Raises:
-      CheckpointError: the file is no safetensors file.
-    """
-    size = int(file.at(0, 8).view("<u8")[0])
-    if size > _MAX_HEADER:
-        raise CheckpointError(f"{file.path}: not a safetensors file (header of {size} bytes)")
-    raw = file.at(8, size).tobytes()
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        for entry in header.values():
-            _ = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file.path}: not a safetensors file, its header is not readable ({error}). "
-            "Download it again"
-        ) from error
-    return header, 8 + size
-
-
 class Safetensors:
     """The tensors of a directory's safetensors files.
 
@@ -77,46 +46,31 @@ class Safetensors:
       shapes: tensor name to shape.
     """
 
-    def __init__(self, directory: Path, files: list[RandomAccess]):
+    def __init__(self, directory: Path, files: dict[Path, Any]):
         """Reads the headers.
 
         Args:
           directory: for messages.
-          files: opened; the caller closes them.
+          files: opened by `safe_open`; the caller closes them.
 
         Raises:
-          CheckpointError: a truncated file, an unsupported dtype, a name that occurs twice.
+          CheckpointError: an unsupported dtype, a name that occurs twice.
         """
         self.label = str(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._where: dict[str, tuple[RandomAccess, int, np.dtype]] = {}
-        for file in files:
-            header, base = _header(file)
-            for name, entry in header.items():
-                self._add(file, base, name, entry)
-
-    def _add(self, file: RandomAccess, base: int, name: str, entry: dict[str, Any]) -> None:
-        """Registers one tensor of a file.
-
-        Raises:
-          CheckpointError: a dtype, size or place that cannot be served.
-        """
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{file.path}: tensor {name!r} is stored as {entry['dtype']}; expected "
-                f"{', '.join(_DTYPES)}. Convert the checkpoint to one of these"
-            )
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        start, stop = entry["data_offsets"]
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(
-                f"{file.path}: tensor {name!r} has shape {shape} but {stop - start} bytes"
-            )
-        check_size(file.path, base + stop, file.size)
-        if name in self.shapes:
-            raise CheckpointError(f"{file.path}: tensor {name!r} is in two files; remove one")
-        self.shapes[name] = shape
-        self._where[name] = (file, base + start, dtype)
+        self._slices: dict[str, Any] = {}
+        for path, file in files.items():
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} is stored as {part.get_dtype()}; expected "
+                        f"{', '.join(_DTYPES)}. Convert the checkpoint to one of these"
+                    )
+                if name in self.shapes:
+                    raise CheckpointError(f"{path}: tensor {name!r} is in two files; remove one")
+                self.shapes[name] = tuple(part.get_shape())
+                self._slices[name] = part
 
     def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "rows *row"]:
         """Rows start…stop-1 of a tensor.
@@ -129,11 +83,21 @@ class Safetensors:
         Returns:
           The rows, in the dtype they are stored in.
         """
-        file, base, dtype = self._where[name]
-        row = self.shapes[name][1:]
-        size = math.prod(row) * dtype.itemsize
-        raw = file.at(base + start * size, (stop - start) * size)
-        return raw.view(dtype).reshape(stop - start, *row)
+        return self._slices[name][start:stop]
+
+
+def _open(path: Path) -> Any:
+    """A file's tensors, behind its checked header.
+
+    Raises:
+      CheckpointError: the file is truncated or no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole safetensors file ({error}). Download it again"
+        ) from error
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -177,5 +141,5 @@ def open_safetensors(directory: Path) -> Iterator[Safetensors]:
       The tensors.
     """
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(RandomAccess(p)) for p in _shards(directory)]
+        files = {p: stack.enter_context(_open(p)) for p in _shards(directory)}
         yield Safetensors(directory, files)
