@@ -3,14 +3,17 @@
 Of the model's blocks it reads the packed weights and the cache, nothing else.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ModelConfig
-from ttq_jax.models.decoder import forward, logits
+from ttq_jax.models.decoder import forward, logits, unstack
 from ttq_jax.sampling import Sampling, sample
-from ttq_jax.types import Cache, Params
+from ttq_jax.types import Cache, Params, QuantizedLinear
 
 
 def decode(
@@ -41,6 +44,24 @@ def decode(
     Returns:
       Tokens, and per row how many of them count: up to the end token, which does not.
     """
+    run = partial(_loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids)
+    kinds = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QuantizedLinear))
+    if any(isinstance(w, QuantizedLinear) for w in kinds):
+        return run(params, cache, hidden, key, limit)
+
+    # An unquantized tree is decoded at the speed of memory, where a CPU gains from `unstack`;
+    # packed layers are small enough for the scan, which compiles much faster.
+    def apart(params: Params, *rest: Any) -> tuple[Array, Array]:
+        return run(unstack(params), *rest)
+
+    return jax.lax.platform_dependent(params, cache, hidden, key, limit, cpu=apart, default=run)
+
+
+def _loop(
+    params: Params, cache: Cache, hidden: Array, key: Array, limit: Array, *,
+    config: ModelConfig, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
+) -> tuple[Array, Array]:  # fmt: skip
+    """The loop itself."""
     batch = hidden.shape[0]
     ends = jnp.asarray(eos_ids, jnp.int32)
 
