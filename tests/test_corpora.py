@@ -101,9 +101,7 @@ def test_hub_specs():
     assert parse_hub_spec("a/b") == HubText(path="a/b")
     assert parse_hub_spec("a/b:train") == HubText(path="a/b", split="train")
     assert parse_hub_spec("a/b:en") == HubText(path="a/b", config="en")
-    assert parse_hub_spec("a/b:en:train") == HubText(
-        path="a/b", config="en", split="train"
-    )
+    assert parse_hub_spec("a/b:en:train") == HubText(path="a/b", config="en", split="train")
     assert parse_hub_spec("a/b::train") == HubText(path="a/b", split="train")
     wikitext = parse_hub_spec("wikitext2:train")
     assert (wikitext.path, wikitext.split) == ("Salesforce/wikitext", "train")

@@ -351,8 +351,7 @@ _LOCALES = (
 def _translations() -> str:
     """Short phrases about time and numbers, one language after the other."""
     catalogues = [
-        _package_file("humanize", "locale", name, "LC_MESSAGES", "humanize.po")
-        for name in _LOCALES
+        _package_file("humanize", "locale", name, "LC_MESSAGES", "humanize.po") for name in _LOCALES
     ]
     phrases = re.compile(r'^msgstr(?:\[\d\])? "(..+)"$', re.MULTILINE)
     return "\n\n".join("\n".join(phrases.findall(text)) for text in catalogues)
@@ -366,8 +365,13 @@ DOMAINS: tuple[Domain, ...] = (
         read=lambda: _package_file("argparse"),
     ),
     Domain(
+        name="javascript",
+        source="treescope's arrayviz.js",
+        read=lambda: _package_file("treescope", "_internal", "js", "arrayviz.js"),
+    ),
+    Domain(
         name="languages",
-        source="the phrases of the humanize package in German, French, Spanish and twelve more",
+        source="humanize's phrases in German, French, Spanish and twelve more",
         read=_translations,
     ),
 )

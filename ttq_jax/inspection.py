@@ -60,18 +60,16 @@ def parameter_groups(before: Params, after: Params) -> list[dict[str, Any]]:
     stored, rows = _paths(after), []
     for path, leaf in _paths(before).items():
         count, size = math.prod(leaf.shape), stored_bytes(stored[path])
-        rows.append(
-            {
-                "path": path,
-                "shape": list(leaf.shape),
-                "dtype": str(leaf.dtype),
-                "parameters": count,
-                "bytes": stored_bytes(leaf),
-                "quantized": isinstance(stored[path], QuantizedLinear),
-                "stored_bytes": size,
-                "bits": round(8 * size / count, 4),
-            }
-        )
+        rows.append({
+            "path": path,
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "parameters": count,
+            "bytes": stored_bytes(leaf),
+            "quantized": isinstance(stored[path], QuantizedLinear),
+            "stored_bytes": size,
+            "bits": round(8 * size / count, 4),
+        })
     return rows
 
 

@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.models.layers import softcap
 
+# Long prompts are attended to this many queries at a time, so that their scores stay in cache.
+QUERY_BLOCK = 128
+
 
 def attend(
     q: Float[Array, "B T N H"],
@@ -46,6 +49,19 @@ def attend(
       some finite mixture.
     """
     batch, length, n_heads, head_dim = q.shape
+    if length > QUERY_BLOCK and length % QUERY_BLOCK == 0:
+
+        def block(args: tuple[Array, Array]) -> Array:
+            return attend(
+                args[0], k, v, q_positions=args[1], k_positions=k_positions, k_valid=k_valid,
+                window=window, scale=scale, cap=cap,
+            )  # fmt: skip
+
+        def split(x: Array) -> Array:
+            return jnp.moveaxis(x.reshape(batch, -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+        mixed = jax.lax.map(block, (split(q), split(q_positions)))
+        return jnp.moveaxis(mixed, 0, 1).reshape(q.shape)
     n_kv = k.shape[2]
     q = q.reshape(batch, length, n_kv, n_heads // n_kv, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
