@@ -92,7 +92,7 @@ def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass():
 def test_left_right_and_no_padding_agree(changes, flavour):
     config = small_config(**changes)
     params = small_params(config)
-    recipe = preset("ttq", bits=3, prefill=flavour)
+    recipe = preset("ttq", bits=3, prefill=flavour, store_dtype="float32")
     row = random_rows([21])
     states, trees = [], []
     for length, side in ((21, "right"), (32, "right"), (32, "left")):
@@ -103,9 +103,11 @@ def test_left_right_and_no_padding_agree(changes, flavour):
         np.testing.assert_allclose(state, states[0], atol=2e-4 * np.abs(states[0]).max())
     for tree in trees[1:]:
         for name, kernel in kernels(tree["layers"]).items():
-            scale = kernels(trees[0]["layers"])[name].channel_scale.astype(jnp.float32)
-            # bfloat16 storage turns float32 rounding into at most one unit in the last place.
-            np.testing.assert_allclose(kernel.channel_scale.astype(jnp.float32), scale, rtol=2**-7)
+            scale = kernels(trees[0]["layers"])[name].channel_scale
+            # What later layers see passes through codes in the paper's flavour, and a tie that
+            # breaks the other way is no rounding error.
+            rtol = 1e-5 if flavour == "full" else 1e-2
+            np.testing.assert_allclose(kernel.channel_scale, scale, rtol=rtol)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
