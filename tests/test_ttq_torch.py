@@ -5,16 +5,20 @@ each linear layer's input, and the weights are replaced by their quantized value
 """
 
 import copy
+import warnings
 from functools import partial
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_models import write_checkpoint
 
 import ttq_jax as ttq
+from ttq_jax.checkpoint import ALIASES
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.perplexity import Protocol, score_window
@@ -132,3 +136,28 @@ def test_same_weights_and_same_perplexity(tiny, bits, symmetric, rank):
 
     theirs = torch_nll(quantized, tokens)
     assert abs(np.exp((float(ours) - theirs) / 95) - 1) < 0.005
+
+
+def test_same_perplexity_on_a_real_model():
+    """SmolLM2 at 3 bits on a page of English, both sides starting from the same GGUF file."""
+    path = ALIASES["smollm2"]()
+    model = ttq.load("smollm2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what other libraries warn about
+        reference = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).eval()
+    recipe = ttq.preset("ttq", bits=3, store_dtype="float32")
+    window = np.array(model.tokenizer.encode(topics["objects"])[:256], np.int32)
+    tokens = torch.from_numpy(window.astype(np.int64))[None]
+    plain = torch_nll(reference, tokens)
+    want = torch_quantize_model(reference, tokens, bits=3, symmetric=False, rank=0)
+    theirs = torch_nll(reference, tokens)
+    got, ours = jax_quantize_and_score(
+        model.params, jnp.asarray(window), Offline(), config=model.config, recipe=recipe
+    )
+    for (i, name), w in want.items():
+        off = np.abs(np.asarray(got[name][i]) - w) > 1e-4 * np.abs(w).max()
+        assert off.mean() < 1e-3, f"layer {i} {name}: {off.mean():.2%} of the weights differ"
+    assert abs(np.exp((float(ours) - theirs) / 255) - 1) < 0.005
+    assert np.exp((theirs - plain) / 255) > 1.1, "3 bits cost something"
