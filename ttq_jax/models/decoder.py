@@ -266,7 +266,7 @@ def unstack(params: Params) -> Params:
     """The same tree with its layers apart: a tuple of single-layer trees.
 
     `forward` then unrolls the layers. A scan copies each layer out of the stack before it is
-    multiplied; a CPU, which decodes at the speed of its memory, takes nearly twice as long for it.
+    multiplied, which a CPU, decoding at the speed of its memory, pays for in full.
 
     Args:
       params: a tree with stacked layers.

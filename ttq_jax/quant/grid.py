@@ -29,8 +29,7 @@ class Grid:
         whole row.
       symmetric: no zero point is stored.
       zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
-        "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention). Per stored bit the
-        float one is the more accurate: 3 bits at group 32 against integer ones at group 24.
+        "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention).
       store_dtype: type of scales, float zero points, channel scales and low-rank factors.
     """
 
