@@ -1,0 +1,265 @@
+"""Compiling for accelerators that are not there, and what their compilers say.
+
+The real TPU compiler (package ``libtpu``) and the real CUDA one (``jax-cuda13-plugin``,
+``jax-cuda13-pjrt``) run on any machine. They prove that a program compiles, give its memory, and
+the TPU one simulates the final instruction bundles of a kernel: static cycle estimates, with a
+latency model of the memory but none of its contention. No estimate here was checked on hardware.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
+
+
+class ChipError(RuntimeError):
+    """A chip that cannot be compiled for here; the message says what to install."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """An accelerator, as its compiler wants it described.
+
+    Attributes:
+      platform: "tpu" or "cuda".
+      topology: TPU: the compiler's name of a slice with one chip in it.
+      bytes_per_cycle: TPU: HBM bandwidth over clock, per chip; None where the compiler gives no
+        cycle estimate.
+      capability: GPU: CUDA compute capability.
+      cores: GPU: streaming multiprocessors.
+      name: GPU: the device kind that a running one reports.
+      memory: device memory, bytes.
+      bandwidth: device memory bandwidth, bytes per second.
+    """
+
+    platform: str
+    memory: int
+    bandwidth: float
+    topology: str = ""
+    bytes_per_cycle: float | None = None
+    capability: tuple[int, int] = (0, 0)
+    cores: int = 0
+    name: str = ""
+
+
+_GIB = 2**30
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(platform="tpu", topology="v4:1x1x1", memory=32 * _GIB, bandwidth=1228e9),
+    "v5e": Chip(
+        platform="tpu", topology="v5e:1x1", memory=16 * _GIB, bandwidth=820e9,
+        bytes_per_cycle=820 / 1.5,
+    ),
+    "v5p": Chip(
+        platform="tpu", topology="v5p:1x1x1", memory=95 * _GIB, bandwidth=2765e9,
+        bytes_per_cycle=2765 / 1.75,
+    ),
+    "v6e": Chip(
+        platform="tpu", topology="v6e:1x1", memory=32 * _GIB, bandwidth=1640e9,
+        bytes_per_cycle=1640 / 1.75,
+    ),
+    "tpu7x": Chip(
+        platform="tpu", topology="tpu7x:1x1x1", memory=192 * _GIB, bandwidth=7380e9,
+        bytes_per_cycle=3690 / 2.2,
+    ),
+    "t4": Chip(
+        platform="cuda", capability=(7, 5), cores=40, name="Tesla T4", memory=16 * _GIB,
+        bandwidth=320e9,
+    ),
+    "a100": Chip(
+        platform="cuda", capability=(8, 0), cores=108, name="NVIDIA A100-SXM4-80GB",
+        memory=80 * _GIB, bandwidth=2039e9,
+    ),
+    "l4": Chip(
+        platform="cuda", capability=(8, 9), cores=58, name="NVIDIA L4", memory=24 * _GIB,
+        bandwidth=300e9,
+    ),
+    "h100": Chip(
+        platform="cuda", capability=(9, 0), cores=132, name="NVIDIA H100 80GB HBM3",
+        memory=80 * _GIB, bandwidth=3352e9,
+    ),
+}  # fmt: skip
+"""Bandwidths and clocks are the vendors' figures; tpu7x is one of a chip's two devices."""
+
+# XLA's description of a GPU that is not there; only capability, cores and memory differ enough to
+# matter to code generation.
+_GPU_DESCRIPTION = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared}
+  threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: 41943040 clock_rate_ghz: 1.5
+  device_memory_size: {memory} shared_memory_per_block_optin: {optin}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+# Shared memory per core and per block (opt-in), bytes, by compute capability.
+_SHARED = {(7, 5): (65536, 65536), (8, 0): (167936, 166912), (8, 9): (102400, 101376),
+           (9, 0): (233472, 232448)}  # fmt: skip
+
+# Without these libtpu asks a metadata server for its surroundings, or refuses a second process.
+_QUIET = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def chip(name: str) -> Chip:
+    """The chip of a name.
+
+    Raises:
+      ChipError: there is no such chip, or its compiler is not installed.
+    """
+    if name not in CHIPS:
+        raise ChipError(f"chip: expected one of {', '.join(CHIPS)}, got {name!r}")
+    found = CHIPS[name]
+    if found.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        raise ChipError(f"compiling for {name} needs the TPU compiler: pip install libtpu")
+    if found.platform == "cuda" and importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise ChipError(
+            f"compiling for {name} needs the CUDA compiler of this jax: "
+            f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
+        )
+    return found
+
+
+@functools.cache
+def device(name: str) -> Any:
+    """The first device of a topology with one such chip; nothing can run on it.
+
+    Raises:
+      ChipError: the chip is unknown or its compiler is not installed.
+    """
+    it = chip(name)
+    if it.platform == "tpu":
+        for key, value in _QUIET.items():
+            os.environ.setdefault(key, value)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=it.topology)
+    else:
+        shared, optin = _SHARED[it.capability]
+        description = _GPU_DESCRIPTION.format(
+            shared=shared, optin=optin, threads=1024 if it.capability == (7, 5) else 2048,
+            cores=it.cores, bandwidth=int(it.bandwidth), memory=it.memory,
+            major=it.capability[0], minor=it.capability[1], name=it.name,
+        )  # fmt: skip
+        found = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=description
+        )
+    return found.devices[0]
+
+
+@contextlib.contextmanager
+def tracing_for(name: str) -> Iterator[None]:
+    """While it lasts, what is traced sees this chip as its device."""
+    it = device(name)
+    platform = "gpu" if CHIPS[name].platform == "cuda" else "tpu"
+    abstract = AbstractDevice(
+        device_kind=it.device_kind, num_cores=getattr(it, "num_cores", None), platform=platform
+    )
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        yield
+
+
+def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) -> Any:
+    """Compiles a function for a chip that need not be there.
+
+    Args:
+      name: a key of `CHIPS`.
+      fn: to be jitted, or jitted already.
+      *shapes: its positional arguments as trees of `jax.ShapeDtypeStruct` (or arrays).
+      **static: its static keyword arguments, if it is jitted already.
+
+    Returns:
+      The compiled executable: `memory_analysis()`, `as_text()`.
+
+    Raises:
+      ChipError: the chip is unknown or its compiler is not installed.
+    """
+    sharding = SingleDeviceSharding(device(name))
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    )
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
+    with tracing_for(name):
+        traced = jitted.trace(*shapes, **static)
+        return traced.lower(lowering_platforms=(CHIPS[name].platform,)).compile()
+
+
+def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str, int]:
+    """Static cycles of a TPU program's operations, Pallas kernels by their name.
+
+    Runs in a child process: the compiler reads the option once, when it is loaded, and on some
+    programs its profiler aborts. The parent must not have loaded the TPU compiler yet.
+
+    Args:
+      name: a TPU of `CHIPS` with a `bytes_per_cycle`.
+      fn: to be compiled.
+      *shapes: its arguments, as for `compile_for`.
+
+    Returns:
+      Estimated cycles by operation; {} if the profiler aborted.
+
+    Raises:
+      ChipError: the chip is unknown, has no estimate, or its compiler is not installed.
+      RuntimeError: the program does not compile; the message is the compiler's.
+    """
+    if chip(name).bytes_per_cycle is None:
+        raise ChipError(f"{name}: its compiler gives no cycle estimates")
+    if device.cache_info().currsize:
+        raise RuntimeError("estimate_cycles: this process has loaded a compiler; call it before")
+    with tempfile.TemporaryDirectory() as directory:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status, message = 0, b""
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                os.environ["LIBTPU_INIT_ARGS"] = (
+                    f"--xla_jf_dump_static_llo_profile_to={directory} "
+                    + os.environ.get("LIBTPU_INIT_ARGS", "")
+                )
+                compile_for(name, fn, *shapes)
+            except Exception as e:
+                status, message = 1, str(e).encode()[:4000]
+            os.write(write, message)
+            os._exit(status)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            message = pipe.read()
+        _, status = os.waitpid(pid, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            raise RuntimeError(message.decode())
+        found = {}
+        for path in glob.glob(f"{directory}/*profile.textproto"):
+            text = Path(path).read_text()
+            for m in re.finditer(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
+                found[m.group(1)] = int(m.group(2))
+        return found
