@@ -54,7 +54,8 @@ def dequantize(
     codes = unpack(planes, bits=bits)
     *lead, k, n = codes.shape
     groups = codes.reshape(*lead, k // group_size, group_size, n).astype(jnp.float32)
-    zero = 2.0 ** (bits - 1) if zeros is None else zeros.astype(jnp.float32)[..., None, :]
+    middle = jnp.asarray(2.0 ** (bits - 1), jnp.float32)
+    zero = middle if zeros is None else zeros.astype(jnp.float32)[..., None, :]
     weight = grid.decode(groups, scales.astype(jnp.float32)[..., None, :], zero)
     return weight.reshape(*lead, k, n).astype(dtype)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import importlib.util
 import os
 import re
@@ -258,8 +257,8 @@ def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str
         if os.WIFEXITED(status) and os.WEXITSTATUS(status):
             raise RuntimeError(message.decode())
         found = {}
-        for path in glob.glob(f"{directory}/*profile.textproto"):
-            text = Path(path).read_text()
+        for path in Path(directory).glob("*profile.textproto"):
+            text = path.read_text()
             for m in re.finditer(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
                 found[m.group(1)] = int(m.group(2))
         return found

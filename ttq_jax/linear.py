@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dequantize, packed_matmul
-from ttq_jax.types import QuantizedLinear
+from ttq_jax.types import QuantizedLinear, Stacked
 
 
 def linear(
     x: Float[Array, "*batch d_in"],
-    w: Float[Array, "d_in d_out"] | QuantizedLinear,
+    w: Float[Array, "d_in d_out"] | Stacked | QuantizedLinear,
     bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """Y = x·W (+ bias), whatever W is stored as; accumulated in float32, returned in x's dtype.
@@ -26,29 +26,22 @@ def linear(
       The layer's output.
     """
     if isinstance(w, QuantizedLinear):
-        y = _packed(x, w)
+        y = packed_matmul(
+            x, w.planes, w.scales, w.zeros, w.channel_scale,
+            None if w.low_rank is None else (w.low_rank.down, w.low_rank.up),
+            bits=w.bits, group_size=w.group_size, layer=w.layer,
+        )  # fmt: skip
     else:
-        y = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    if bias is not None:
-        y = y + bias
-    return y.astype(x.dtype)
+        kernel = w.kernel if isinstance(w, Stacked) else w
+        y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return add_bias(y, bias).astype(x.dtype)
 
 
-def _packed(x: Array, w: QuantizedLinear) -> Array:
-    """The packed product, float32."""
-    scaled = x.astype(jnp.float32)
-    if w.channel_scale is not None:
-        scaled = scaled / w.channel_scale.astype(jnp.float32)
-    padding = w.scales.shape[-2] * w.group_size - w.d_in
-    scaled = jnp.pad(scaled, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
-    y = packed_matmul(
-        scaled, w.planes, w.scales, w.zeros, bits=w.bits, group_size=w.group_size
-    ).astype(jnp.float32)
-    if w.low_rank is not None:
-        down, up = w.low_rank.down.astype(x.dtype), w.low_rank.up.astype(x.dtype)
-        inner = jnp.matmul(x, down, preferred_element_type=jnp.float32).astype(x.dtype)
-        y = y + jnp.matmul(inner, up, preferred_element_type=jnp.float32)
-    return y
+def add_bias(
+    y: Float[Array, "*batch d_out"], bias: Float[Array, "d_out"] | None
+) -> Float[Array, "*batch d_out"]:
+    """Y + bias in float32; y itself without one."""
+    return y if bias is None else y.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
 def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:

@@ -1,7 +1,8 @@
 """Stages 2 to 4: read the prompt; per layer observe, scale, quantize.
 
 Everything happens inside the scan over the layers, so only one layer's activations and
-unpacked codes are alive at a time.
+unpacked codes are alive at a time; and each weight is read once, for both the prompt's product
+and its codes.
 """
 
 from typing import Any
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.linear import add_bias, linear
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, plain
-from ttq_jax.quant.convert import quantize, replace_kernels
+from ttq_jax.models.decoder import forward
+from ttq_jax.quant.convert import quantize_and_multiply, replace_kernels
 from ttq_jax.quant.moments import observe
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Offline, Params, Prompts, QuantizedLinear
@@ -68,15 +70,19 @@ def prefill(
         moments = layer.moments.get(site)
         if recipe.moments == "prompt":
             moments = observe(x, prompts.valid, recipe.powers)
-        packed = {}
+        ys, packed = {}, {}
         for name, w in weights.items():
-            if isinstance(w["kernel"], QuantizedLinear):
+            kernel, bias = w["kernel"], w.get("bias")
+            if isinstance(kernel, QuantizedLinear):
                 raise ValueError(f"{name} is packed already; prefill quantizes a dense tree")
-            if recipe.selects(name):
-                packed[name] = quantize(w["kernel"], moments, recipe, layer.low_rank.get(name))
-        if recipe.prefill == "quantized":
-            weights = {n: {**w, "kernel": packed.get(n, w["kernel"])} for n, w in weights.items()}
-        return plain(site, x, weights)[0], packed
+            if not recipe.selects(name):
+                ys[name] = linear(x, kernel, bias)
+                continue
+            y, packed[name] = quantize_and_multiply(
+                x, kernel.kernels, moments, recipe, layer.low_rank.get(name), layer=kernel.layer
+            )
+            ys[name] = add_bias(y, bias).astype(x.dtype)
+        return ys, packed
 
     hidden, cache, kept = read(params, project=project, per_layer=offline)
     packed = {name: kernel for site in kept.values() for name, kernel in site.items()}

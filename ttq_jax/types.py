@@ -18,6 +18,11 @@ Params = dict[str, Any]
 # A field of a pytree: an array, or what stands for one while JAX transforms the tree.
 Leaf = Any
 
+
+def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
+
+
 # The observation sites of a block, and the projections that read each one's activations.
 SITES: dict[str, tuple[str, ...]] = {
     "attn_in": ("q", "k", "v"),
@@ -144,6 +149,8 @@ class QuantizedLinear:
       zeros: [n_group, d_out] or None for a symmetric grid.
       channel_scale: D, [d_in], positive, or None.
       low_rank: what is added in full precision, or None.
+      layer: None; or int32[], and planes, scales and zeros have a leading axis over the layers,
+        of which this is the one that is meant.
       bits: 2, 3, 4, 5 or 8.
       group_size: rows of one column that share a scale; a multiple of 8.
       d_in: input channels, before padding.
@@ -155,10 +162,29 @@ class QuantizedLinear:
     zeros: Leaf
     channel_scale: Leaf
     low_rank: Leaf
-    bits: int = struct.field(pytree_node=False)
-    group_size: int = struct.field(pytree_node=False)
-    d_in: int = struct.field(pytree_node=False)
-    d_out: int = struct.field(pytree_node=False)
+    layer: Leaf = None
+    bits: int = struct.field(pytree_node=False, kw_only=True)
+    group_size: int = struct.field(pytree_node=False, kw_only=True)
+    d_in: int = struct.field(pytree_node=False, kw_only=True)
+    d_out: int = struct.field(pytree_node=False, kw_only=True)
+
+
+@struct.dataclass
+class Stacked:
+    """A dense kernel that is one layer of a stack, not copied out of it.
+
+    Attributes:
+      kernels: [L, d_in, d_out].
+      layer: int32[], which one.
+    """
+
+    kernels: Leaf
+    layer: Leaf
+
+    @property
+    def kernel(self) -> jax.Array:
+        """The kernel itself, [d_in, d_out]; XLA copies it unless what follows can be fused."""
+        return _at(self.kernels, self.layer)
 
 
 @struct.dataclass
@@ -181,6 +207,36 @@ class Cache:
     positions: Leaf
     valid: Leaf
     used: Leaf
+
+
+def at_layer(layers: Params, layer: jax.Array) -> Params:
+    """One layer of a stacked block tree; what is large stays in its stack.
+
+    A scan that slices its operands copies each weight before a kernel can read it. Here the
+    weights of the linear layers are handed on whole, with the layer's number; the kernels find
+    their blocks in the stack. Norms, biases, channel scales and factors are sliced.
+
+    Args:
+      layers: the tree's "layers" entry, stacked.
+      layer: int32[], which one.
+
+    Returns:
+      The layer's tree, with `Stacked` for dense kernels and `QuantizedLinear.layer` set.
+    """
+
+    def sliced(tree: Any) -> Any:
+        return jax.tree.map(lambda a: _at(a, layer), tree)
+
+    def one(kernel: Any) -> Any:
+        if not isinstance(kernel, QuantizedLinear):
+            return Stacked(kernel, layer)
+        small = sliced((kernel.channel_scale, kernel.low_rank))
+        return dataclasses.replace(kernel, channel_scale=small[0], low_rank=small[1], layer=layer)
+
+    return {
+        name: {k: one(a) if k == "kernel" else sliced(a) for k, a in leaf.items()}
+        for name, leaf in layers.items()
+    }
 
 
 def _leaf_sizes(leaf: Any) -> tuple[int, int]:

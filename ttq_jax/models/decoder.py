@@ -22,7 +22,7 @@ from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, softcap
-from ttq_jax.types import SITES, Cache, Params
+from ttq_jax.types import SITES, Cache, Params, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
 Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
@@ -221,6 +221,7 @@ def forward(
     def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
         x, k_stack, v_stack = carry
         weights, constants, extra = layer
+        weights = at_layer(params["layers"], constants["layer"]) if weights is None else weights
 
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             if config.rope is not None:
@@ -255,7 +256,7 @@ def forward(
             at = jax.tree.map(lambda c, i=i: c[i], constants)
             carry, _ = layer_step(carry, (weights, at, None))
     else:
-        carry, kept = jax.lax.scan(layer_step, carry, (params["layers"], constants, per_layer))
+        carry, kept = jax.lax.scan(layer_step, carry, (None, constants, per_layer))
     x, k, v = carry
     if config.final_norm:
         x = jnp.asarray(make_norm(config).apply({"params": params["final_norm"]}, x))

@@ -1,0 +1,231 @@
+"""Which implementation serves a problem, and why: one pure function that can be asked beforehand.
+
+Everything is decided while a program is traced, from shapes, dtypes and the device that it is
+traced for; nothing is tried out and nothing falls back in silence: the same call that decides
+gives the reason, and `ttq kernels` prints it for every projection of a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from pallas_kernels.tiles import DENSE_ROWS, MOSAIC_ROWS
+
+KERNELS = ("packed_matmul", "quantize_pack", "prefill_quantize")
+IMPLEMENTATIONS = ("tpu", "triton", "mosaic_gpu", "xla", "interpret")
+"""What a caller may force. "interpret" simulates the TPU kernel on the CPU, very slowly."""
+
+_MODULES = {
+    ("packed_matmul", "tpu"): "pallas_kernels.tpu.packed_matmul",
+    ("quantize_pack", "tpu"): "pallas_kernels.tpu.quantize_pack",
+    ("prefill_quantize", "tpu"): "pallas_kernels.tpu.prefill_quantize",
+    ("packed_matmul", "triton"): "pallas_kernels.gpu.packed_matmul",
+    ("quantize_pack", "triton"): "pallas_kernels.gpu.quantize_pack",
+    ("prefill_quantize", "triton"): "pallas_kernels.gpu.prefill_quantize",
+    ("packed_matmul", "mosaic_gpu"): "pallas_kernels.gpu.packed_matmul_sm90",
+}
+_RUNS_ON = {"tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu"}
+
+# What running devices call themselves, most specific first.
+_DEVICE_KINDS = (
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5e", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v6", "v6e"),
+    ("TPU v4", "v4"),
+    ("TPU7x", "tpu7x"),
+    ("TPU v7", "tpu7x"),
+    ("H100", "h100"),
+    ("H200", "h100"),
+    ("GH200", "h100"),
+    ("A100", "a100"),
+    ("A30", "a100"),
+    ("L4", "l4"),
+    ("RTX 40", "l4"),
+    ("T4", "t4"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a program is traced for.
+
+    Attributes:
+      platform: "cpu", "tpu" or "gpu", in jax's words.
+      chip: "v5e", "h100", … where the device kind is a known one, else None.
+    """
+
+    platform: str
+    chip: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """All that a choice may depend on.
+
+    Attributes:
+      kernel: one of `KERNELS`.
+      m: rows of activations; 0 for `quantize_pack`.
+      d_in: input channels.
+      k: input channels padded to whole groups.
+      n: output channels.
+      bits: width of a code.
+      group_size: rows that share a scale.
+      zero_point: "none", "float" or "integer".
+      dtype: of the activations; of the weight for `quantize_pack`.
+      store_dtype: of scales and float zero points.
+      rank: of the low-rank term, 0 for none.
+      shrinks: how many range factors are tried; 0 for `packed_matmul`.
+      quantized: `prefill_quantize` multiplies with the quantized weight.
+    """
+
+    kernel: str
+    m: int
+    d_in: int
+    k: int
+    n: int
+    bits: int
+    group_size: int
+    zero_point: str
+    dtype: str
+    store_dtype: str = "bfloat16"
+    rank: int = 0
+    shrinks: int = 0
+    quantized: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A decision.
+
+    Attributes:
+      implementation: one of `IMPLEMENTATIONS`.
+      reason: why this one; for a fallback, what the better one refused.
+      fallback: whether a Pallas kernel of this platform exists and does not serve.
+    """
+
+    implementation: str
+    reason: str
+    fallback: bool = False
+
+
+def chip_of(device_kind: str) -> str | None:
+    """Our short name of a device kind, None for an unknown one."""
+    return next((chip for kind, chip in _DEVICE_KINDS if kind in device_kind), None)
+
+
+def current_target() -> Target:
+    """What is being traced for: the abstract device that is set, else jax's default device."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.config.jax_default_device
+        if isinstance(device, str):
+            device = jax.devices(device)[0]
+        device = device or jax.devices()[0]
+    platform = {"cuda": "gpu"}.get(device.platform, device.platform)
+    return Target(platform=platform, chip=chip_of(device.device_kind))
+
+
+def module_of(kernel: str, implementation: str) -> ModuleType:
+    """The module that implements a kernel; imported here, because Pallas is slow to import.
+
+    Args:
+      kernel: one of `KERNELS`.
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      A module with a function named like the kernel, and `refusal` unless it is plain XLA.
+    """
+    if implementation == "xla":
+        return importlib.import_module("pallas_kernels.xla")
+    own = "tpu" if implementation == "interpret" else implementation
+    return importlib.import_module(_MODULES[kernel, own])
+
+
+def refusal(problem: Problem, implementation: str, target: Target) -> str | None:
+    """Why an implementation cannot serve a problem there.
+
+    Args:
+      problem: the problem.
+      implementation: one of `IMPLEMENTATIONS`.
+      target: where it would run.
+
+    Returns:
+      The reason; None if it can.
+    """
+    if implementation == "xla":
+        return None
+    if implementation == "mosaic_gpu" and (problem.kernel, implementation) not in _MODULES:
+        return f"{problem.kernel} has no Mosaic GPU kernel"
+    needed = _RUNS_ON.get(implementation)
+    if needed is not None and target.platform != needed:
+        return f"{implementation} kernels run on a {needed.upper()}, this is a {target.platform}"
+    facts: dict[str, Any] = {
+        "k": problem.k, "n": problem.n, "bits": problem.bits, "group_size": problem.group_size,
+        "dtype": problem.dtype, "chip": target.chip,
+    }  # fmt: skip
+    if problem.kernel != "quantize_pack":
+        facts["m"] = problem.m
+    if problem.kernel != "packed_matmul":
+        facts |= {
+            "d_in": problem.d_in, "zero_point": problem.zero_point,
+            "store_dtype": problem.store_dtype, "shrinks": problem.shrinks, "rank": problem.rank,
+        }  # fmt: skip
+    if problem.kernel == "prefill_quantize":
+        facts["quantized"] = problem.quantized
+    return module_of(problem.kernel, implementation).refusal(**facts)
+
+
+def choose(problem: Problem, target: Target, implementation: str | None = None) -> Choice:
+    """Decides who computes.
+
+    Args:
+      problem: the problem.
+      target: what the program is traced for, see `current_target`.
+      implementation: forces one of `IMPLEMENTATIONS`; None decides.
+
+    Returns:
+      The decision.
+
+    Raises:
+      ValueError: the name is unknown, or the forced implementation cannot serve.
+    """
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation: expected None or one of {', '.join(IMPLEMENTATIONS)}, "
+                f"got {implementation!r}"
+            )
+        why = refusal(problem, implementation, target)
+        if why is not None:
+            raise ValueError(
+                f"implementation={implementation!r} cannot serve this {problem.kernel}: {why}; "
+                "pass implementation=None to let it be chosen"
+            )
+        return Choice(implementation, "asked for")
+    if target.platform == "tpu":
+        candidates = ["tpu"]
+    elif target.platform == "gpu":
+        wins = problem.kernel == "packed_matmul" and problem.m >= MOSAIC_ROWS.get(
+            target.chip or "", 2**31
+        )
+        candidates = ["mosaic_gpu", "triton"] if wins else ["triton"]
+    else:
+        return Choice("xla", f"plain XLA is what is tuned for a {target.platform}")
+    limit = DENSE_ROWS.get(target.chip or "")
+    if problem.kernel == "packed_matmul" and limit is not None and problem.m > limit:
+        return Choice(
+            "xla", f"more than {limit} rows: unpacking once and a dense product are faster"
+        )
+    refused = []
+    for name in candidates:
+        why = refusal(problem, name, target)
+        if why is None:
+            return Choice(name, "; ".join(refused) or f"the kernel for a {target.chip or name}")
+        refused.append(f"{name}: {why}")
+    return Choice("xla", "; ".join(refused), fallback=True)

@@ -1,0 +1,361 @@
+"""The public calls: arguments checked and brought to one form, then the chosen kernel.
+
+What every implementation gets is the same: activations ``[m, k]`` that are divided by the channel
+scale already, weights with a leading layer axis and the layer's number beside them. The low-rank
+term is two small products beside the kernel: XLA runs them at the matrix unit's speed, and inside
+it they would take the fast memory that the weight's blocks need.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import batching, grid
+from pallas_kernels.choose import Choice, Problem, choose, current_target, module_of
+from pallas_kernels.layout import check_packing, check_planes
+from pallas_kernels.reference import LowRank, Packed
+
+_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def packed_matmul(
+    x: jax.Array,
+    planes: Sequence[jax.Array],
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    channel_scale: jax.Array | None = None,
+    low_rank: LowRank | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """``y = (x / D) Q + (x A) B`` with ``Q = s (q - z)``, sums in float32.
+
+    Args:
+      x: ``[..., d_in]`` with ``k - group_size < d_in <= k``, float32, bfloat16 or float16.
+      planes: From `quantize_pack` or `pack`: ``uint8[k * width // 8, n]`` for each width in
+        ``PLANES[bits]``.
+      scales: ``[k // group_size, n]``, float32, bfloat16 or float16.
+      zeros: As ``scales``, or uint8, in units of codes; None is symmetric.
+      channel_scale: D, ``[d_in]``, positive, or None for 1.
+      low_rank: ``(A[d_in, r], B[r, n])`` or None.
+      bits: Width of a code: 2, 3, 4, 5 or 8.
+      group_size: Rows that share a scale: a multiple of 8 that divides ``k``.
+      layer: Reads this layer of planes, scales and zeros that have a leading axis over layers,
+        without copying it out; D, A and B are that layer's own. None: there is no such axis.
+      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+
+    Returns:
+      ``y[..., n]`` in x's dtype.
+
+    Raises:
+      ValueError: arguments that do not fit each other, or an implementation that cannot serve.
+    """
+    planes = tuple(planes)
+    k, n = check_planes(planes, bits=bits)
+    check_packing(bits=bits, k=k, group_size=group_size)
+    _check_axes("planes", planes[0], layer)
+    lead = planes[0].shape[:-2]
+    _check("scales", scales, (*lead, k // group_size, n), _FLOATS)
+    if zeros is not None:
+        _check("zeros", zeros, (*lead, k // group_size, n), (*_FLOATS, jnp.uint8))
+    d_in = x.shape[-1] if x.ndim else 0
+    if x.dtype not in _FLOATS or not k - group_size < d_in <= k:
+        raise ValueError(
+            f"x: expected floating [..., {k}] (up to {group_size - 1} channels fewer are padding), "
+            f"got {x.dtype}{list(x.shape)}; "
+            "pass activations of as many channels as the weight was packed from"
+        )
+    _check_factors(channel_scale, low_rank, d_in, n)
+    stacks, layer = _with_layers((planes, scales, zeros), layer)
+    rows = x.reshape(-1, d_in)
+    y = _multiply_packed(
+        _scaled(rows, channel_scale, k), stacks, layer, bits=bits, group_size=group_size,
+        d_in=d_in, rank=_rank(low_rank), implementation=implementation,
+    )  # fmt: skip
+    return _plus_low_rank(y, rows, low_rank).reshape(*x.shape[:-1], n)
+
+
+def quantize_pack(
+    w: jax.Array,
+    channel_scale: jax.Array | None = None,
+    importance: jax.Array | None = None,
+    low_rank: LowRank | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    zero_point: str,
+    store_dtype: jax.typing.DTypeLike,
+    shrinks: tuple[float, ...] = (1.0,),
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> Packed:
+    """Rounds ``D (W - A B)`` to each group's grid and packs the codes, in one pass over the weight.
+
+    Args:
+      w: ``[d_in, n]``, float32, bfloat16 or float16; rows are padded with zeros to whole groups.
+      channel_scale: D, ``[d_in]``, positive, or None for 1.
+      importance: ``[d_in]``, the weight of each row's squared error in the search over
+        ``shrinks``; None weighs all rows alike.
+      low_rank: ``(A[d_in, r], B[r, n])`` or None.
+      bits: Width of a code: 2, 3, 4, 5 or 8.
+      group_size: Rows that share a scale, a multiple of 8.
+      zero_point: ``"none"`` (symmetric), ``"float"`` or ``"integer"``; see `grid.ZERO_POINTS`.
+      store_dtype: Of scales and float zero points: float32, bfloat16 or float16.
+      shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
+      layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
+        are that layer's own. None: there is no such axis.
+      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+
+    Returns:
+      ``(planes, scales, zeros)`` as `packed_matmul` reads them, of one layer; zeros are None,
+      ``store_dtype`` or uint8.
+
+    Raises:
+      ValueError: arguments that do not fit each other, or an implementation that cannot serve.
+    """
+    kind = _check_weight(
+        w, channel_scale, importance, low_rank, bits=bits, group_size=group_size,
+        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks, layer=layer,
+    )  # fmt: skip
+    d_in, n = w.shape[-2:]
+    problem = _problem("quantize_pack", 0, d_in, n, w.dtype, low_rank, kind)
+    down, up = low_rank if low_rank is not None else (None, None)
+    stacks, layer = _with_layers(w, layer)
+
+    def call(w: Any, layer: Any, rest: Any) -> Packed:
+        choice = choose(problem, current_target(), implementation)
+        run = module_of("quantize_pack", choice.implementation).quantize_pack
+        return run(w, *rest, layer, **kind, **_interpret(choice))
+
+    run = _mapped(call, lambda: problem, implementation)
+    return run(stacks, layer, (channel_scale, importance, down, up))
+
+
+def prefill_quantize(
+    x: jax.Array,
+    w: jax.Array,
+    channel_scale: jax.Array | None = None,
+    importance: jax.Array | None = None,
+    low_rank: LowRank | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    zero_point: str,
+    store_dtype: jax.typing.DTypeLike,
+    shrinks: tuple[float, ...] = (1.0,),
+    quantized: bool = False,
+    layer: jax.Array | int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, Packed]:
+    """A prompt's product with a weight, and the weight packed: both from one read of it.
+
+    Args:
+      x: ``[..., d_in]``, float32, bfloat16 or float16.
+      w: ``[d_in, n]``; see `quantize_pack`, as the arguments after it.
+      channel_scale: See `quantize_pack`.
+      importance: See `quantize_pack`.
+      low_rank: See `quantize_pack`.
+      bits: See `quantize_pack`.
+      group_size: See `quantize_pack`.
+      zero_point: See `quantize_pack`.
+      store_dtype: See `quantize_pack`.
+      shrinks: See `quantize_pack`.
+      quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
+      layer: See `quantize_pack`.
+      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+
+    Returns:
+      ``(y[..., n] in x's dtype, (planes, scales, zeros))``.
+
+    Raises:
+      ValueError: arguments that do not fit each other, or an implementation that cannot serve.
+    """
+    kind = _check_weight(
+        w, channel_scale, importance, low_rank, bits=bits, group_size=group_size,
+        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks, layer=layer,
+    )  # fmt: skip
+    d_in, n = w.shape[-2:]
+    if x.ndim == 0 or x.dtype not in _FLOATS or x.shape[-1] != d_in:
+        raise ValueError(
+            f"x: expected floating [..., {d_in}], got {x.dtype}{list(x.shape)}; "
+            "pass activations of as many channels as the weight has rows"
+        )
+    rows = x.reshape(-1, d_in)
+    down, up = low_rank if low_rank is not None else (None, None)
+    stacks, layer = _with_layers(w, layer)
+
+    def problem(m: int) -> Problem:
+        made = _problem("prefill_quantize", m, d_in, n, x.dtype, low_rank, kind)
+        return made if not quantized else Problem(**{**vars(made), "quantized": True})
+
+    def call(w: Any, layer: Any, rest: Any) -> tuple[jax.Array, Packed]:
+        choice = choose(problem(rest[0].shape[0]), current_target(), implementation)
+        run = module_of("prefill_quantize", choice.implementation).prefill_quantize
+        x, *others = rest
+        return run(x, w, *others, layer, **kind, quantized=quantized, **_interpret(choice))
+
+    run = _mapped(call, lambda: problem(rows.shape[0]), implementation)
+    y, packed = run(stacks, layer, (rows, channel_scale, importance, down, up))
+    if quantized:
+        y = _plus_low_rank(y, rows, low_rank)
+    return y.reshape(*x.shape[:-1], n), packed
+
+
+def _multiply_packed(
+    x: jax.Array, stacks: Any, layer: Any, *, bits: int, group_size: int, d_in: int, rank: int,
+    implementation: str | None,
+) -> jax.Array:  # fmt: skip
+    """The grid's part of the product, by whoever is chosen for that many rows."""
+    _, scales, zeros = stacks
+    zero_point = "integer" if zeros is not None and zeros.dtype == jnp.uint8 else "float"
+
+    def problem(m: int) -> Problem:
+        return Problem(
+            kernel="packed_matmul", m=m, d_in=d_in, k=x.shape[-1], n=scales.shape[-1], bits=bits,
+            group_size=group_size, zero_point="none" if zeros is None else zero_point,
+            dtype=str(x.dtype), store_dtype=str(scales.dtype), rank=rank,
+        )  # fmt: skip
+
+    def call(stacks: Any, layer: Any, x: Any) -> jax.Array:
+        target = current_target()
+        choice = choose(problem(x.shape[0]), target, implementation)
+        module = module_of("packed_matmul", choice.implementation)
+        dense = choice.implementation == "xla" and target.platform != "cpu"
+        run = module.dense_matmul if dense else module.packed_matmul
+        return run(x, *stacks, layer, bits=bits, group_size=group_size, **_interpret(choice))
+
+    def fold(call: Any, stacks: Any, layer: Any, x: jax.Array) -> jax.Array:
+        size, m = x.shape[:2]
+        return call(stacks, layer, x.reshape(size * m, -1)).reshape(size, m, -1)
+
+    return _mapped(call, lambda: problem(x.shape[0]), implementation, fold)(stacks, layer, x)
+
+
+def _mapped(call: Any, problem: Any, implementation: str | None, fold: Any = None) -> Any:
+    """`batching.mapped`, XLA's own batching where XLA computes."""
+    facts = problem()
+
+    def native() -> bool:
+        return choose(facts, current_target(), implementation).implementation == "xla"
+
+    return batching.mapped(call, name=facts.kernel, native=native, fold=fold)
+
+
+def _interpret(choice: Choice) -> dict[str, Any]:
+    if choice.implementation != "interpret":
+        return {}
+    from jax.experimental.pallas import tpu as pltpu
+
+    return {"interpret": pltpu.InterpretParams()}
+
+
+def _scaled(x: jax.Array, channel_scale: jax.Array | None, k: int) -> jax.Array:
+    """``x / D``, divided in float32, padded to ``k`` channels."""
+    if channel_scale is not None:
+        quotient = x.astype(jnp.float32) / channel_scale.astype(jnp.float32)
+        x = quotient.astype(x.dtype)
+    return x if x.shape[-1] == k else jnp.pad(x, ((0, 0), (0, k - x.shape[-1])))
+
+
+def _plus_low_rank(y: jax.Array, x: jax.Array, low_rank: LowRank | None) -> jax.Array:
+    """``y + (x A) B`` in y's dtype, sums in float32."""
+    if low_rank is None:
+        return y
+    down, up = (factor.astype(x.dtype) for factor in low_rank)
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    low = product(product(x, down).astype(x.dtype), up)
+    return (y.astype(jnp.float32) + low).astype(y.dtype)
+
+
+def _rank(low_rank: LowRank | None) -> int:
+    return 0 if low_rank is None else low_rank[0].shape[-1]
+
+
+def _problem(
+    kernel: str, m: int, d_in: int, n: int, dtype: Any, low_rank: LowRank | None, kind: Any
+) -> Problem:
+    group_size = kind["group_size"]
+    return Problem(
+        kernel=kernel, m=m, d_in=d_in, k=-(-d_in // group_size) * group_size, n=n,
+        bits=kind["bits"], group_size=group_size, zero_point=kind["zero_point"], dtype=str(dtype),
+        store_dtype=str(kind["store_dtype"]), rank=_rank(low_rank), shrinks=len(kind["shrinks"]),
+    )  # fmt: skip
+
+
+def _with_layers(weights: Any, layer: jax.Array | int | None) -> tuple[Any, jax.Array]:
+    """Weights with a leading layer axis, and which layer is meant."""
+    if layer is None:
+        return jax.tree.map(lambda a: a[None], weights), jnp.zeros((), jnp.int32)
+    return weights, jnp.asarray(layer, jnp.int32).reshape(())
+
+
+def _check(name: str, a: jax.Array, shape: tuple[int, ...], dtypes: Sequence[Any]) -> None:
+    if tuple(a.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape}, got {tuple(a.shape)}; keep together what one call of "
+            "quantize_pack returned, and the operands that were given to it"
+        )
+    if a.dtype not in dtypes:
+        known = ", ".join(jnp.dtype(d).name for d in dtypes)
+        raise ValueError(f"{name}: expected one of {known}, got {a.dtype}; cast it")
+
+
+def _check_axes(name: str, a: jax.Array, layer: Any) -> None:
+    expected = 2 if layer is None else 3
+    if a.ndim != expected:
+        raise ValueError(
+            f"{name}: expected {expected} axes {'without' if layer is None else 'with'} a layer, "
+            f"got {list(a.shape)}; pass layer= for weights that are stacked over layers, vmap for "
+            "any other leading axis"
+        )
+
+
+def _check_factors(
+    channel_scale: jax.Array | None, low_rank: LowRank | None, d_in: int, n: int
+) -> None:
+    if channel_scale is not None:
+        _check("channel_scale", channel_scale, (d_in,), _FLOATS)
+    if low_rank is not None:
+        down, up = low_rank
+        _check("low_rank's A", down, (d_in, down.shape[-1]), _FLOATS)
+        _check("low_rank's B", up, (down.shape[-1], n), _FLOATS)
+
+
+def _check_weight(
+    w: jax.Array, channel_scale: jax.Array | None, importance: jax.Array | None,
+    low_rank: LowRank | None, *, layer: Any, shrinks: tuple[float, ...], zero_point: str,
+    store_dtype: Any, **kind: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Checks what the quantizers share; returns the static arguments in one form.
+
+    Raises:
+      ValueError: one does not fit.
+    """
+    _check_axes("w", w, layer)
+    _check("w", w, tuple(w.shape), _FLOATS)
+    d_in, n = w.shape[-2:]
+    group_size = kind["group_size"]
+    # Any row count serves, it is padded to whole groups: the check is of the two numbers.
+    check_packing(bits=kind["bits"], k=8 * max(group_size, 1), group_size=group_size)
+    _check_factors(channel_scale, low_rank, d_in, n)
+    if importance is not None:
+        _check("importance", importance, (d_in,), _FLOATS)
+    if zero_point not in grid.ZERO_POINTS:
+        known = ", ".join(grid.ZERO_POINTS)
+        raise ValueError(f"zero_point: expected one of {known}, got {zero_point!r}")
+    if jnp.dtype(store_dtype) not in _FLOATS:
+        known = ", ".join(jnp.dtype(d).name for d in _FLOATS)
+        raise ValueError(f"store_dtype: expected one of {known}, got {store_dtype}")
+    shrinks = tuple(map(float, shrinks))
+    if not shrinks or not all(0 < s <= 1 for s in shrinks):
+        raise ValueError(f"shrinks: expected factors in (0, 1], got {shrinks}; 1 is the full range")
+    return {**kind, "zero_point": zero_point, "store_dtype": jnp.dtype(store_dtype),
+            "shrinks": shrinks}  # fmt: skip
