@@ -12,6 +12,7 @@ A prompt's activations are divided by ``D`` instead of the weight (arXiv:2603.19
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,10 +138,10 @@ def quantize_pack(
     padding = -d_in % group_size
     groups = jnp.pad(residual, ((0, padding), (0, 0))).reshape(-1, group_size, n)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    kind = {"bits": bits, "zero_point": zero_point, "store_dtype": store_dtype}
+    kind: dict[str, Any] = {"bits": bits, "zero_point": zero_point, "store_dtype": store_dtype}
 
     if len(shrinks) == 1:
-        shrink: jax.Array | float = shrinks[0]
+        shrink: Any = shrinks[0]
     else:
         h = jnp.ones(d_in) if importance is None else importance.astype(jnp.float32)
         h = jnp.pad(h, (0, padding)).reshape(-1, group_size, 1)

@@ -27,7 +27,7 @@ ORDER = [
     ("ttq_jax",),
 ]
 FORBIDDEN = [("ttq_jax.models", "ttq_jax.quant"), ("ttq_jax.quant", "ttq_jax.models")]
-KERNEL_USERS = {"ttq_jax.linear", "ttq_jax.quant.convert"}
+KERNEL_USERS = {"ttq_jax.linear", "ttq_jax.quant.convert", "ttq_jax.quant.grid"}
 
 
 def imports(path: Path) -> set[str]:

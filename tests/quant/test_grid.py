@@ -82,22 +82,32 @@ def test_rounding_error_is_at_most_half_a_step():
             grid = Grid(bits=bits, symmetric=symmetric, zero_point="float", store_dtype="float32")
             groups = split_groups(w, 32)
             scales, zeros = fit(groups, grid)
-            error = groups - decode(encode(groups, scales, zeros, grid), scales, zeros, grid)
+            error = groups - decode(encode(groups, scales, zeros, grid), scales, zeros)
             assert jnp.all(jnp.abs(error) <= scales[:, None] * 0.501)
+
+
+def clipping(rounding, **grid):
+    return Recipe(moments="corpus", scale=NoScale(), rounding=rounding, grid=Grid(**grid))
+
+
+def moments_with(h):
+    """Moments whose E[x²] is h."""
+    return Moments(jnp.asarray(h, jnp.float32)[None], jnp.ones(()), (2.0,))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_clip_search_never_does_worse_by_its_own_measure(symmetric):
-    groups = split_groups(jnp.asarray(weight(96, 40) ** 3), 32)
-    h = jnp.asarray(np.random.default_rng(1).gamma(0.3, size=groups.shape[:2]), jnp.float32)
-    grid = Grid(bits=3, symmetric=symmetric)
+    w = weight(96, 40) ** 3
+    h = np.random.default_rng(1).gamma(0.3, size=96)
 
     def error(rule):
-        codes, scales, zeros = rule(groups, h, grid)
-        wrong = jnp.square(groups - decode(codes, scales, zeros, grid))
-        return jnp.sum(h[..., None] * wrong, axis=1)
+        packed = quantize(
+            jnp.asarray(w), moments_with(h), clipping(rule, bits=3, symmetric=symmetric)
+        )
+        wrong = np.square(np.asarray(dense_weight(packed), np.float64) - w)
+        return (h[:, None] * wrong).reshape(3, 32, 40).sum(1)
 
-    assert jnp.all(error(ClipSearch()) <= error(Nearest()) + 1e-6)
+    assert np.all(error(ClipSearch()) <= error(Nearest()) + 1e-6)
     assert error(ClipSearch()).sum() < 0.9 * error(Nearest()).sum()
     np.testing.assert_array_equal(error(ClipSearch(steps=1)), error(Nearest()))
 
@@ -112,11 +122,14 @@ def test_clip_search_is_the_oracles():
         e = (h[:, None] * (w - q) ** 2).reshape(2, 32, 6).sum(1)
         out = np.where((e < best)[:, None], q.reshape(2, 32, 6), out)
         best = np.minimum(e, best)
-    grid = Grid(bits=3, store_dtype="float32")
-    h32 = jnp.asarray(h.reshape(2, 32), jnp.float32)
-    codes, scales, zeros = ClipSearch()(split_groups(jnp.asarray(w), 32), h32, grid)
-    got = decode(codes, scales, zeros, grid)
-    assert (np.abs(got - out) > 1e-5).mean() < 0.02
+    recipe = clipping(ClipSearch(), bits=3, store_dtype="float32")
+    got = np.asarray(dense_weight(quantize(jnp.asarray(w), moments_with(h), recipe)))
+    assert (np.abs(got.reshape(2, 32, 6) - out) > 1e-5).mean() < 0.02
+
+
+def test_shrinks_are_evenly_spaced_and_start_at_the_whole_range():
+    np.testing.assert_allclose(ClipSearch().shrinks, np.linspace(1, 0.55, 10))
+    assert ClipSearch(steps=1).shrinks == Nearest().shrinks == (1.0,)
 
 
 def test_power_law_is_the_papers_formula():

@@ -8,12 +8,7 @@ search never does worse than none.
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
-
 from ttq_jax.config import ConfigError
-from ttq_jax.quant.grid import Grid, decode, encode, fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,38 +35,8 @@ class ClipSearch:
         """The moment that weighs the error."""
         return (2.0,)
 
-    def __call__(
-        self,
-        groups: Float[Array, "n_group rows d_out"],
-        importance: Float[Array, "n_group rows"] | None,
-        grid: Grid,
-    ) -> tuple[UInt8[Array, "n_group rows d_out"], Array, Array | None]:
-        """(codes, scales, zeros).
-
-        Args:
-          groups: weights as they are rounded (scaled), float32.
-          importance: h, the weight of each row's squared error; None weighs all rows alike.
-          grid: the grid.
-
-        Returns:
-          Codes and the grid chosen per group and column.
-        """
-        h = jnp.ones(groups.shape[:2]) if importance is None else importance
-
-        def error(shrink: Array) -> Array:
-            scales, zeros = fit(groups, grid, shrink)
-            rounded = decode(encode(groups, scales, zeros, grid), scales, zeros, grid)
-            return jnp.sum(h[..., None] * jnp.square(groups - rounded), axis=1)
-
-        def try_factor(
-            best: tuple[Array, Array], shrink: Array
-        ) -> tuple[tuple[Array, Array], None]:
-            tried = error(shrink)
-            better = tried < best[0]
-            return (jnp.where(better, tried, best[0]), jnp.where(better, shrink, best[1])), None
-
-        factors = jnp.linspace(1.0, self.smallest, self.steps)
-        full = jnp.ones(groups.shape[::2])
-        (_, shrink), _ = jax.lax.scan(try_factor, (error(full), full), factors[1:])
-        scales, zeros = fit(groups, grid, shrink)
-        return encode(groups, scales, zeros, grid), scales, zeros
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """The factors on a group's range that are tried, the whole range first."""
+        step = (1.0 - self.smallest) / max(self.steps - 1, 1)
+        return tuple(1.0 - i * step for i in range(self.steps))

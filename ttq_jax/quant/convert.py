@@ -13,68 +13,128 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import pack
-from ttq_jax.quant.grid import Nearest, decode, split_groups, store
+from pallas_kernels import prefill_quantize, quantize_pack
+from ttq_jax.quant.grid import decode, encode, fit, split_groups, store
 from ttq_jax.quant.lowrank import factor_layers
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.types import SITE_OF, LowRank, Moments, Offline, Params, QuantizedLinear
 
 
+def _ingredients(
+    w: Array, moments: Moments | None, recipe: Recipe, low_rank: LowRank | None, layer: Any
+) -> tuple[Array | None, Array | None, LowRank | None]:
+    """D as stored, the weight of each row's squared error, and the factors as stored."""
+    grid, rows = recipe.grid, recipe.grid.rows_per_group(w.shape[-2])
+    if low_rank is not None:
+        low_rank = jax.tree.map(partial(store, grid=grid), low_rank)
+    second = moments.mean_power(2.0) if moments and 2.0 in moments.powers else None
+    if isinstance(recipe.scale, NoScale):
+        return None, second, low_rank
+    assert moments is not None, "Recipe refuses a scale without moments"
+    residual = _residual(w, low_rank, layer)
+
+    def trial(d: Array) -> Array:
+        assert second is not None, "a scale that is searched reads the second moment"
+        groups = split_groups(residual * d[:, None], rows)
+        scales, zeros = fit(groups, grid)
+        error = jnp.square(groups - decode(encode(groups, scales, zeros, grid), scales, zeros))
+        return jnp.einsum("gr,grn->", split_groups(second / jnp.square(d), rows), error)
+
+    channel_scale = store(recipe.scale(moments, trial), grid)
+    if second is not None:
+        second = second / jnp.square(channel_scale.astype(jnp.float32))
+    return channel_scale, second, low_rank
+
+
+def _residual(w: Array, low_rank: LowRank | None, layer: Any) -> Float[Array, "d_in d_out"]:
+    """W − BA of one layer, float32."""
+    if layer is not None:
+        w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+    if low_rank is None:
+        return w.astype(jnp.float32)
+    down, up = (factor.astype(jnp.float32) for factor in (low_rank.down, low_rank.up))
+    return w.astype(jnp.float32) - down @ up
+
+
 def quantize(
-    w: Float[Array, "d_in d_out"],
+    w: Float[Array, "*L d_in d_out"],
     moments: Moments | None,
     recipe: Recipe,
     low_rank: LowRank | None = None,
+    *,
+    layer: Array | int | None = None,
 ) -> QuantizedLinear:
     """Quantizes one weight; pure and jittable.
 
     Args:
-      w: the weight.
+      w: the weight; with a leading axis over layers if `layer` is given.
       moments: of the layer's inputs, with `recipe.powers`; None if the recipe reads none.
       recipe: how.
       low_rank: factors of BA, or None.
+      layer: which one of stacked weights; moments and factors are its own. None: not stacked.
 
     Returns:
-      The packed weight.
+      The packed weight, of one layer.
     """
-    grid, rows = recipe.grid, recipe.grid.rows_per_group(w.shape[0])
-    residual = w.astype(jnp.float32)
-    if low_rank is not None:
-        low_rank = jax.tree.map(partial(store, grid=grid), low_rank)
-        down, up = low_rank.down.astype(jnp.float32), low_rank.up.astype(jnp.float32)
-        residual = residual - down @ up
-    second = moments.mean_power(2.0) if moments and 2.0 in moments.powers else None
+    channel_scale, importance, low_rank = _ingredients(w, moments, recipe, low_rank, layer)
+    packed = quantize_pack(
+        w, channel_scale, importance, _factors(low_rank), **recipe.grid.packing(w.shape[-2]),
+        shrinks=recipe.rounding.shrinks, layer=layer,
+    )  # fmt: skip
+    return _assembled(packed, channel_scale, low_rank, recipe, w)
 
-    def scaled(d: Array) -> tuple[Array, Array | None]:
-        """D·R in groups, and the weight of each row's squared error there."""
-        importance = None if second is None else split_groups(second / jnp.square(d), rows)
-        return split_groups(residual * d[:, None], rows), importance
 
-    def trial(d: Array) -> Array:
-        groups, importance = scaled(d)
-        codes, scales, zeros = Nearest()(groups, importance, grid)
-        error = jnp.square(groups - decode(codes, scales, zeros, grid))
-        return jnp.einsum("gr,grn->", importance, error)
+def quantize_and_multiply(
+    x: Float[Array, "*batch d_in"],
+    w: Float[Array, "*L d_in d_out"],
+    moments: Moments | None,
+    recipe: Recipe,
+    low_rank: LowRank | None = None,
+    *,
+    layer: Array | int | None = None,
+) -> tuple[Float[Array, "*batch d_out"], QuantizedLinear]:
+    """The prompt's product with a weight, and the weight quantized, from one read of it.
 
-    channel_scale = None
-    groups, importance = scaled(jnp.ones(w.shape[0]))
-    if not isinstance(recipe.scale, NoScale):
-        assert moments is not None, "Recipe refuses a scale without moments"
-        channel_scale = store(recipe.scale(moments, trial), grid)
-        groups, importance = scaled(channel_scale.astype(jnp.float32))
-    codes, scales, zeros = recipe.rounding(groups, importance, grid)
-    codes = codes.reshape(-1, w.shape[1])
+    Args:
+      x: activations.
+      w: see `quantize`, as the arguments after it.
+      moments: see `quantize`.
+      recipe: how; its `prefill` says which weight is multiplied, the given or the quantized one.
+      low_rank: see `quantize`.
+      layer: see `quantize`.
+
+    Returns:
+      (x·W without a bias in x's dtype, the packed weight of one layer).
+    """
+    channel_scale, importance, low_rank = _ingredients(w, moments, recipe, low_rank, layer)
+    y, packed = prefill_quantize(
+        x, w, channel_scale, importance, _factors(low_rank), **recipe.grid.packing(w.shape[-2]),
+        shrinks=recipe.rounding.shrinks, quantized=recipe.prefill == "quantized", layer=layer,
+    )  # fmt: skip
+    return y, _assembled(packed, channel_scale, low_rank, recipe, w)
+
+
+def _factors(low_rank: LowRank | None) -> tuple[Array, Array] | None:
+    return None if low_rank is None else (low_rank.down, low_rank.up)
+
+
+def _assembled(
+    packed: Any, channel_scale: Array | None, low_rank: LowRank | None, recipe: Recipe, w: Array
+) -> QuantizedLinear:
+    """The kernels' arrays, and what it takes to read them."""
+    planes, scales, zeros = packed
+    d_in, d_out = w.shape[-2:]
     return QuantizedLinear(
-        planes=pack(codes, bits=grid.bits, group_size=rows),
+        planes=planes,
         scales=scales,
         zeros=zeros,
         channel_scale=channel_scale,
         low_rank=low_rank,
-        bits=grid.bits,
-        group_size=rows,
-        d_in=w.shape[0],
-        d_out=w.shape[1],
+        bits=recipe.grid.bits,
+        group_size=recipe.grid.rows_per_group(d_in),
+        d_in=d_in,
+        d_out=d_out,
     )
 
 
@@ -125,15 +185,13 @@ def quantize_params(params: Params, recipe: Recipe, offline: Offline) -> Params:
             "during prefill, or a recipe with moments 'corpus' or 'none'"
         )
 
-    def one_layer(layer: tuple[Array, Moments | None, LowRank | None]) -> QuantizedLinear:
-        kernel, moments, low_rank = layer
-        return quantize(kernel, moments, recipe, low_rank)
-
     packed: dict[str, Any] = {}
     for name, leaf in params["layers"].items():
         if "kernel" in leaf and recipe.selects(name):
+            stack = leaf["kernel"]
             moments = offline.moments[SITE_OF[name]] if recipe.powers else None
             packed[name] = jax.lax.map(
-                one_layer, (leaf["kernel"], moments, offline.low_rank.get(name))
+                lambda at, stack=stack: quantize(stack, at[1], recipe, at[2], layer=at[0]),
+                (jnp.arange(stack.shape[0]), moments, offline.low_rank.get(name)),
             )
     return replace_kernels(params, packed)

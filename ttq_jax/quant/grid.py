@@ -1,18 +1,12 @@
-"""The grid: group ranges -> scales and zero points -> codes.
-
-    asymmetric   s = (max − min) / (2^b − 1),      z = −min / s,    w ≈ s (q − z)
-    symmetric    s = max|w| / (2^(b−1) − 1),       z = 2^(b−1)
-
-The range always contains 0, so that exact zeros (and the padding) stay exact and a constant group
-is well defined. Scales are rounded to their storage type *before* the codes are chosen: the codes
-make up for that rounding, and the packed weight is exactly what the error was measured on.
-"""
+"""The grid: which codes there are. The arithmetic is the kernels', `pallas_kernels.grid`."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
+from pallas_kernels import grid as formula
 from ttq_jax.config import ConfigError
 
 BITS = (2, 3, 4, 5, 8)
@@ -66,6 +60,27 @@ class Grid:
         whole = -(-d_in // 8) * 8
         return whole if self.group_size == -1 else min(self.group_size, whole)
 
+    def packing(self, d_in: int) -> dict[str, Any]:
+        """What the kernels want to know of a grid, by the names of their arguments.
+
+        Args:
+          d_in: input channels.
+
+        Returns:
+          bits, group_size, zero_point and store_dtype.
+        """
+        return {
+            "bits": self.bits,
+            "group_size": self.rows_per_group(d_in),
+            "zero_point": self.kind,
+            "store_dtype": self.store_dtype,
+        }
+
+    @property
+    def kind(self) -> str:
+        """The zero point as the kernels name it: "none", "float" or "integer"."""
+        return "none" if self.symmetric else self.zero_point
+
 
 def split_groups(w: Float[Array, "d_in *rest"], rows: int) -> Float[Array, "n_group rows *rest"]:
     """Groups along the first axis, padded with zeros to a whole number of groups."""
@@ -80,43 +95,29 @@ def store(x: Array, grid: Grid) -> Array:
 
 
 def fit(
-    groups: Float[Array, "n_group rows d_out"], grid: Grid, shrink: float | Array = 1.0
-) -> tuple[Float[Array, "n_group d_out"], Array | None]:
-    """Scales and zero points from each group's range.
+    groups: Float[Array, "n_group rows d_out"], grid: Grid
+) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
+    """Scales and zero points of each group's range.
 
     Args:
       groups: weights, float32.
       grid: the grid.
-      shrink: factor on the range, in (0, 1]; values outside the shrunk range saturate.
 
     Returns:
-      (scales, zeros) as stored; zeros is None if symmetric, uint8 if integer.
+      (scales, zeros), float32 with the values that are stored.
     """
-    low = jnp.minimum(jnp.min(groups, axis=1), 0.0) * shrink
-    high = jnp.maximum(jnp.max(groups, axis=1), 0.0) * shrink
-    top = 2**grid.bits - 1
-    if grid.symmetric:
-        step = jnp.maximum(-low, high) / (2 ** (grid.bits - 1) - 1)
-    else:
-        step = (high - low) / top
-    scales = store(step, grid)
-    # An all-zero group, or a range below the storage type's smallest number, is exactly 0.
-    scales = jnp.where(scales > 0, scales, jnp.ones_like(scales))
-    if grid.symmetric:
-        return scales, None
-    zeros = -low / scales.astype(jnp.float32)
-    if grid.zero_point == "integer":
-        return scales, jnp.clip(jnp.round(zeros), 0, top).astype(jnp.uint8)
-    return scales, store(zeros, grid)
-
-
-def _zero(zeros: Array | None, grid: Grid) -> Array | float:
-    return 2.0 ** (grid.bits - 1) if zeros is None else zeros.astype(jnp.float32)[:, None]
+    return formula.fit(
+        jnp.min(groups, axis=1), jnp.max(groups, axis=1),
+        bits=grid.bits, zero_point=grid.kind, store_dtype=grid.store_dtype,
+    )  # fmt: skip
 
 
 def encode(
-    groups: Float[Array, "n_group rows d_out"], scales: Array, zeros: Array | None, grid: Grid
-) -> UInt8[Array, "n_group rows d_out"]:
+    groups: Float[Array, "n_group rows d_out"],
+    scales: Float[Array, "n_group d_out"],
+    zeros: Float[Array, "n_group d_out"],
+    grid: Grid,
+) -> Float[Array, "n_group rows d_out"]:
     """The nearest code of each weight (round to nearest).
 
     Args:
@@ -126,18 +127,18 @@ def encode(
       grid: the grid.
 
     Returns:
-      Codes in [0, 2^bits − 1].
+      Whole numbers in [0, 2^bits − 1], float32.
     """
-    steps = groups / scales.astype(jnp.float32)[:, None]
-    codes = jnp.clip(jnp.round(steps + _zero(zeros, grid)), 0, 2**grid.bits - 1)
-    return codes.astype(jnp.uint8)
+    return formula.encode(groups, scales[:, None], zeros[:, None], bits=grid.bits)
 
 
 def decode(
-    codes: UInt8[Array, "n_group rows d_out"], scales: Array, zeros: Array | None, grid: Grid
+    codes: Float[Array, "n_group rows d_out"],
+    scales: Float[Array, "n_group d_out"],
+    zeros: Float[Array, "n_group d_out"],
 ) -> Float[Array, "n_group rows d_out"]:
     """What the codes stand for, float32: s (q − z)."""
-    return scales.astype(jnp.float32)[:, None] * (codes.astype(jnp.float32) - _zero(zeros, grid))
+    return formula.decode(codes, scales[:, None], zeros[:, None])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,13 +150,7 @@ class Nearest:
         """No moments are read."""
         return ()
 
-    def __call__(
-        self,
-        groups: Float[Array, "n_group rows d_out"],
-        importance: Float[Array, "n_group rows"] | None,
-        grid: Grid,
-    ) -> tuple[UInt8[Array, "n_group rows d_out"], Array, Array | None]:
-        """(codes, scales, zeros)."""
-        del importance
-        scales, zeros = fit(groups, grid)
-        return encode(groups, scales, zeros, grid), scales, zeros
+    @property
+    def shrinks(self) -> tuple[float, ...]:
+        """The factors on a group's range that are tried: none but the whole."""
+        return (1.0,)
