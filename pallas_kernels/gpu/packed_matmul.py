@@ -1,0 +1,370 @@
+"""``y = x Q`` from packed codes, Triton backend: one kernel for a row or two, one for more.
+
+Both walk over carrier rows. A step takes ``depth`` carrier rows of every plane; their fields are
+``depth`` consecutive rows of each slab, all inside one group, so that a partial product of the raw
+codes is scaled once per column. A program owns a block of columns and one of ``splits`` runs of
+steps; partial sums of the splits are added by XLA (no atomics: the result is reproducible).
+
+* One or two rows, `_few_rows`: products and sums in float32, spread over threads like the carriers
+  as they are loaded. Nothing crosses threads before the end, and what would be 14/16 padding of a
+  tensor core's operand is not computed. Beyond two rows the multiply-adds (one per weight and row,
+  beside about two instructions to unpack it) would exceed what can be issued at full bandwidth.
+* More rows, `_many_rows`: tensor cores, rows padded to 16. The zero point enters through the sums
+  of x, which XLA computes beside the kernel.
+
+Block sizes (`blocks`) are a heuristic, derived for an H100 and never measured: see its docstring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.gpu import unpack
+from pallas_kernels.layout import PLANES
+
+_EXACT = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Block sizes of one call; all powers of two.
+
+    Attributes:
+      rows: of x per program; at most 2 selects `_few_rows`.
+      columns: of the weight per program.
+      depth: carrier rows per step; divides the group and the slab.
+      splits: programs that share a column block; any number.
+      num_warps: warps per program.
+      num_stages: depth of Triton's software pipeline.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    splits: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def granule(*, k: int, bits: int, group_size: int) -> int:
+    """The longest run of rows, a power of two, that never leaves its group or its slab."""
+    run = math.gcd(group_size, k // unpack.slabs(bits))
+    return run & -run
+
+
+def _ceil_power(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
+    """The default block sizes.
+
+    A step loads 128 carrier rows (fewer where each holds more slabs, so that the unrolled code and
+    the registers stay bounded) by 128 columns: 16 KiB in flight per program and 4-bit plane, where
+    an H100 needs about 18 KiB per multiprocessor to cover its latency. Splits are added until there
+    are two programs for each of 132 multiprocessors (four where no tensor core is used, as those
+    need fewer registers), but partial sums never exceed a quarter of the weight's bytes.
+
+    Args:
+      m: Rows of x.
+      k: Input channels.
+      n: Output channels.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+
+    Returns:
+      What `packed_matmul` uses if it is given none.
+    """
+    few = m <= 2
+    depth = min(granule(k=k, bits=bits, group_size=group_size), 256 // unpack.slabs(bits), 128)
+    rows = m if few else min(max(_ceil_power(m), 16), 64)
+    columns = min(128, max(_ceil_power(n), 16))
+    steps = k // unpack.slabs(bits) // depth
+    programs = pl.cdiv(n, columns) * pl.cdiv(m, rows)
+    wanted = pl.cdiv(4 * 132 if few else 2 * 132, programs)
+    splits = max(1, min(wanted, steps, k * bits // (128 * m)))
+    # As even as the number of steps allows: a longer last run would be waited for.
+    splits = pl.cdiv(steps, pl.cdiv(steps, splits))
+    return Tiles(rows=rows, columns=columns, depth=depth, splits=splits)
+
+
+def refusal(
+    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, chip: str | None
+) -> str | None:
+    """Why this kernel cannot serve a problem.
+
+    Args:
+      m: Rows of x.
+      k: Input channels.
+      n: Output channels.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      dtype: Of x.
+      chip: Short name of the GPU, None if unknown.
+
+    Returns:
+      The reason, None if it can.
+    """
+    if chip == "t4" and jnp.dtype(dtype) != jnp.float16:
+        return f"a T4's tensor cores multiply float16, not {jnp.dtype(dtype)}; cast the activations"
+    run = granule(k=k, bits=bits, group_size=group_size)
+    if run < 16:
+        return (
+            f"{k} rows of {bits}-bit codes in groups of {group_size} share a scale and a bit field "
+            f"for only {run} rows at a time, the kernel needs 16"
+        )
+    if m < 1 or n < 1:
+        return f"nothing to compute: {m} rows, {n} columns"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What the kernels' bodies know statically."""
+
+    m: int
+    k: int
+    n: int
+    bits: int
+    group_size: int
+    tiles: Tiles
+    has_zeros: bool
+    interpret: bool
+
+    @property
+    def slab(self) -> int:
+        """Rows of a slab of the narrowest plane."""
+        return self.k // unpack.slabs(self.bits)
+
+    @property
+    def offset(self) -> float:
+        """What is subtracted from codes while they are unpacked."""
+        return 0.0 if self.has_zeros else 2.0 ** (self.bits - 1)
+
+
+def _load(ref: Any, rows: Any, columns: Any, inside: Any, layer: Any = None) -> jax.Array:
+    """A masked block; masked-out columns are 0. Rows are an index or a slice."""
+    at = (rows, columns) if layer is None else (layer, rows, columns)
+    if inside is None:
+        return plgpu.load(ref.at[at])
+    other = jnp.zeros((), ref.dtype)
+    return plgpu.load(ref.at[at], mask=inside, other=other)
+
+
+def _columns(facts: _Facts) -> tuple[Any, Any]:
+    """This program's columns and which of them exist (None: all)."""
+    size = facts.tiles.columns
+    start = pl.program_id(1) * size
+    inside = None if facts.n % size == 0 else start + jnp.arange(size, dtype=jnp.int32) < facts.n
+    return pl.ds(start, size), inside
+
+
+def _steps(facts: _Facts) -> tuple[Any, Any]:
+    """First step of this program and the one after its last."""
+    steps = facts.slab // facts.tiles.depth
+    each = pl.cdiv(steps, facts.tiles.splits)
+    first = pl.program_id(2) * each
+    return first, jnp.minimum(first + each, steps)
+
+
+def _scale_and_zero(refs: Any, row: Any, columns: Any, inside: Any, layer: Any) -> Any:
+    """Scales ``f32[c]`` of the group of a row and, if there are any, zero points."""
+    scales, *zeros = refs
+    both = [_load(ref, row, columns, inside, layer) for ref in (scales, *zeros)]
+    # Triton has no conversion from uint8 to a float that is as fast as by way of int32.
+    wide = [a.astype(jnp.int32) if a.dtype == jnp.uint8 else a for a in both]
+    return [a.astype(jnp.float32) for a in wide]
+
+
+def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
+    """One or two rows of x; see the module's docstring."""
+    *planes, y_ref = refs
+    count = len(PLANES[facts.bits])
+    planes, grid_refs = planes[:count], planes[count:]
+    tiles, layer = facts.tiles, layer_ref[0]
+    columns, inside = _columns(facts)
+    mask = None if inside is None else inside[None, :]
+    height = min(16, tiles.depth)
+    zero = jnp.zeros((height, tiles.columns), jnp.float32)
+
+    def slab_step(slab: int, step: Any, loaded: Any, accs: Any) -> Any:
+        row = slab * facts.slab + step * tiles.depth
+        scale, *zeros = _scale_and_zero(
+            grid_refs, row // facts.group_size, columns, inside, layer
+        )
+        fields = [field for _, field in unpack.sources(slab, facts.bits)]
+        parts = [zero] * facts.m
+        sums = [jnp.zeros((height,), jnp.float32)] * facts.m
+        for chunk in range(tiles.depth // height):
+            carriers = [loaded[i, part, chunk]
+                        for i, (part, _) in enumerate(unpack.sources(slab, facts.bits))]  # fmt: skip
+            q = unpack.numbers(
+                carriers, fields, bits=facts.bits, dtype=jnp.float32, offset=facts.offset,
+                interpret=facts.interpret,
+            )  # fmt: skip
+            for i in range(facts.m):
+                x = x_ref[i, pl.ds(row + chunk * height, height)].astype(jnp.float32)
+                parts[i] = parts[i] + x[:, None] * q
+                sums[i] = sums[i] + x
+        if zeros:
+            parts = [p - s[:, None] * zeros[0][None, :] for p, s in zip(parts, sums, strict=True)]
+        return [acc + p * scale[None, :] for acc, p in zip(accs, parts, strict=True)]
+
+    def step(t: Any, accs: Any) -> Any:
+        loaded = {
+            (i, part, chunk): _load(
+                planes[i],
+                pl.ds(part * facts.slab + t * tiles.depth + chunk * height, height),
+                columns, mask, layer,
+            )
+            for i, width in enumerate(PLANES[facts.bits])
+            for part in range(width // min(PLANES[facts.bits]))
+            for chunk in range(tiles.depth // height)
+        }  # fmt: skip
+        for slab in range(unpack.slabs(facts.bits)):
+            accs = slab_step(slab, t, loaded, accs)
+        return accs
+
+    accs = lax.fori_loop(*_steps(facts), step, [zero] * facts.m)
+    for i, acc in enumerate(accs):
+        total = jnp.sum(acc, axis=0, keepdims=True).astype(y_ref.dtype)
+        plgpu.store(y_ref.at[pl.program_id(2), pl.ds(i, 1), columns], total, mask=mask)
+
+
+def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
+    """A block of rows of x on the tensor cores; see the module's docstring."""
+    *operands, y_ref = refs
+    count = len(PLANES[facts.bits])
+    planes, grid_refs = operands[:count], operands[count:]
+    sums_ref = grid_refs.pop() if facts.has_zeros else None
+    tiles, layer = facts.tiles, layer_ref[0]
+    columns, inside = _columns(facts)
+    mask = None if inside is None else inside[None, :]
+    first = pl.program_id(0) * tiles.rows
+    rows = pl.ds(first, tiles.rows)
+    ragged = facts.m % tiles.rows != 0
+    real = first + jnp.arange(tiles.rows, dtype=jnp.int32) < facts.m if ragged else None
+    real_rows = real[:, None] if ragged else None
+
+    def step(t: Any, acc: Any) -> Any:
+        narrow = min(PLANES[facts.bits])
+        loaded = [
+            [_load(plane, pl.ds(part * facts.slab + t * tiles.depth, tiles.depth), columns, mask,
+                   layer) for part in range(width // narrow)]
+            for plane, width in zip(planes, PLANES[facts.bits], strict=True)
+        ]  # fmt: skip
+        for slab in range(unpack.slabs(facts.bits)):
+            row = slab * facts.slab + t * tiles.depth
+            places = unpack.sources(slab, facts.bits)
+            q = unpack.numbers(
+                [parts[part] for parts, (part, _) in zip(loaded, places, strict=True)],
+                [field for _, field in places], bits=facts.bits, dtype=x_ref.dtype,
+                offset=facts.offset, interpret=facts.interpret,
+            )  # fmt: skip
+            x = _load(x_ref, rows, pl.ds(row, tiles.depth), real_rows)
+            precision = _EXACT if x.dtype == jnp.float32 else None
+            part = jnp.dot(x, q, preferred_element_type=jnp.float32, precision=precision)
+            scale, *zeros = _scale_and_zero(
+                grid_refs, row // facts.group_size, columns, inside, layer
+            )
+            if zeros:
+                sums = _load(sums_ref, row // tiles.depth, rows, real)
+                part = part - sums[:, None] * zeros[0][None, :]
+            acc = acc + part * scale[None, :]
+        return acc
+
+    start = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    acc = lax.fori_loop(*_steps(facts), step, start)
+    kept = mask if real_rows is None else real_rows
+    if mask is not None and real_rows is not None:
+        kept = mask & real_rows
+    y = acc.astype(y_ref.dtype)
+    plgpu.store(y_ref.at[pl.program_id(2), rows, columns], y, mask=kept)
+
+
+def packed_matmul(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """``y = x @ (s (q - z))``, accumulated in float32; arguments as `dispatch` normalises them.
+
+    Args:
+      x: ``[m, k]``.
+      planes: ``uint8[L, k * width // 8, n]`` for each width in ``PLANES[bits]``.
+      scales: ``[L, k // group_size, n]``.
+      zeros: As scales, or uint8, or None.
+      layer: ``int32[]``, which of the L.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      tiles: Block sizes; None is `blocks`.
+      interpret: Runs on the CPU, for tests.
+
+    Returns:
+      ``y[m, n]`` in x's dtype.
+
+    Raises:
+      ValueError: A stack of planes is between 2 and 4 GiB.
+    """
+    (m, k), n = x.shape, scales.shape[-1]
+    check_addressable(planes)
+    tiles = tiles or blocks(m=m, k=k, n=n, bits=bits, group_size=group_size)
+    facts = _Facts(
+        m=m, k=k, n=n, bits=bits, group_size=group_size, tiles=tiles, has_zeros=zeros is not None,
+        interpret=interpret,
+    )  # fmt: skip
+    few = m <= 2 and tiles.rows <= 2
+    operands = [layer.reshape(1), x, *planes, scales]
+    if zeros is not None:
+        operands.append(zeros)
+        if not few:
+            runs = x.reshape(m, k // tiles.depth, tiles.depth)
+            operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
+    grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
+    partial = x.dtype if tiles.splits == 1 else jnp.float32
+    out = pl.pallas_call(
+        functools.partial(_few_rows if few else _many_rows, facts=facts),
+        out_shape=jax.ShapeDtypeStruct((tiles.splits, m, n), partial),
+        grid=grid,
+        compiler_params=plgpu.CompilerParams(
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        ),
+        interpret=interpret,
+        name=f"packed_matmul_{bits}bit",
+    )(*operands)
+    return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+
+
+def check_addressable(stacks: Any) -> None:
+    """Refuses stacks that the backend would address wrongly.
+
+    Offsets are 32 bits, signed and counted in elements, up to 4 GiB of an array, 64 beyond.
+
+    Args:
+      stacks: Arrays.
+
+    Raises:
+      ValueError: An array has more than 2**31 elements in less than 4 GiB.
+    """
+    for a in jax.tree.leaves(stacks):
+        if a.size >= 2**31 and a.nbytes <= 2**32:
+            raise ValueError(
+                f"stack: expected less than 2 GiB or more than 4 GiB of uint8, got {a.nbytes} "
+                "bytes; split the stack over layers in two, or pass implementation='xla'"
+            )
