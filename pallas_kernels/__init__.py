@@ -1,6 +1,6 @@
 """Kernels for matrices of packed low-bit weights: arrays in, arrays out, nothing of ttq_jax."""
 
-from pallas_kernels.choose import Choice, Problem, Target, choose, current_target
+from pallas_kernels.choice import Choice, Problem, Target, choose, current_target
 from pallas_kernels.dispatch import packed_matmul, prefill_quantize, quantize_pack
 from pallas_kernels.layout import PLANES, pack, unpack
 from pallas_kernels.reference import dequantize

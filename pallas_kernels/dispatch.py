@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import batching, grid
-from pallas_kernels.choose import Choice, Problem, choose, current_target, module_of
+from pallas_kernels.choice import Choice, Problem, choose, current_target, module_of
 from pallas_kernels.layout import check_packing, check_planes
 from pallas_kernels.reference import LowRank, Packed
 
@@ -50,7 +50,7 @@ def packed_matmul(
       group_size: Rows that share a scale: a multiple of 8 that divides ``k``.
       layer: Reads this layer of planes, scales and zeros that have a leading axis over layers,
         without copying it out; D, A and B are that layer's own. None: there is no such axis.
-      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+      implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
 
     Returns:
       ``y[..., n]`` in x's dtype.
@@ -112,7 +112,7 @@ def quantize_pack(
       shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
       layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
         are that layer's own. None: there is no such axis.
-      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+      implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
 
     Returns:
       ``(planes, scales, zeros)`` as `packed_matmul` reads them, of one layer; zeros are None,
@@ -126,7 +126,8 @@ def quantize_pack(
         zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks, layer=layer,
     )  # fmt: skip
     d_in, n = w.shape[-2:]
-    problem = _problem("quantize_pack", 0, d_in, n, w.dtype, low_rank, kind)
+    scaled = channel_scale is not None
+    problem = _problem("quantize_pack", 0, d_in, n, w.dtype, low_rank, {**kind, "scaled": scaled})
     down, up = low_rank if low_rank is not None else (None, None)
     stacks, layer = _with_layers(w, layer)
 
@@ -170,7 +171,7 @@ def prefill_quantize(
       shrinks: See `quantize_pack`.
       quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
       layer: See `quantize_pack`.
-      implementation: None, or one of `choose.IMPLEMENTATIONS` to force it.
+      implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
 
     Returns:
       ``(y[..., n] in x's dtype, (planes, scales, zeros))``.
@@ -193,8 +194,8 @@ def prefill_quantize(
     stacks, layer = _with_layers(w, layer)
 
     def problem(m: int) -> Problem:
-        made = _problem("prefill_quantize", m, d_in, n, x.dtype, low_rank, kind)
-        return made if not quantized else Problem(**{**vars(made), "quantized": True})
+        facts = {**kind, "scaled": channel_scale is not None, "quantized": quantized}
+        return _problem("prefill_quantize", m, d_in, n, x.dtype, low_rank, facts)
 
     def call(w: Any, layer: Any, rest: Any) -> tuple[jax.Array, Packed]:
         choice = choose(problem(rest[0].shape[0]), current_target(), implementation)
@@ -287,6 +288,7 @@ def _problem(
         kernel=kernel, m=m, d_in=d_in, k=-(-d_in // group_size) * group_size, n=n,
         bits=kind["bits"], group_size=group_size, zero_point=kind["zero_point"], dtype=str(dtype),
         store_dtype=str(kind["store_dtype"]), rank=_rank(low_rank), shrinks=len(kind["shrinks"]),
+        scaled=kind["scaled"], quantized=kind.get("quantized", False),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,28 @@ def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) 
         return traced.lower(lowering_platforms=(CHIPS[name].platform,)).compile()
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the compiler says of a program.
+
+    Attributes:
+      cycles: by operation, Pallas kernels by their name; {} if the profiler aborted.
+      note: what was asked beside it.
+    """
+
+    cycles: dict[str, int]
+    note: str
+
+
 def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str, int]:
-    """Static cycles of a TPU program's operations, Pallas kernels by their name.
+    """`estimate` without a note: cycles by operation, {} if the profiler aborted."""
+    return estimate(name, fn, *shapes).cycles
+
+
+def estimate(
+    name: str, fn: Callable[..., Any], *shapes: Any, note: Callable[[], str] = str
+) -> Estimate:
+    """Static cycles of a TPU program's operations.
 
     Runs in a child process: the compiler reads the option once, when it is loaded, and on some
     programs its profiler aborts. The parent must not have loaded the TPU compiler yet.
@@ -222,9 +243,10 @@ def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str
       name: a TPU of `CHIPS` with a `bytes_per_cycle`.
       fn: to be compiled.
       *shapes: its arguments, as for `compile_for`.
+      note: called where the chip is what is traced for.
 
     Returns:
-      Estimated cycles by operation; {} if the profiler aborted.
+      The estimate.
 
     Raises:
       ChipError: the chip is unknown, has no estimate, or its compiler is not installed.
@@ -233,32 +255,46 @@ def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str
     if chip(name).bytes_per_cycle is None:
         raise ChipError(f"{name}: its compiler gives no cycle estimates")
     if device.cache_info().currsize:
-        raise RuntimeError("estimate_cycles: this process has loaded a compiler; call it before")
+        raise RuntimeError("estimate: this process has loaded a compiler; call it before")
     with tempfile.TemporaryDirectory() as directory:
         read, write = os.pipe()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # The child compiles and leaves; it never waits for a thread of the parent.
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
-            status, message = 0, b""
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                os.environ["LIBTPU_INIT_ARGS"] = (
-                    f"--xla_jf_dump_static_llo_profile_to={directory} "
-                    + os.environ.get("LIBTPU_INIT_ARGS", "")
-                )
-                compile_for(name, fn, *shapes)
-            except Exception as e:
-                status, message = 1, str(e).encode()[:4000]
-            os.write(write, message)
-            os._exit(status)
+            _compile_and_leave(name, fn, shapes, note, directory, write)
         os.close(write)
         with os.fdopen(read, "rb") as pipe:
-            message = pipe.read()
+            message = pipe.read().decode()
         _, status = os.waitpid(pid, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            raise RuntimeError(message.decode())
-        found = {}
+            raise RuntimeError(message)
+        found: dict[str, int] = {}
         for path in Path(directory).glob("*profile.textproto"):
             text = path.read_text()
             for m in re.finditer(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
                 found[m.group(1)] = int(m.group(2))
-        return found
+        return Estimate(found, message)
+
+
+def _compile_and_leave(
+    name: str, fn: Callable[..., Any], shapes: Any, note: Callable[[], str], directory: str,
+    write: int,
+) -> None:  # fmt: skip
+    """The child's part of `estimate`; does not return."""
+    status = 0
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_static_llo_profile_to={directory} "
+            + os.environ.get("LIBTPU_INIT_ARGS", "")
+        )
+        with tracing_for(name):
+            os.write(write, note().encode()[:4000])
+        compile_for(name, fn, *shapes)
+    except BaseException as e:
+        status = 1
+        os.write(write, str(e).encode()[:4000])
+    os._exit(status)

@@ -1,7 +1,7 @@
 """The command line: options, exit codes, and how a command ends.
 
 Nothing here imports jax: `--help` and a mistyped option answer at once. What the commands do is
-in `commands` (generate, perplexity), `inspection` and `demo`.
+in `commands` (generate, perplexity), `inspection`, `kernel_list`, `bench_command` and `demo`.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
 130 after Ctrl-C; 141 when the reader of stdout is gone.
@@ -18,6 +18,9 @@ from typing import Any, NoReturn
 from ttq_jax._version import __version__
 
 METHODS = ("none", "rtn", "awq", "ttq")
+ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
+MEASURED = ("gpu", "cpu")
+COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
 
 _DESCRIPTION = """\
 Test-time quantization of language models: the prompt itself calibrates the low-bit weights that
@@ -146,6 +149,58 @@ def _perplexity_parser(commands: Any) -> None:
     _add_common(parser)
 
 
+def _bench_parser(commands: Any) -> None:
+    bench = commands.add_parser("bench", help="what the kernels reach")
+    what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
+    parser = what.add_parser(
+        "kernels", help="estimated cycles for a TPU, or times on the device that is there"
+    )
+    add = parser.add_argument
+    add(
+        "--chip",
+        required=True,
+        choices=(*ESTIMATED, *MEASURED),
+        help="a TPU: its compiler's estimate, on any machine; gpu, cpu: measured on this one",
+    )
+    add(
+        "--kernel",
+        nargs="+",
+        choices=("packed_matmul", "quantize_pack", "prefill_quantize"),
+        help="default: all",
+    )
+    add("--bits", type=int, nargs="+", metavar="B", help="2, 3, 4, 5 or 8")
+    add("--group-size", type=int, nargs="+", metavar="N", help="rows that share a scale")
+    add("--m", type=int, nargs="+", metavar="M", help="rows of activations")
+    add("--shape", nargs="+", metavar="KxN", help="of the weight (default: 4096x4096)")
+    add("--symmetric", action="store_true", help="no zero points")
+    _add_common(parser)
+
+
+def _kernels_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "kernels", help="which kernel serves which projection of a model, and why"
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="M",
+        help="as for inspect; or qwen3-0.6b, qwen3-1.7b, qwen3-8b, llama-3-8b, gemma-3-1b, "
+        "opt-6.7b, whose sizes are known without their weights",
+    )
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the activations (default: %(default)s)",
+    )
+    add("--chip", choices=(*COMPILED, "cpu"), help="default: the device that is there")
+    add("--batch-size", type=int, default=1, metavar="B", help="default: %(default)s")
+    add("--prompt-tokens", type=int, default=512, metavar="P", help="default: %(default)s")
+    _add_recipe(parser)
+    _add_common(parser)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
@@ -166,6 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(inspect)
     _add_recipe(inspect)
     _add_common(inspect)
+    _kernels_parser(commands)
+    _bench_parser(commands)
     return parser
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint import CheckpointError, Model
+from ttq_jax.chips import ChipError
 from ttq_jax.cli import BadInput
 from ttq_jax.config import ConfigError
 from ttq_jax.corpora import CorpusError, begin_tokens, cut_windows, read_corpus, sha256
@@ -271,9 +272,17 @@ def run(args: argparse.Namespace, cache: Path | None) -> None:
             from ttq_jax.inspection import run_inspect
 
             run_inspect(args, progress)
+        elif args.command == "kernels":
+            from ttq_jax.kernel_list import run_kernels
+
+            run_kernels(args, progress)
+        elif args.command == "bench":
+            from ttq_jax.bench_command import run_bench
+
+            run_bench(args, progress)
         else:
             from ttq_jax.demo import run_demo
 
             run_demo(args, progress)
-    except (ConfigError, PromptError, CheckpointError, CorpusError) as e:
+    except (ConfigError, PromptError, CheckpointError, CorpusError, ChipError) as e:
         raise BadInput(str(e)) from e

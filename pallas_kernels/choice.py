@@ -82,6 +82,7 @@ class Problem:
       rank: of the low-rank term, 0 for none.
       shrinks: how many range factors are tried; 0 for `packed_matmul`.
       quantized: `prefill_quantize` multiplies with the quantized weight.
+      scaled: there is a channel scale.
     """
 
     kernel: str
@@ -97,6 +98,7 @@ class Problem:
     rank: int = 0
     shrinks: int = 0
     quantized: bool = False
+    scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +177,7 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
         facts |= {
             "d_in": problem.d_in, "zero_point": problem.zero_point,
             "store_dtype": problem.store_dtype, "shrinks": problem.shrinks, "rank": problem.rank,
+            "scaled": problem.scaled,
         }  # fmt: skip
     if problem.kernel == "prefill_quantize":
         facts["quantized"] = problem.quantized

@@ -1,0 +1,99 @@
+"""Sizes of released models, for compiling and planning without their weights.
+
+Each entry is what matters of the model's config.json on the hub; nothing here is downloaded.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttq_jax.config import ModelConfig
+from ttq_jax.models import gemma3, llama, opt, qwen3
+from ttq_jax.models.decoder import init_params
+from ttq_jax.models.family import Settings
+from ttq_jax.types import Params
+
+_QWEN3 = {
+    "head_dim": 128, "max_position_embeddings": 40960, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000, "vocab_size": 151936,
+}  # fmt: skip
+_SIZES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "qwen3-0.6b": (qwen3, _QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+        "num_hidden_layers": 28, "tie_word_embeddings": True,
+    }),
+    "qwen3-1.7b": (qwen3, _QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16,
+        "num_hidden_layers": 28, "tie_word_embeddings": True,
+    }),
+    "qwen3-8b": (qwen3, _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+        "num_hidden_layers": 36, "tie_word_embeddings": False,
+    }),
+    "llama-3-8b": (llama, {
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 8192,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "vocab_size": 128256,
+    }),
+    "gemma-3-1b": (gemma3, {
+        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+        "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+    }),
+    "opt-6.7b": (opt, {
+        "activation_function": "relu", "do_layer_norm_before": True, "ffn_dim": 16384,
+        "hidden_size": 4096, "max_position_embeddings": 2048, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "vocab_size": 50272, "word_embed_proj_dim": 4096,
+    }),
+}  # fmt: skip
+
+RELEASED = tuple(_SIZES)
+"""Names that `released_config` knows."""
+
+
+def released_config(name: str) -> ModelConfig:
+    """The configuration of a released model.
+
+    Args:
+      name: one of `RELEASED`.
+
+    Returns:
+      What its config.json says.
+    """
+    family, sizes = _SIZES[name]
+    settings = Settings(sizes)
+    config = family.hf_config(settings)
+    settings.finish()
+    return config
+
+
+def params_shapes(config: ModelConfig, dtype: jax.typing.DTypeLike = "bfloat16") -> Params:
+    """The parameter tree of a model as shapes.
+
+    Args:
+      config: the model's.
+      dtype: of every leaf.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+    """
+    tree = jax.eval_shape(partial(init_params, config), jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype)), tree)
+
+
+def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers of one block.
+
+    Args:
+      config: the model's.
+
+    Returns:
+      {"q": (d_in, d_out), …}.
+    """
+    layers = params_shapes(config)["layers"]
+    return {n: leaf["kernel"].shape[1:] for n, leaf in layers.items() if "kernel" in leaf}
