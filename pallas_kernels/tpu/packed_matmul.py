@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ _RUN = 32
 """Carrier rows in one vector register: four bytes to the word, eight words."""
 
 _LANES = 128
+_ROWS = 16
 _MAX_PIECE = 512
 """Most rows in one product of the matrix unit."""
 
@@ -95,7 +98,9 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     unit = k * min(PLANES[bits]) // 8
     grain = max(_LANES, group_size)
     parts = next((p for p in (4, 3, 2) if unit % (p * grain) == 0), 1)
-    return Blocks(rows=min(m, 64), columns=columns, parts=parts, cores=cores)
+    # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
+    rows = min(pl.cdiv(m, _ROWS) * _ROWS, 64)
+    return Blocks(rows=rows, columns=columns, parts=parts, cores=cores)
 
 
 def _vmem_limit() -> int:
@@ -218,34 +223,41 @@ def _split3(a: jax.Array) -> list[jax.Array]:
 def _prepare(x_ref: Any, x_codes_ref: Any, sums_ref: Any, *, bits: int, group_size: int) -> None:
     """Activations in the order that codes come in, and minus their sums by group.
 
-    Both are products with zeros and ones, exact in float32.
+    Both are products with zeros and ones, exact in float32. All chunks of 128 channels are stacked
+    as rows, so that the matrix unit is loaded once for each.
     """
     m, k = x_ref.shape
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    to = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1)
-    source = (to & ~31) | ((to & 15) << 1) | ((to >> 4) & 1)
-    permutation = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0) == source
-    permutation = permutation.astype(jnp.bfloat16)
-    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
-    sums = [jnp.zeros((m, _LANES), jnp.float32)] * (sums_ref.shape[1] // _LANES)
-    for at in range(0, k, _LANES):
-        size = min(_LANES, k - at)
-        chunk = x_ref[:, at : at + size]
-        if bits != 8:
-            moved = dot(chunk, permutation[:size, :size])
-            x_codes_ref[:, at : at + size] = moved.astype(jnp.bfloat16)
-        block = at // group_size // _LANES
-        rows, start = [], at
-        while start < at + size:
-            group = start // group_size
-            end = min((group + 1) * group_size, at + size)
-            mine = (lane == group - block * _LANES).astype(jnp.float32)
-            rows.append(jnp.broadcast_to(mine, (end - start, _LANES)).astype(jnp.bfloat16))
-            start = end
-        sums[block] = sums[block] - dot(chunk, jnp.concatenate(rows))
-    for block, total in enumerate(sums):
-        for i, part in enumerate(_split3(total)):
-            sums_ref[i * m : (i + 1) * m, block * _LANES : (block + 1) * _LANES] = part
+    starts = range(0, k, _LANES)
+    chunks = [x_ref[:, at : min(at + _LANES, k)] for at in starts]
+    if k % _LANES:
+        padding = jnp.zeros((m, -k % _LANES), x_ref.dtype)
+        chunks[-1] = jnp.concatenate([chunks[-1], padding], axis=1)
+    stacked = jnp.concatenate(chunks)
+    row = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
+    lane = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1)
+
+    def times(chosen: jax.Array) -> jax.Array:
+        ones = chosen.astype(jnp.float32).astype(jnp.bfloat16)
+        return jnp.dot(stacked, ones, preferred_element_type=jnp.float32)
+
+    if bits != 8:
+        moved = times(row == ((lane & ~31) | ((lane & 15) << 1) | ((lane >> 4) & 1)))
+        for i, at in enumerate(starts):
+            size = min(_LANES, k - at)
+            x_codes_ref[:, at : at + size] = moved[i * m : (i + 1) * m, :size].astype(jnp.bfloat16)
+    # A run never crosses a group; its sum stands in every lane, and is added in its group's.
+    run = math.gcd(group_size, _LANES)
+    sums = [times((row // run) == r) for r in range(_LANES // run)]
+    lane = lax.broadcasted_iota(jnp.int32, (m, _LANES), 1)
+    for block in range(0, sums_ref.shape[1], _LANES):
+        total = jnp.zeros((m, _LANES), jnp.float32)
+        for i, at in itertools.product(range(len(starts)), range(0, _LANES, run)):
+            group = (starts[i] + at) // group_size - block
+            if starts[i] + at < k and 0 <= group < _LANES:
+                part = sums[at // run][i * m : (i + 1) * m]
+                total = jnp.where(lane == group, total - part, total)
+        for i, piece in enumerate(_split3(total)):
+            sums_ref[i * m : (i + 1) * m, block : block + _LANES] = piece
 
 
 def _kernel(
@@ -257,7 +269,7 @@ def _kernel(
     n_plane = parts * len(PLANES[bits])
     plane_refs, scales_ref, refs = refs[:n_plane], refs[n_plane], refs[n_plane + 1 :]
     zeros_ref, refs = (None, refs) if symmetric else (refs[0], refs[1:])
-    y_ref, x_codes_ref, sums_ref = refs
+    y_ref, x_codes_ref, sums_ref, rows_ref = refs
     m, k = x_ref.shape
 
     @pl.when(pl.program_id(2) == 0)
@@ -274,11 +286,17 @@ def _kernel(
         return pltpu.bitcast(of_plane[part][at : at + size, :], jnp.int32)
 
     merged = functools.cache(functools.partial(_merged, load))
-    scales = scales_ref[...].astype(jnp.float32)
+    # A float32 row is broadcast while it is loaded, for nothing.
+    rows_ref[...] = scales_ref[...].astype(jnp.float32)
     offset = -128.0 if bits == 8 else 128.0
-    zeros = 2.0 ** (bits - 1) if zeros_ref is None else zeros_ref[...].astype(jnp.int32 if zeros_ref.dtype == jnp.uint8 else jnp.float32).astype(jnp.float32)
+    zeros: Any = 2.0 ** (bits - 1)
+    if zeros_ref is not None:
+        zeros = zeros_ref[...]
+        if zeros.dtype == jnp.uint8:
+            zeros = zeros.astype(jnp.int32)
+        zeros = zeros.astype(jnp.float32)
     x = x_ref if bits == 8 else x_codes_ref
-    total = _correction(sums_ref, scales * (zeros + offset))
+    total = _correction(sums_ref, rows_ref[...] * (zeros + offset))
     for piece in _pieces(k, bits, group_size, parts):
         words = merged(piece.unit, piece.carrier, piece.size, bits)
         codes = _codes(*words, bits)
@@ -286,7 +304,7 @@ def _kernel(
             x[:, piece.row : piece.row + piece.size], codes, preferred_element_type=jnp.float32
         )
         group = piece.row // group_size
-        total = total + product * scales[group : group + 1]
+        total = total + product * rows_ref[group : group + 1, :]
     y_ref[...] = total.astype(y_ref.dtype)
 
 
@@ -365,12 +383,14 @@ def packed_matmul(
             scratch_shapes=[
                 pltpu.VMEM((sizes.rows, k), jnp.bfloat16),
                 pltpu.VMEM((3 * sizes.rows, sums), jnp.bfloat16),
+                pltpu.VMEM((k // group_size, columns), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_vmem_limit(),
+            disable_bounds_checks=True,
         ),
         interpret=interpret,
         name="packed_matmul",
