@@ -1,47 +1,58 @@
 """Activations times a packed weight, at the speed of its bits.
 
-The matrix unit of a TPU multiplies bfloat16 by bfloat16, so every code must become one. The
-insight is that a bit pattern already is: with a code ``q < 128`` in the low mantissa bits,
-``0x4300 | q`` is the bfloat16 number ``128 + q``, exactly. Two codes of an int32 word are turned
-with one shift, one *and*, one *or*; nothing is converted, and ``128`` joins the zero point:
+The matrix unit of a TPU multiplies bfloat16 by bfloat16 or int8 by int8, so one side must change
+for the other. With few rows of x it is x: cut into int8 limbs, so that codes go in as they are.
+With more rows it is the codes: as the bfloat16 numbers ``128 + q``, which their bits nearly are.
+`pallas_kernels.tpu.unpack` and `pallas_kernels.tpu.activations` have both. Either way
 
-    y[c] = sum_g s[g, c] * (sum_{i in g} x[i] (128 + q[i, c]))  -  sum_g X[g] s[g, c] (128 + z[g, c])
+    y[c] = sum_g s[g, c] * (sum_{i in g} x[i] (q[i, c] + t))  -  sum_g X[g] s[g, c] (z[g, c] + t)
 
-with ``X[g]`` the sum of the group's activations. Products of bfloat16 numbers and sums in float32
-make the first term as exact as any float32 matmul; the second is multiplied as three bfloat16
-pieces of each factor, which is float32 again.
+with ``X[g]`` the sum of the group's activations and ``t`` the offset of the codes' form. Products
+are exact and sums float32 in both terms; the second one is multiplied as three bfloat16 parts of
+each factor, which is float32 again.
 
-Words hold carrier rows ``4r .. 4r+3`` in their bytes (a free bitcast of uint8), so the halves of a
-word give every second row: 16 even, then 16 odd ones of each run of 32. The activations are
-permuted alike, once per call, by a product with a permutation matrix.
-
-8-bit codes do not fit seven mantissa bits: these are made signed and converted by the vector unit.
+Groups are multiplied one by one, and their partial sums scaled: fewer operations than scaling the
+weight while x has few rows. The whole column of a weight is one block, so that a slab of the
+layout (any group of it) is a run of consecutive vector registers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import PLANES
+from pallas_kernels.tpu.activations import (
+    LANES,
+    LIMBS,
+    exact_dot,
+    join_limbs,
+    write_limbs,
+    write_permuted,
+    write_sums,
+)
+from pallas_kernels.tpu.unpack import (
+    RUN,
+    as_bfloat16,
+    as_int8,
+    merged,
+    offset,
+    pieces,
+    unit_rows,
+)
 
-_RUN = 32
-"""Carrier rows in one vector register: four bytes to the word, eight words."""
-
-_LANES = 128
 _ROWS = 16
-_MAX_PIECE = 512
-"""Most rows in one product of the matrix unit."""
+"""Rows of a register of bfloat16 numbers."""
+
+_INTEGER_ROWS = 10
+"""Most rows of x whose limbs fill one register of int8 numbers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +65,14 @@ class Blocks:
       parts: pieces that a block of a plane is fetched in: a single transfer does not use all of
         the memory's bandwidth.
       cores: cores of the chip, among which the columns are divided.
+      integer: multiply int8 numbers, see the module's docstring.
     """
 
     rows: int
     columns: int
     parts: int
     cores: int
+    integer: bool = False
 
 
 def _info() -> Any:
@@ -89,18 +102,19 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     info = _info()
     bytes_per_column = k * bits // 8 + 8 * (k // group_size)
     columns = 1024
-    while columns > _LANES and (
+    while columns > LANES and (
         columns * bytes_per_column > info.vmem_capacity_bytes // 6
         or 2 * columns * info.num_cores > n
     ):
         columns //= 2
     cores = info.num_cores if pl.cdiv(n, columns) % info.num_cores == 0 else 1
-    unit = k * min(PLANES[bits]) // 8
-    grain = max(_LANES, group_size)
+    unit = unit_rows(k, bits)
+    grain = max(LANES, group_size)
     parts = next((p for p in (4, 3, 2) if unit % (p * grain) == 0), 1)
     # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
     rows = min(pl.cdiv(m, _ROWS) * _ROWS, 64)
-    return Blocks(rows=rows, columns=columns, parts=parts, cores=cores)
+    integer = m <= _INTEGER_ROWS and info.int8_ops_per_second > info.bf16_ops_per_second
+    return Blocks(rows=rows, columns=columns, parts=parts, cores=cores, integer=integer)
 
 
 def _vmem_limit() -> int:
@@ -124,199 +138,66 @@ def refusal(
       The reason.
     """
     del m, n
-    unit = k * min(PLANES[bits]) // 8
+    unit = unit_rows(k, bits)
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"x is {jnp.dtype(dtype).name}; the matrix unit multiplies bfloat16"
-    if unit % _RUN:
+    if unit % RUN:
         return (
             f"{k} rows of {bits}-bit codes are slabs of {unit} rows; "
-            f"vector registers hold multiples of {_RUN}"
+            f"vector registers hold multiples of {RUN}"
         )
-    if group_size % _RUN and group_size != k:
-        return f"group_size {group_size} is not a multiple of {_RUN}"
+    if group_size % RUN and group_size != k:
+        return f"group_size {group_size} is not a multiple of {RUN}"
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Rows of one unit, one group and one part, multiplied at once."""
-
-    unit: int
-    carrier: int
-    row: int
-    size: int
-
-
-def _pieces(k: int, bits: int, group_size: int, parts: int) -> list[_Piece]:
-    """All rows. Unit u is field u of the narrowest plane; its carriers are counted within it."""
-    length = k * min(PLANES[bits]) // 8
-    cuts = {*range(0, length, length // parts), length}
-    pieces = []
-    for unit in range(k // length):
-        first = unit * length
-        groups = {g - first for g in range(0, k, group_size) if first < g < first + length}
-        edges = sorted(cuts | groups)
-        for start, end in zip(edges, edges[1:], strict=False):
-            for at in range(start, end, _MAX_PIECE):
-                size = min(end - at, _MAX_PIECE)
-                pieces.append(_Piece(unit, at, first + at, size))
-    # Units that share carriers next to each other, so that what they share is computed once.
-    return sorted(pieces, key=lambda p: (p.carrier, p.unit))
-
-
-def _field(word: jax.Array, shift: int, mask: int) -> jax.Array:
-    """Bits of an int32 word, moved right by `shift` (left if negative)."""
-    if shift > 0:
-        word = lax.shift_right_logical(word, jnp.int32(shift))
-    elif shift < 0:
-        word = lax.shift_left(word, jnp.int32(-shift))
-    return word & jnp.int32(mask)
-
-
-def _merged(load: Any, unit: int, carrier: int, size: int, bits: int) -> tuple[jax.Array, int, int]:
-    """Words with a unit's codes in whole fields: ``(int32[size // 4, n], shift, mask)``.
-
-    Of two planes, units four apart have their codes in the two nibbles of the same merged bytes if
-    they are 3-bit ones; 5-bit ones take a byte each.
-    """
-    main, *narrow = PLANES[bits]
-    if not narrow:
-        return load(0, 0, carrier, size), unit * bits, 2**bits - 1
-    field, row = divmod(unit, main)
-    low, high = load(0, row, carrier, size), load(1, 0, carrier, size)
-    if bits == 3:
-        nibble, field = divmod(field, 2)
-        words = _field(low, 2 * field, 0x33333333) | _field(high, unit % 4 - 2, 0x44444444)
-        return words, 4 * nibble, 7
-    return _field(low, 4 * field, 0x0F0F0F0F) | _field(high, unit - 4, 0x10101010), 0, 31
-
-
-def _codes(words: jax.Array, shift: int, mask: int, bits: int) -> jax.Array:
-    """``bfloat16[4 * rows, n]`` from ``int32[rows, n]``: codes plus 128 in the permuted order.
-
-    8-bit codes: minus 128, in their own order.
-    """
-    if bits == 8:
-        signed = pltpu.bitcast(words ^ jnp.int32(-0x7F7F7F80), jnp.int8)
-        return signed.astype(jnp.float32).astype(jnp.bfloat16)
-    halves = [
-        _field(words, shift + 8 * odd, mask | mask << 16) | jnp.int32(0x43004300)
-        for odd in range(2)
-    ]
-    even, odd = (pltpu.bitcast(half, jnp.bfloat16) for half in halves)
-    half = _RUN // 2
-    return jnp.concatenate(
-        [part[r : r + half] for r in range(0, even.shape[0], half) for part in (even, odd)]
-    )
-
-
-def _split3(a: jax.Array) -> list[jax.Array]:
-    """float32 as a sum of three bfloat16 numbers, exactly up to float32's last bits."""
-    parts = []
-    for _ in range(3):
-        part = a.astype(jnp.bfloat16)
-        parts.append(part)
-        a = a - part.astype(jnp.float32)
-    return parts
-
-
-def _prepare(x_ref: Any, x_codes_ref: Any, sums_ref: Any, *, bits: int, group_size: int) -> None:
-    """Activations in the order that codes come in, and minus their sums by group.
-
-    Both are products with zeros and ones, exact in float32. All chunks of 128 channels are stacked
-    as rows, so that the matrix unit is loaded once for each.
-    """
-    m, k = x_ref.shape
-    starts = range(0, k, _LANES)
-    chunks = [x_ref[:, at : min(at + _LANES, k)] for at in starts]
-    if k % _LANES:
-        padding = jnp.zeros((m, -k % _LANES), x_ref.dtype)
-        chunks[-1] = jnp.concatenate([chunks[-1], padding], axis=1)
-    stacked = jnp.concatenate(chunks)
-    row = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
-    lane = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1)
-
-    def times(chosen: jax.Array) -> jax.Array:
-        ones = chosen.astype(jnp.float32).astype(jnp.bfloat16)
-        return jnp.dot(stacked, ones, preferred_element_type=jnp.float32)
-
-    if bits != 8:
-        moved = times(row == ((lane & ~31) | ((lane & 15) << 1) | ((lane >> 4) & 1)))
-        for i, at in enumerate(starts):
-            size = min(_LANES, k - at)
-            x_codes_ref[:, at : at + size] = moved[i * m : (i + 1) * m, :size].astype(jnp.bfloat16)
-    # A run never crosses a group; its sum stands in every lane, and is added in its group's.
-    run = math.gcd(group_size, _LANES)
-    sums = [times((row // run) == r) for r in range(_LANES // run)]
-    lane = lax.broadcasted_iota(jnp.int32, (m, _LANES), 1)
-    for block in range(0, sums_ref.shape[1], _LANES):
-        total = jnp.zeros((m, _LANES), jnp.float32)
-        for i, at in itertools.product(range(len(starts)), range(0, _LANES, run)):
-            group = (starts[i] + at) // group_size - block
-            if starts[i] + at < k and 0 <= group < _LANES:
-                part = sums[at // run][i * m : (i + 1) * m]
-                total = jnp.where(lane == group, total - part, total)
-        for i, piece in enumerate(_split3(total)):
-            sums_ref[i * m : (i + 1) * m, block : block + _LANES] = piece
 
 
 def _kernel(
     layer_ref: Any, x_ref: Any, *refs: Any,
-    bits: int, group_size: int, parts: int, symmetric: bool,
+    bits: int, group_size: int, parts: int, symmetric: bool, integer: bool,
 ) -> None:  # fmt: skip
     """One block of columns of y."""
     del layer_ref
     n_plane = parts * len(PLANES[bits])
     plane_refs, scales_ref, refs = refs[:n_plane], refs[n_plane], refs[n_plane + 1 :]
     zeros_ref, refs = (None, refs) if symmetric else (refs[0], refs[1:])
-    y_ref, x_codes_ref, sums_ref, rows_ref = refs
-    m, k = x_ref.shape
+    y_ref, left_ref, sums_ref, rows_ref = refs
+    k = x_ref.shape[1]
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        _prepare(x_ref, x_codes_ref, sums_ref, bits=bits, group_size=group_size)
-
-    unit = k * min(PLANES[bits]) // 8
+        write_sums(x_ref, sums_ref, group_size)
+        (write_limbs if integer else write_permuted)(x_ref, left_ref)
 
     @functools.cache
     def load(plane: int, row: int, carrier: int, size: int) -> jax.Array:
-        at = row * unit + carrier
         of_plane = plane_refs[plane * parts : (plane + 1) * parts]
-        part, at = divmod(at, of_plane[0].shape[0])
+        part, at = divmod(row * unit_rows(k, bits) + carrier, of_plane[0].shape[0])
         return pltpu.bitcast(of_plane[part][at : at + size, :], jnp.int32)
 
-    merged = functools.cache(functools.partial(_merged, load))
+    words = functools.cache(functools.partial(merged, load))
     # A float32 row is broadcast while it is loaded, for nothing.
     rows_ref[...] = scales_ref[...].astype(jnp.float32)
-    offset = -128.0 if bits == 8 else 128.0
-    zeros: Any = 2.0 ** (bits - 1)
-    if zeros_ref is not None:
-        zeros = zeros_ref[...]
-        if zeros.dtype == jnp.uint8:
-            zeros = zeros.astype(jnp.int32)
-        zeros = zeros.astype(jnp.float32)
-    x = x_ref if bits == 8 else x_codes_ref
-    total = _correction(sums_ref, rows_ref[...] * (zeros + offset))
-    for piece in _pieces(k, bits, group_size, parts):
-        words = merged(piece.unit, piece.carrier, piece.size, bits)
-        codes = _codes(*words, bits)
+    zeros = 2.0 ** (bits - 1) if zeros_ref is None else _as_float32(zeros_ref[...])
+    left = x_ref if bits == 8 and not integer else left_ref
+    sum_type = jnp.int32 if integer else jnp.float32
+    total = jnp.zeros((left.shape[0], y_ref.shape[1]), jnp.float32)
+    for piece in pieces(k, bits, group_size, parts):
+        found = words(piece.unit, piece.carrier, piece.size, bits)
+        codes = as_int8(*found) if integer else as_bfloat16(*found)
         product = jnp.dot(
-            x[:, piece.row : piece.row + piece.size], codes, preferred_element_type=jnp.float32
+            left[:, piece.row : piece.row + piece.size], codes, preferred_element_type=sum_type
         )
         group = piece.row // group_size
-        total = total + product * rows_ref[group : group + 1, :]
+        total = total + product.astype(jnp.float32) * rows_ref[group : group + 1, :]
+    if integer:
+        total = join_limbs(x_ref, total)
+    zeros = rows_ref[...] * (zeros + offset(bits, integer=integer))
+    total = total + exact_dot(sums_ref[:, : zeros.shape[0]], zeros)
     y_ref[...] = total.astype(y_ref.dtype)
 
 
-def _correction(sums_ref: Any, terms: jax.Array) -> jax.Array:
-    """``sums @ terms`` in float32, each split into three bfloat16 pieces."""
-    groups = terms.shape[0]
-    product = sum(
-        jnp.dot(sums_ref[:, :groups], part, preferred_element_type=jnp.float32)
-        for part in _split3(terms)
-    )
-    m = sums_ref.shape[0] // 3
-    return product[:m] + product[m : 2 * m] + product[2 * m :]
+def _as_float32(zeros: jax.Array) -> jax.Array:
+    return (zeros.astype(jnp.int32) if zeros.dtype == jnp.uint8 else zeros).astype(jnp.float32)
 
 
 def packed_matmul(
@@ -367,9 +248,15 @@ def packed_matmul(
         if small is not None:
             operands.append(small)
             specs.append(weight_spec(k // group_size, 0))
-    sums = pl.cdiv(k // group_size, _LANES) * _LANES
+    sums = pl.cdiv(k // group_size, LANES) * LANES
     kernel = functools.partial(
-        _kernel, bits=bits, group_size=group_size, parts=parts, symmetric=zeros is None
+        _kernel, bits=bits, group_size=group_size, parts=parts, symmetric=zeros is None,
+        integer=sizes.integer,
+    )  # fmt: skip
+    left = (
+        pltpu.VMEM((m * LIMBS, k), jnp.int8)
+        if sizes.integer
+        else pltpu.VMEM((sizes.rows, k), jnp.bfloat16)
     )
     return pl.pallas_call(
         kernel,
@@ -381,7 +268,7 @@ def packed_matmul(
                 (sizes.rows, columns), lambda core, i, j, layer: (i, core * steps + j)
             ),
             scratch_shapes=[
-                pltpu.VMEM((sizes.rows, k), jnp.bfloat16),
+                left,
                 pltpu.VMEM((3 * sizes.rows, sums), jnp.bfloat16),
                 pltpu.VMEM((k // group_size, columns), jnp.float32),
             ],
