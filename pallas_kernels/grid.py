@@ -14,6 +14,8 @@ run inside a Pallas kernel, where a group is a block of rows, and outside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,7 @@ def fit(
     bits: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    nearest: Callable[[jax.Array], jax.Array] = jnp.round,
 ) -> tuple[jax.Array, jax.Array]:
     """Scales and zero points of ranges.
 
@@ -38,6 +41,8 @@ def fit(
       bits: Width of a code.
       zero_point: One of `ZERO_POINTS`.
       store_dtype: Floating type that scales, and float zero points, are stored in.
+      nearest: Rounds to the nearest whole number, ties to even; for compilers that cannot
+        translate `jnp.round`.
 
     Returns:
       ``(scales, zeros)``, float32 but exactly representable in what they are stored as; scales are
@@ -56,11 +61,18 @@ def fit(
         return scales, jnp.full_like(scales, 2 ** (bits - 1))
     zeros = -low / scales
     if zero_point == "integer":
-        return scales, jnp.clip(jnp.round(zeros), 0, top)
+        return scales, jnp.clip(nearest(zeros), 0, top)
     return scales, zeros.astype(store_dtype).astype(jnp.float32)
 
 
-def encode(w: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int) -> jax.Array:
+def encode(
+    w: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array,
+    *,
+    bits: int,
+    nearest: Callable[[jax.Array], jax.Array] = jnp.round,
+) -> jax.Array:
     """The nearest code of each weight (round to nearest, ties to even).
 
     Args:
@@ -68,11 +80,12 @@ def encode(w: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int) -> j
       scales: From `fit`, broadcast against ``w``.
       zeros: From `fit`, broadcast against ``w``.
       bits: Width of a code.
+      nearest: See `fit`.
 
     Returns:
       Whole numbers in ``0 .. 2**bits - 1``, float32.
     """
-    return jnp.clip(jnp.round(w * (1.0 / scales) + zeros), 0.0, 2.0**bits - 1)
+    return jnp.clip(nearest(w * (1.0 / scales) + zeros), 0.0, 2.0**bits - 1)
 
 
 def decode(codes: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:

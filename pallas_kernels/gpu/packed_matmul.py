@@ -94,7 +94,9 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
     splits = max(1, min(wanted, steps, k * bits // (128 * m)))
     # As even as the number of steps allows: a longer last run would be waited for.
     splits = pl.cdiv(steps, pl.cdiv(steps, splits))
-    return Tiles(rows=rows, columns=columns, depth=depth, splits=splits)
+    return Tiles(
+        rows=rows, columns=columns, depth=depth, splits=splits, num_warps=8 if rows == 64 else 4
+    )
 
 
 def refusal(
@@ -114,8 +116,8 @@ def refusal(
     Returns:
       The reason, None if it can.
     """
-    if chip == "t4" and jnp.dtype(dtype) != jnp.float16:
-        return f"a T4's tensor cores multiply float16, not {jnp.dtype(dtype)}; cast the activations"
+    if chip == "t4":
+        return unpack.NO_TRITON
     run = granule(k=k, bits=bits, group_size=group_size)
     if run < 16:
         return (
@@ -195,12 +197,16 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     mask = None if inside is None else inside[None, :]
     height = min(16, tiles.depth)
     zero = jnp.zeros((height, tiles.columns), jnp.float32)
+    multiply_add = functools.partial(unpack.multiply_add, interpret=facts.interpret)
+    # Not subtracted from each weight but, times the sum of x, from each group.
+    bias = 0.0 if facts.bits == 8 else 128.0
+
+    def wide(a: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(a, zero.shape)
 
     def slab_step(slab: int, step: Any, loaded: Any, accs: Any) -> Any:
         row = slab * facts.slab + step * tiles.depth
-        scale, *zeros = _scale_and_zero(
-            grid_refs, row // facts.group_size, columns, inside, layer
-        )
+        scale, *zeros = _scale_and_zero(grid_refs, row // facts.group_size, columns, inside, layer)
         fields = [field for _, field in unpack.sources(slab, facts.bits)]
         parts = [zero] * facts.m
         sums = [jnp.zeros((height,), jnp.float32)] * facts.m
@@ -208,16 +214,19 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
             carriers = [loaded[i, part, chunk]
                         for i, (part, _) in enumerate(unpack.sources(slab, facts.bits))]  # fmt: skip
             q = unpack.numbers(
-                carriers, fields, bits=facts.bits, dtype=jnp.float32, offset=facts.offset,
+                carriers, fields, bits=facts.bits, dtype=jnp.float32, offset=-bias,
                 interpret=facts.interpret,
             )  # fmt: skip
             for i in range(facts.m):
                 x = x_ref[i, pl.ds(row + chunk * height, height)].astype(jnp.float32)
-                parts[i] = parts[i] + x[:, None] * q
+                parts[i] = multiply_add(wide(x[:, None]), q, parts[i])
                 sums[i] = sums[i] + x
-        if zeros:
-            parts = [p - s[:, None] * zeros[0][None, :] for p, s in zip(parts, sums, strict=True)]
-        return [acc + p * scale[None, :] for acc, p in zip(accs, parts, strict=True)]
+        origin = wide((zeros[0] if zeros else scale * 0.0 + facts.offset)[None, :] + bias)
+        parts = [
+            multiply_add(wide(-s[:, None]), origin, p) for p, s in zip(parts, sums, strict=True)
+        ]
+        scale = wide(scale[None, :])
+        return [multiply_add(p, scale, acc) for acc, p in zip(accs, parts, strict=True)]
 
     def step(t: Any, accs: Any) -> Any:
         loaded = {
@@ -272,22 +281,22 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
             )  # fmt: skip
             x = _load(x_ref, rows, pl.ds(row, tiles.depth), real_rows)
             precision = _EXACT if x.dtype == jnp.float32 else None
-            part = jnp.dot(x, q, preferred_element_type=jnp.float32, precision=precision)
+            part = jnp.dot(q.T, x.T, preferred_element_type=jnp.float32, precision=precision)
             scale, *zeros = _scale_and_zero(
                 grid_refs, row // facts.group_size, columns, inside, layer
             )
             if zeros:
                 sums = _load(sums_ref, row // tiles.depth, rows, real)
-                part = part - sums[:, None] * zeros[0][None, :]
-            acc = acc + part * scale[None, :]
+                part = part - zeros[0][:, None] * sums[None, :]
+            acc = acc + part * scale[:, None]
         return acc
 
-    start = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+    start = jnp.zeros((tiles.columns, tiles.rows), jnp.float32)
     acc = lax.fori_loop(*_steps(facts), step, start)
     kept = mask if real_rows is None else real_rows
     if mask is not None and real_rows is not None:
         kept = mask & real_rows
-    y = acc.astype(y_ref.dtype)
+    y = acc.T.astype(y_ref.dtype)
     plgpu.store(y_ref.at[pl.program_id(2), rows, columns], y, mask=kept)
 
 

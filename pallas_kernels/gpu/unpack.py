@@ -22,6 +22,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.layout import PLANES
 
+NO_TRITON = "XLA compiles Triton kernels for compute capability 8.0 and up, a T4 has 7.5"
+"""What jax 0.10's compiler answers."""
+
 
 def slabs(bits: int) -> int:
     """Slabs that a block of carrier rows of all planes holds: those of the narrowest plane."""
@@ -153,3 +156,43 @@ def numbers(
         codes = codes | (part << jnp.uint8(base))
         base += width
     return (codes.astype(jnp.float32) - jnp.float32(offset)).astype(dtype)
+
+
+def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Array:
+    """``a * b + c`` as one instruction; XLA compiles Triton without contracting the two.
+
+    Args:
+      a: float32.
+      b: As a.
+      c: As a.
+      interpret: Whether no PTX can run.
+
+    Returns:
+      As a.
+    """
+    if interpret:
+        return a * b + c
+    [out] = plgpu.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;", args=[a, b, c], constraints="=f,f,f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, c.dtype)],
+    )  # fmt: skip
+    return out
+
+
+def nearest(a: jax.Array, *, interpret: bool) -> jax.Array:
+    """Rounds to the nearest whole number, ties to even; Pallas does not translate `jnp.round`.
+
+    Args:
+      a: float32.
+      interpret: Whether no PTX can run.
+
+    Returns:
+      As a.
+    """
+    if interpret:
+        return jnp.round(a)
+    [out] = plgpu.elementwise_inline_asm(
+        "cvt.rni.f32.f32 $0, $1;", args=[a], constraints="=f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
+    )  # fmt: skip
+    return out

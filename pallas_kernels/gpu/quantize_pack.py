@@ -1,0 +1,366 @@
+"""Rounds a weight to its groups' grids and packs it, in one pass over it; Triton backend.
+
+A program loads one group of rows from every slab of the narrowest plane, for one block of columns:
+just what fills whole carriers. Each group stays in registers from its load to its codes, the clip
+search included; nothing is read twice.
+
+Where a slab does not hold whole groups (1152 rows in groups of 128 do not cut into eighths), a
+group's codes fall into two fields of different carriers; then the kernel writes bytes and XLA packs
+them: a byte per weight more is written and read.
+
+Division is the GPU's approximate one (2 ulp): scales can differ from the oracle's in the last bit
+of a float32, codes where a weight lies that close to the middle between two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import grid
+from pallas_kernels.gpu import unpack
+from pallas_kernels.layout import PLANES, pack
+from pallas_kernels.reference import Packed
+
+_EXACT = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the body of a quantizing kernel knows statically.
+
+    Attributes:
+      d_in: rows of the weight.
+      k: those, padded to whole groups.
+      n: columns.
+      bits: width of a code.
+      group_size: rows that share a scale.
+      zero_point: one of `grid.ZERO_POINTS`.
+      store_dtype: of scales and float zero points.
+      shrinks: factors on a group's range to choose from.
+      columns: per program.
+      given: names of the optional operands that there are.
+      rank: of the low-rank term.
+      interpret: whether no PTX can run.
+    """
+
+    d_in: int
+    k: int
+    n: int
+    bits: int
+    group_size: int
+    zero_point: str
+    store_dtype: Any
+    shrinks: tuple[float, ...]
+    columns: int
+    given: tuple[str, ...]
+    rank: int
+    interpret: bool
+
+    @property
+    def stored_bits(self) -> int:
+        """Width of what the kernel writes: 8 where XLA packs."""
+        return self.bits if self.k % (unpack.slabs(self.bits) * self.group_size) == 0 else 8
+
+    @property
+    def slab(self) -> int:
+        """Rows of a slab of the narrowest plane that is written."""
+        return self.k // unpack.slabs(self.stored_bits)
+
+    @property
+    def depth(self) -> int:
+        """Rows that are loaded for a group, a power of two."""
+        return 1 << (self.group_size - 1).bit_length()
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(plane, part) of each carrier block that a program fills."""
+        widths = PLANES[self.stored_bits]
+        return [(i, part) for i, w in enumerate(widths) for part in range(w // min(widths))]
+
+
+def refusal(
+    *, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, **other: Any
+) -> str | None:
+    """Why this kernel cannot serve a problem.
+
+    Args:
+      d_in: Rows of the weight.
+      k: Those, padded to whole groups.
+      n: Columns.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      chip: Short name of the GPU, None if unknown.
+      **other: Facts that it does not depend on.
+
+    Returns:
+      The reason, None if it can.
+    """
+    if chip == "t4":
+        return unpack.NO_TRITON
+    if group_size > 512:
+        return f"a group of {group_size} rows does not fit into the registers, at most 512 do"
+    return None
+
+
+def block_columns(*, bits: int, group_size: int) -> int:
+    """The default columns per program.
+
+    Registers hold, per weight of a group, its float32 and a carrier of every part (5 for 5 bits);
+    16 weights for each of 256 threads leave room for both.
+
+    Args:
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+
+    Returns:
+      A power of two from 16 to 128.
+    """
+    weights = 4096 if len(PLANES[bits]) > 1 else 8192
+    return min(128, max(16, weights >> (group_size - 1).bit_length()))
+
+
+def operands_of(
+    channel_scale: jax.Array | None, importance: jax.Array | None, down: jax.Array | None,
+    up: jax.Array | None, shrinks: tuple[float, ...],
+) -> dict[str, jax.Array]:  # fmt: skip
+    """The optional operands that there are, float32, by name."""
+    given = {
+        "channel_scale": channel_scale, "importance": importance if len(shrinks) > 1 else None,
+        "down": down, "up": up,
+        "shrinks": jnp.asarray(shrinks, jnp.float32) if len(shrinks) > 1 else None,
+    }  # fmt: skip
+    return {name: a.astype(jnp.float32) for name, a in given.items() if a is not None}
+
+
+def outputs_of(facts: Facts) -> list[jax.ShapeDtypeStruct]:
+    """Planes, scales and zero points."""
+    groups = (facts.k // facts.group_size, facts.n)
+    out = [
+        jax.ShapeDtypeStruct((facts.k * width // 8, facts.n), jnp.uint8)
+        for width in PLANES[facts.stored_bits]
+    ]
+    out.append(jax.ShapeDtypeStruct(groups, facts.store_dtype))
+    if facts.zero_point != "none":
+        dtype = jnp.uint8 if facts.zero_point == "integer" else facts.store_dtype
+        out.append(jax.ShapeDtypeStruct(groups, dtype))
+    return out
+
+
+def packed_of(outputs: Any, facts: Facts) -> Packed:
+    """What a kernel wrote, as the public calls return it."""
+    count = len(PLANES[facts.stored_bits])
+    planes, (scales, *zeros) = tuple(outputs[:count]), outputs[count:]
+    if facts.stored_bits != facts.bits:
+        planes = pack(planes[0], bits=facts.bits)
+    return planes, scales, zeros[0] if zeros else None
+
+
+class Place:
+    """Where a program is: its columns, and a group's rows.
+
+    Attributes:
+      columns: slice of all columns.
+      inside: which of them exist, ``bool[1, columns]``; None is all.
+      rows: offsets in a group, ``int32[depth]``.
+    """
+
+    def __init__(self, facts: Facts, block: Any):
+        self._facts = facts
+        start = block * facts.columns
+        self.columns = pl.ds(start, facts.columns)
+        ragged = facts.n % facts.columns != 0
+        ids = start + jnp.arange(facts.columns, dtype=jnp.int32)
+        self.inside = (ids < facts.n)[None, :] if ragged else None
+        self.rows = jnp.arange(facts.depth, dtype=jnp.int32)
+
+    def real(self, row: Any) -> jax.Array | None:
+        """Which rows of the group from `row` on the weight has; None is all."""
+        facts = self._facts
+        if facts.d_in == facts.k and facts.depth == facts.group_size:
+            return None
+        return (self.rows < facts.group_size) & (row + self.rows < facts.d_in)
+
+    def both(self, rows: jax.Array | None) -> jax.Array | None:
+        """A mask of rows and columns."""
+        if rows is None or self.inside is None:
+            return self.inside if rows is None else rows[:, None]
+        return rows[:, None] & self.inside
+
+
+def load(ref: Any, at: Any, mask: jax.Array | None, other: float = 0.0) -> jax.Array:
+    """A block, with `other` where masked out."""
+    if mask is None:
+        return plgpu.load(ref.at[at])
+    return plgpu.load(ref.at[at], mask=mask, other=jnp.asarray(other, ref.dtype))
+
+
+def residual(w: jax.Array, refs: dict[str, Any], row: Any, place: Place, facts: Facts) -> jax.Array:
+    """``D (w - A B)`` of one group, float32; padding stays 0."""
+    w = w.astype(jnp.float32)
+    rows, real = pl.ds(row, facts.depth), place.real(row)
+    if "down" in refs:
+        width = max(16, 1 << (facts.rank - 1).bit_length())
+        some = jnp.arange(width, dtype=jnp.int32) < facts.rank if width != facts.rank else None
+        ranks, mask = pl.ds(0, width), place.inside
+        if some is not None:
+            mask = some[:, None] if mask is None else some[:, None] & mask
+        across = None if some is None else some[None, :]
+        if real is not None:
+            across = real[:, None] if across is None else real[:, None] & across
+        down = load(refs["down"], (rows, ranks), across)
+        up = load(refs["up"], (ranks, place.columns), mask)
+        w = w - jnp.dot(down, up, precision=_EXACT)
+    if "channel_scale" in refs:
+        w = w * load(refs["channel_scale"], (rows,), real)[:, None]
+    return w
+
+
+def quantize(
+    w: jax.Array, refs: dict[str, Any], row: Any, place: Place, facts: Facts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The codes of a group's residual, its scales and its zero points; all float32."""
+    nearest = functools.partial(unpack.nearest, interpret=facts.interpret)
+    fit = functools.partial(
+        grid.fit, bits=facts.bits, zero_point=facts.zero_point, store_dtype=facts.store_dtype,
+        nearest=nearest,
+    )  # fmt: skip
+    encode = functools.partial(grid.encode, bits=facts.bits, nearest=nearest)
+    low, high = jnp.min(w, axis=0), jnp.max(w, axis=0)
+    shrink: Any = facts.shrinks[0]
+    if len(facts.shrinks) > 1:
+        h, real = None, place.real(row)
+        if "importance" in refs:
+            h = load(refs["importance"], (pl.ds(row, facts.depth),), real)[:, None]
+        elif real is not None:
+            # A zero point that is no whole number makes an error of padding, which counts nowhere.
+            h = real.astype(jnp.float32)[:, None]
+
+        def attempt(i: Any, best: Any) -> Any:
+            factor = refs["shrinks"][i]
+            scales, zeros = fit(low * factor, high * factor)
+            scales, zeros = scales[None, :], zeros[None, :]
+            error = jnp.square(w - grid.decode(encode(w, scales, zeros), scales, zeros))
+            error = jnp.sum(error if h is None else h * error, axis=0)
+            better = error < best[0]
+            return jnp.where(better, error, best[0]), jnp.where(better, factor, best[1])
+
+        start = jnp.full_like(low, jnp.inf), jnp.full_like(low, facts.shrinks[0])
+        _, shrink = lax.fori_loop(0, len(facts.shrinks), attempt, start)
+    scales, zeros = fit(low * shrink, high * shrink)
+    return encode(w, scales[None, :], zeros[None, :]), scales, zeros
+
+
+def write_grid(
+    scales: jax.Array, zeros: jax.Array, row: Any, place: Place, facts: Facts, refs: Any
+) -> None:
+    """Stores the scales and zero points of the group that starts at `row`."""
+    group = row // facts.group_size
+    for ref, value in zip(refs, (scales, zeros), strict=False):
+        # No float is converted to uint8 but by way of int32.
+        whole = value.astype(jnp.int32) if ref.dtype == jnp.uint8 else value
+        block = whole.astype(ref.dtype)[None, :]
+        plgpu.store(ref.at[pl.ds(group, 1), place.columns], block, mask=place.inside)
+
+
+def put(codes: jax.Array, slab: int, carriers: list[Any], facts: Facts) -> list[Any]:
+    """Carriers with the codes of one slab in their fields; None is a carrier still empty."""
+    whole = codes.astype(jnp.int32)
+    carriers, base = list(carriers), 0
+    widths = PLANES[facts.stored_bits]
+    for i, (part, field) in enumerate(unpack.sources(slab, facts.stored_bits)):
+        bits = (whole >> base) & (2 ** widths[i] - 1)
+        bits = bits << (widths[i] * field)
+        at = facts.parts.index((i, part))
+        carriers[at] = bits if carriers[at] is None else carriers[at] | bits
+        base += widths[i]
+    return carriers
+
+
+def write_carriers(carriers: list[Any], step: Any, place: Place, facts: Facts, refs: Any) -> None:
+    """Stores the carriers of one group of every slab."""
+    exists = None if facts.depth == facts.group_size else place.rows < facts.group_size
+    for (plane, part), carrier in zip(facts.parts, carriers, strict=True):
+        rows = pl.ds(part * facts.slab + step * facts.group_size, facts.depth)
+        plgpu.store(
+            refs[plane].at[rows, place.columns], carrier.astype(jnp.uint8), mask=place.both(exists)
+        )
+
+
+def _kernel(layer_ref: Any, w_ref: Any, *all_refs: Any, facts: Facts) -> None:
+    refs = dict(zip(facts.given, all_refs, strict=False))
+    outputs = all_refs[len(facts.given) :]
+    count = len(PLANES[facts.stored_bits])
+    place, step, layer = Place(facts, pl.program_id(0)), pl.program_id(1), layer_ref[0]
+    carriers: list[Any] = [None] * len(facts.parts)
+    for slab in range(unpack.slabs(facts.stored_bits)):
+        row = slab * facts.slab + step * facts.group_size
+        at = (layer, pl.ds(row, facts.depth), place.columns)
+        w = load(w_ref, at, place.both(place.real(row)))
+        w = residual(w, refs, row, place, facts)
+        codes, scales, zeros = quantize(w, refs, row, place, facts)
+        write_grid(scales, zeros, row, place, facts, outputs[count:])
+        carriers = put(codes, slab, carriers, facts)
+    write_carriers(carriers, step, place, facts, outputs[:count])
+
+
+def quantize_pack(
+    w: jax.Array,
+    channel_scale: jax.Array | None,
+    importance: jax.Array | None,
+    down: jax.Array | None,
+    up: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+    zero_point: str,
+    store_dtype: jax.typing.DTypeLike,
+    shrinks: tuple[float, ...] = (1.0,),
+    tiles: int | None = None,
+    interpret: bool = False,
+) -> Packed:
+    """Rounds and packs one layer; see `reference.quantize_pack`.
+
+    Args:
+      w: ``[L, d_in, n]``.
+      channel_scale: ``[d_in]`` or None.
+      importance: ``[d_in]`` or None.
+      down: ``[d_in, r]`` or None.
+      up: ``[r, n]`` or None.
+      layer: ``int32[]``, which of the L.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      zero_point: One of `grid.ZERO_POINTS`.
+      store_dtype: Of scales and float zero points.
+      shrinks: Factors on a group's range to choose from.
+      tiles: Columns per program, a power of two; None is `block_columns`.
+      interpret: Runs on the CPU, for tests.
+
+    Returns:
+      ``(planes, scales, zeros)`` of that layer.
+    """
+    _, d_in, n = w.shape
+    given = operands_of(channel_scale, importance, down, up, shrinks)
+    facts = Facts(
+        d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
+        group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
+        shrinks=shrinks, columns=tiles or block_columns(bits=bits, group_size=group_size),
+        given=tuple(given), rank=0 if down is None else down.shape[1], interpret=interpret,
+    )  # fmt: skip
+    outputs = pl.pallas_call(
+        functools.partial(_kernel, facts=facts),
+        out_shape=outputs_of(facts),
+        grid=(pl.cdiv(n, facts.columns), facts.slab // group_size),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name=f"quantize_pack_{bits}bit",
+    )(layer.reshape(1), w, *given.values())
+    return packed_of(outputs, facts)
