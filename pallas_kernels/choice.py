@@ -125,7 +125,7 @@ def current_target() -> Target:
     """What is being traced for: the abstract device that is set, else jax's default device."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        device = jax.config.jax_default_device
+        device = jax.config.values["jax_default_device"]
         if isinstance(device, str):
             device = jax.devices(device)[0]
         device = device or jax.devices()[0]
@@ -225,7 +225,7 @@ def choose(problem: Problem, target: Target, implementation: str | None = None) 
         return Choice(
             "xla", f"more than {limit} rows: unpacking once and a dense product are faster"
         )
-    refused = []
+    refused: list[str] = []
     for name in candidates:
         why = refusal(problem, name, target)
         if why is None:

@@ -1,18 +1,45 @@
-"""The portable implementation, plain XLA, tuned for CPUs: what runs where no kernel serves.
+"""The portable implementation, plain XLA: what runs on CPUs, and where no kernel serves.
 
 Arguments are checked and normalised by `pallas_kernels.dispatch`: activations are divided by the
 channel scale already, and weights have a leading layer axis with the layer's number beside them.
+
+The insight that makes decoding fast on a CPU: with few rows of ``x``, never write the weight down.
+Where rows ``r`` are all of one group,
+
+    sum_r x[r] w[r, c] = s[c] * (sum_r x[r] q[r, c] - z[c] * sum_r x[r])
+
+and the inner sum, unrolled over a few rows of each octet, is an elementwise expression: XLA fuses
+reading a layer out of its stack, unpacking, converting, multiplying and adding into one loop that
+vectorises over the output channels, on all cores. With many rows the unpacking is better paid
+once: a block of the weight is written down that stays in a cache, and multiplied.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference
+from pallas_kernels.layout import PLANES
 from pallas_kernels.reference import Packed
+
+FEW_ROWS = 4
+"""Up to this many rows of x the weight is not written down."""
+
+_UNROLLED = 8
+"""Most rows of an octet in one partial sum; compile time grows with it."""
+
+_BLOCK_WEIGHTS = 2**20
+"""Most weights written down at a time, as float32: what a core's second cache level holds."""
+
+_MIN_BLOCK_ROWS = 128
+"""Rows of a block however wide it is: a product of fewer is mostly loop."""
+
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 def _at(stacks: Any, layer: jax.Array) -> Any:
@@ -25,6 +52,179 @@ def _at(stacks: Any, layer: jax.Array) -> Any:
     )
 
 
+def _cut(a: jax.Array, start: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
+    """The block of this shape that starts there."""
+    return jax.lax.dynamic_slice(a, [jnp.asarray(i, jnp.int32) for i in start], shape)
+
+
+def _largest_divisor(of: int, limit: int) -> int:
+    return max(d for d in range(1, min(of, limit) + 1) if of % d == 0)
+
+
+def _tie(x: jax.Array) -> jax.Array:
+    """``uint8[]`` zero, but to the compiler a function of ``float32[k]`` x.
+
+    In a loop over tokens whose planes do not change, XLA would move the unpacking out of the loop
+    and keep four bytes per weight; optimization barriers are dropped before that pass. What is
+    read is or-ed with this bit, which is zero unless x has a NaN, and then the product has one too.
+    """
+    return (x[0] != x[0]).astype(jnp.uint8)
+
+
+class _PerGroup:
+    """A stack of per-group values ``[L, k // g, n]``, to be read by rows of the weight.
+
+    XLA:CPU slices no 16-bit floats: it converts the whole stack to float32 first and, in a loop,
+    keeps that. So they are read as integers.
+    """
+
+    def __init__(self, a: jax.Array, part: int, group_size: int):
+        layers, n_group, n = a.shape
+        self.dtype = a.dtype
+        if a.dtype in (jnp.bfloat16, jnp.float16):
+            a = jax.lax.bitcast_convert_type(a, jnp.uint16)
+        # One row for each `part` rows of the weight. It is a broadcast, so nothing is written.
+        a = jnp.broadcast_to(a[:, :, None], (layers, n_group, group_size // part, n))
+        self.rows = a.reshape(layers, -1, n)
+
+    def read(self, layer: jax.Array, start: Any, count: int) -> jax.Array:
+        """float32[count, 1, n] from row `start`, counted in parts."""
+        n = self.rows.shape[-1]
+        a = _cut(self.rows, (layer, start, 0), (1, count, n)).reshape(count, 1, n)
+        if self.dtype == jnp.bfloat16:
+            return jax.lax.bitcast_convert_type(a.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
+        if self.dtype == jnp.float16:
+            a = jax.lax.bitcast_convert_type(a, jnp.float16)
+        return a.astype(jnp.float32)
+
+
+def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array, int]:
+    """(``2**up`` times the codes of an octet as float32, ``up``), from one carrier a plane.
+
+    The first plane's bits stay where they are, its shift is left to a factor of x or s; a second
+    plane's are shifted to join them.
+    """
+    widths = PLANES[bits]
+    up = widths[0] * (octet // widths[0])
+    code = carriers[0].astype(jnp.int32)
+    if bits < 8:
+        code = code & jnp.int32((2 ** widths[0] - 1) << up)
+    if len(widths) == 2:
+        high = carriers[1].astype(jnp.int32)
+        base = up + widths[0]
+        shift = base - widths[1] * (octet // widths[1])
+        high = high << jnp.int32(shift) if shift >= 0 else high >> jnp.int32(-shift)
+        code = code | (high & jnp.int32((2 ** widths[1] - 1) << base))
+    return code.astype(jnp.float32), up
+
+
+def _one_row(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+) -> jax.Array:
+    """``float32[k] -> float32[n]`` without ever storing a weight."""
+    layers, _, n = planes[0].shape
+    rows = x.size // 8
+    # Consecutive rows of an octet that are surely of one group, and those of one partial sum.
+    part = math.gcd(rows, group_size)
+    step = _largest_divisor(part, _UNROLLED)
+    n_part, sums = rows // part, part // step
+    x = x.reshape(8, n_part, sums, step)
+    views = [p.reshape(layers, -1, n_part, sums, step, n) for p in planes]
+    tie = _tie(x.reshape(-1))
+
+    # Every row is cut out of the stack by itself: were a layer cut out first, its many readers
+    # would make XLA either copy it or read the layer's number again for every weight, from memory
+    # that LLVM cannot know to be unchanged, and then nothing is vectorised.
+    def carrier(view: jax.Array, octet: int, j: int) -> jax.Array:
+        start = (layer, octet % view.shape[1], 0, 0, j, 0)
+        return _cut(view, start, (1, 1, n_part, sums, 1, n)).reshape(n_part, sums, n) | tie
+
+    scale = _PerGroup(scales, part, group_size)
+    zero = None if zeros is None else _PerGroup(zeros, part, group_size)
+    y = jnp.zeros((n_part, sums, n), jnp.float32)
+    narrowest = min(PLANES[bits])
+    # Fields of the same carrier next to each other, so that it is loaded once.
+    for octet in sorted(range(8), key=lambda o: o % narrowest):
+        partial = jnp.zeros_like(y)
+        for j in range(step):
+            code, up = _field([carrier(view, octet, j) for view in views], bits, octet)
+            partial = partial + (x[octet, :, :, j, None] * jnp.float32(2.0**-up)) * code
+        x_sum = functools.reduce(jnp.add, [x[octet, :, :, j, None] for j in range(step)])
+        first = octet * n_part
+        z = jnp.float32(2 ** (bits - 1)) if zero is None else zero.read(layer, first, n_part)
+        y = y + scale.read(layer, first, n_part) * (partial - z * x_sum)
+    # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with all
+    # that fuses into it to a library that wants every operand in memory.
+    ones = jnp.ones((n_part * sums,), jnp.float32)
+    return jnp.matmul(ones, y.reshape(-1, n), precision=_EXACT)
+
+
+def _block_octet_rows(rows: int, part: int, n: int) -> int:
+    """Rows that a block takes of each octet: whole parts, or a fraction of one."""
+    limit = max(_MIN_BLOCK_ROWS // 8, _BLOCK_WEIGHTS // (8 * n))
+    if part > limit:
+        return _largest_divisor(part, limit)
+    return part * _largest_divisor(rows // part, limit // part)
+
+
+def _many_rows(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+) -> jax.Array:
+    """``float32[m, k] -> float32[m, n]``, some rows of every octet at a time."""
+    layers, _, n = planes[0].shape
+    m, k = x.shape
+    rows = k // 8
+    part = math.gcd(rows, group_size)
+    block = _block_octet_rows(rows, part, n)
+    n_part, n_block = max(block // part, 1), rows // block
+    views = [p.reshape(layers, -1, rows, n) for p in planes]
+    tie = _tie(x[0])
+
+    def per_group(values: _PerGroup, i: jax.Array) -> jax.Array:
+        first = i * block // part
+        octets = [values.read(layer, o * (rows // part) + first, n_part) for o in range(8)]
+        return jnp.stack(octets)
+
+    def unpacked(i: jax.Array) -> jax.Array:
+        code = jnp.zeros((8, block, n), jnp.uint8)
+        base = 0
+        for width, view in zip(PLANES[bits], views, strict=True):
+            carriers = _cut(view, (layer, 0, i * block, 0), (1, width, block, n)) | tie
+            # An iota along the fields keeps this one loop; see `layout.unpack`.
+            fields = jax.lax.broadcasted_iota(jnp.uint8, (8 // width, 1, 1, 1), 0)
+            plane = (carriers >> (fields * jnp.uint8(width))) & jnp.uint8(2**width - 1)
+            code = code | (plane.reshape(8, block, n) << jnp.uint8(base))
+            base += width
+        return code.astype(jnp.int32).astype(jnp.float32).reshape(8, n_part, -1, n)
+
+    scale = _PerGroup(scales, part, group_size)
+    zero = None if zeros is None else _PerGroup(zeros, part, group_size)
+
+    def add_block(y: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        i, x_block = at
+        z = jnp.float32(2 ** (bits - 1)) if zero is None else per_group(zero, i)
+        w = per_group(scale, i) * (unpacked(i) - z)
+        return y + jnp.matmul(x_block, w.reshape(-1, n), precision=_EXACT), None
+
+    x_blocks = x.reshape(m, 8, n_block, block).transpose(2, 0, 1, 3).reshape(n_block, m, -1)
+    start = jnp.zeros((m, n), jnp.float32)
+    return jax.lax.scan(add_block, start, (jnp.arange(n_block, dtype=jnp.int32), x_blocks))[0]
+
+
 def packed_matmul(
     x: jax.Array,
     planes: tuple[jax.Array, ...],
@@ -35,12 +235,14 @@ def packed_matmul(
     bits: int,
     group_size: int,
 ) -> jax.Array:
-    """``y = x @ (s (q - z))``, accumulated in float32.
+    """``y = x @ (s (q - z))``, accumulated in float32; tuned for CPUs.
+
+    The formulation depends on shapes alone, which are static: see `FEW_ROWS`.
 
     Args:
-      x: ``[m, k]``.
+      x: ``[m, k]``, finite.
       planes: ``uint8[L, k * width // 8, n]`` for each width in ``PLANES[bits]``.
-      scales: ``[L, k // group_size, n]``.
+      scales: ``[L, k // group_size, n]``, float32, bfloat16 or float16.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``.
       bits: Width of a code.
@@ -49,12 +251,49 @@ def packed_matmul(
     Returns:
       ``y[m, n]`` in x's dtype.
     """
-    weight = _at((planes, scales, zeros), layer)
-    y = reference.packed_matmul(x, *weight, bits=bits, group_size=group_size)
+    m, n = x.shape[0], planes[0].shape[-1]
+    weight = (planes, scales, zeros, layer)
+    rows = x.astype(jnp.float32)
+    if m == 0:
+        y = jnp.zeros((0, n), jnp.float32)
+    elif m <= FEW_ROWS:
+        # A loop nest per row: one nest with the rows inside is no longer vectorised over n.
+        one = functools.partial(_one_row, bits=bits, group_size=group_size)
+        y = jnp.stack([one(rows[i], *weight) for i in range(m)])
+    else:
+        y = _many_rows(rows, *weight, bits=bits, group_size=group_size)
     return y.astype(x.dtype)
 
 
-dense_matmul = packed_matmul
+def dense_matmul(
+    x: jax.Array,
+    planes: tuple[jax.Array, ...],
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+) -> jax.Array:
+    """As `packed_matmul`, through a dense weight of x's dtype, for a matrix unit and many rows.
+
+    Args:
+      x: See `packed_matmul`, as the arguments after it.
+      planes: See `packed_matmul`.
+      scales: See `packed_matmul`.
+      zeros: See `packed_matmul`.
+      layer: See `packed_matmul`.
+      bits: See `packed_matmul`.
+      group_size: See `packed_matmul`.
+
+    Returns:
+      ``y[m, n]`` in x's dtype; the weight was rounded to it once, sums are float32.
+    """
+    weight = _at((planes, scales, zeros), layer)
+    w = reference.dequantize(*weight, bits=bits, group_size=group_size, dtype=x.dtype)
+    precision = _EXACT if x.dtype == jnp.float32 else None
+    y = jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
+    return y.astype(x.dtype)
 
 
 def quantize_pack(

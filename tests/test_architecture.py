@@ -17,9 +17,11 @@ MODULES = {
 # The row is the first whose prefix matches.
 ORDER = [
     ("pallas_kernels",),
-    ("ttq_jax._version", "ttq_jax.config", "ttq_jax.types"),
+    ("ttq_jax._version", "ttq_jax.config", "ttq_jax.types", "ttq_jax.chips"),
     ("ttq_jax.linear", "ttq_jax.prompts", "ttq_jax.timing"),
+    ("ttq_jax.bench", "ttq_jax.bench_device"),
     ("ttq_jax.models", "ttq_jax.quant"),
+    ("ttq_jax.released",),
     ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.corpora"),
     ("ttq_jax.prefill", "ttq_jax.decode"),
     ("ttq_jax.calibrate",),
@@ -27,7 +29,10 @@ ORDER = [
     ("ttq_jax",),
 ]
 FORBIDDEN = [("ttq_jax.models", "ttq_jax.quant"), ("ttq_jax.quant", "ttq_jax.models")]
-KERNEL_USERS = {"ttq_jax.linear", "ttq_jax.quant.convert", "ttq_jax.quant.grid"}
+KERNEL_USERS = {
+    "ttq_jax.linear", "ttq_jax.quant.convert", "ttq_jax.quant.grid", "ttq_jax.kernel_list",
+    "ttq_jax.bench", "ttq_jax.bench_device",
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import PLANES, packed_matmul, prefill_quantize, quantize_pack
+from pallas_kernels.choice import module_of
+from ttq_jax.chips import chip as find_chip
+from ttq_jax.chips import estimate as estimate_program
+from ttq_jax.chips import estimate_cycles
 
 KERNELS = ("packed_matmul", "quantize_pack", "prefill_quantize")
 
@@ -184,9 +188,7 @@ def estimate(
     Returns:
       A record per case. `prefill_quantize` has the ratio to a bfloat16 product of its shape too.
     """
-    from ttq_jax import chips
-
-    per_cycle = chips.chip(chip).bytes_per_cycle or 1.0
+    per_cycle = find_chip(chip).bytes_per_cycle or 1.0
     dense: dict[tuple[int, int, int], int] = {}
     records = []
     for i, case in enumerate(cases):
@@ -195,11 +197,11 @@ def estimate(
         def call(x: Any, weight: Any, case: Case = case) -> Any:
             return case.run(x, weight, implementation="tpu")
 
-        found = chips.estimate(chip, call, x, weight, note=block_note(case))
+        found = estimate_program(chip, call, x, weight, note=block_note(case))
         cycles, floor = sum(found.cycles.values()), case.floor_bytes() / per_cycle
         key = (max(case.m, 1), case.k, case.n)
         if key not in dense:
-            plain = chips.estimate_cycles(chip, dense_product, *dense_shapes(case))
+            plain = estimate_cycles(chip, dense_product, *dense_shapes(case))
             dense[key] = sum(plain.values())
         bfloat16 = max(dense[key], case.dense_bytes() / per_cycle)
         took = max(cycles, floor)
@@ -222,8 +224,6 @@ def block_note(case: Case) -> Callable[[], str]:
     """Names the blocks that a TPU kernel takes; to be called where the program is traced."""
 
     def note() -> str:
-        from pallas_kernels.choice import module_of
-
         sizes: Any = getattr(module_of(case.kernel, "tpu"), "default_blocks", None)
         if sizes is None:
             return ""

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import current_target
+from pallas_kernels import Problem, choose, current_target
 from ttq_jax.bench import Case, dense_product
 from ttq_jax.chips import CHIPS, ChipError
 
 _CACHE = {"gpu": 256e6, "tpu": 512e6, "cpu": 256e6}
-_SPEED = {"gpu": 1.5e12, "tpu": 0.8e12, "cpu": 10e9}
-_SECONDS = {"gpu": 0.02, "tpu": 0.02, "cpu": 0.3}
+_SPEED = {"gpu": 1.5e12, "tpu": 0.8e12, "cpu": 2e9}
+_SECONDS = {"gpu": 0.02, "tpu": 0.02, "cpu": 0.2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Contender:
 
 def _steps(size: float, work: float, platform: str) -> int:
     """Calls per measurement, from the bytes and operations of one."""
-    flops = {"gpu": 2e14, "tpu": 1e14, "cpu": 1e11}[platform]
+    flops = {"gpu": 2e14, "tpu": 1e14, "cpu": 3e10}[platform]
     return max(2, min(2000, int(_SECONDS[platform] / max(size / _SPEED[platform], work / flops))))
 
 
@@ -76,7 +76,7 @@ def _apart(call: Callable[..., Any], x: Any, weights: list[Any], steps: int) -> 
 
     def body(_: Any, carry: Any) -> Any:
         (x, weights), made = carry
-        outs = []
+        outs: list[Any] = []
         for w in weights:
             x, w, _ = jax.lax.optimization_barrier((x, w, outs[-1] if outs else made[-1]))
             outs.append(call(x, w))
@@ -112,7 +112,8 @@ def _contenders(case: Case, platform: str) -> dict[str, _Contender]:
     def unpacked(x: Any, stack: Any, layer: Any) -> Any:
         from pallas_kernels.xla import dense_matmul
 
-        return dense_matmul(x[0], *stack, layer, **case.static)
+        planes, scales, zeros = stack
+        return dense_matmul(x[0], planes, scales, zeros, layer, **case.static)
 
     packed = case.kernel == "packed_matmul"
     made = {
@@ -200,8 +201,6 @@ def _record(case: Case, times: dict[str, float], bandwidth: float | None, target
 
 def implementation_of(case: Case, target: Any) -> str:
     """Which implementation serves a case on a target."""
-    from pallas_kernels import Problem, choose
-
     zero_point = "none" if case.symmetric else "float"
     problem = Problem(
         kernel=case.kernel, m=case.m, d_in=case.k, k=case.k, n=case.n, bits=case.bits,

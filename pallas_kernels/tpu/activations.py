@@ -19,12 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu.unpack import interleave
 
 LANES = 128
 LIMBS = 3
 _LIMB_BITS = 7
+_SUBLANES = 8
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // _SUBLANES) * _SUBLANES
 
 
 def split3(a: jax.Array) -> list[jax.Array]:
@@ -37,21 +43,61 @@ def split3(a: jax.Array) -> list[jax.Array]:
     return parts
 
 
-def exact_dot(a_parts: jax.Array, b: jax.Array) -> jax.Array:
+def place(parts: list[jax.Array], m: int) -> jax.Array:
+    """Several arrays' first m rows after one another, in as few registers as they fill.
+
+    Args:
+      parts: ``float32[rows, n]`` each, rows a multiple of 8.
+      m: rows of each that count.
+
+    Returns:
+      ``float32[len(parts) * m, n]``, rounded up to 8 rows; what stands beyond is zero.
+    """
+    if m % _SUBLANES == 0:
+        return jnp.concatenate([part[:m] for part in parts])
+    rows = _round_up(len(parts) * m)
+    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    out = jnp.zeros((rows, parts[0].shape[1]), jnp.float32)
+    for i, part in enumerate(parts):
+        if part.shape[0] < rows:
+            missing = jnp.zeros((rows - part.shape[0], part.shape[1]), jnp.float32)
+            part = jnp.concatenate([part, missing])
+        moved = pltpu.roll(part[:rows], i * m, axis=0) if i else part[:rows]
+        out = jnp.where((row >= i * m) & (row < (i + 1) * m), moved, out)
+    return out
+
+
+def collect(placed: jax.Array, m: int, weights: tuple[float, ...]) -> jax.Array:
+    """The weighted sum of what `place` put after one another.
+
+    Args:
+      placed: ``float32[len(weights) * m, n]``, rounded up to 8 rows.
+      m: rows of each.
+      weights: one factor each.
+
+    Returns:
+      ``float32[rows, n]`` whose first m rows count.
+    """
+    rows = placed.shape[0]
+    if m % _SUBLANES == 0:
+        return sum(placed[i * m : (i + 1) * m] * w for i, w in enumerate(weights))
+    moved = [pltpu.roll(placed, rows - i * m, axis=0) if i else placed for i in range(len(weights))]
+    return sum(part * w for part, w in zip(moved, weights, strict=True))
+
+
+def exact_dot(a: jax.Array, b: jax.Array, m: int) -> jax.Array:
     """``a @ b`` in float32 by the bfloat16 matrix unit.
 
     Args:
-      a_parts: ``bfloat16[3 m, k]``, the three parts of a, each m rows.
+      a: ``bfloat16[3 m, k]``, the parts of a placed after one another.
       b: ``float32[k, n]``.
+      m: rows of a.
 
     Returns:
-      ``float32[m, n]``.
+      ``float32[rows, n]`` whose first m rows count.
     """
-    product = sum(
-        jnp.dot(a_parts, part, preferred_element_type=jnp.float32) for part in split3(b)
-    )
-    m = a_parts.shape[0] // 3
-    return product[:m] + product[m : 2 * m] + product[2 * m :]
+    products = [jnp.dot(a, part, preferred_element_type=jnp.float32) for part in split3(b)]
+    return collect(products[2] + products[1] + products[0], m, (1.0, 1.0, 1.0))
 
 
 def _stacked(x_ref: Any) -> jax.Array:
@@ -74,29 +120,30 @@ def _square(axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis)
 
 
-def write_sums(x_ref: Any, sums_ref: Any, group_size: int) -> None:
+def write_sums(x_ref: Any, sums_ref: Any, group_size: int, m: int) -> None:
     """Minus the sum of each group of channels, as three bfloat16 parts.
 
     Args:
-      x_ref: ``bfloat16[m, k]``.
-      sums_ref: gets ``bfloat16[3 m, groups]``, groups rounded up to 128.
+      x_ref: ``bfloat16[rows, k]``.
+      sums_ref: gets ``bfloat16[3 m, groups]``, placed; groups are rounded up to 128.
       group_size: channels that share a scale.
+      m: rows of x that count.
     """
-    m, k = x_ref.shape
+    rows, k = x_ref.shape
     stacked = _stacked(x_ref)
     # A run never crosses a group; its sum stands in every lane, and is added in its group's.
     run = math.gcd(group_size, LANES)
     sums = [_times(stacked, _square(0) // run == r) for r in range(LANES // run)]
-    lane = lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
     for block in range(0, sums_ref.shape[1], LANES):
-        total = jnp.zeros((m, LANES), jnp.float32)
+        total = jnp.zeros((rows, LANES), jnp.float32)
         for i, at in itertools.product(range(-(-k // LANES)), range(0, LANES, run)):
             group = (i * LANES + at) // group_size - block
             if i * LANES + at < k and 0 <= group < LANES:
-                part = sums[at // run][i * m : (i + 1) * m]
+                part = sums[at // run][i * rows : (i + 1) * rows]
                 total = jnp.where(lane == group, total - part, total)
-        for i, piece in enumerate(split3(total)):
-            sums_ref[i * m : (i + 1) * m, block : block + LANES] = piece
+        parts = [part.astype(jnp.float32) for part in split3(total)]
+        sums_ref[:, block : block + LANES] = place(parts, m).astype(jnp.bfloat16)
 
 
 def write_permuted(x_ref: Any, out_ref: Any) -> None:
@@ -121,49 +168,35 @@ def _power(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return as_float(exponent), as_float((254 << 23) - exponent)
 
 
-def write_limbs(x_ref: Any, out_ref: Any) -> None:
-    """Limbs of the activations, each row's `LIMBS` after one another.
+def write_limbs(x_ref: Any, out_ref: Any, m: int) -> None:
+    """Limbs of the activations.
 
     Args:
-      x_ref: ``bfloat16[16, k]``, rows beyond the ones in `out_ref` are not read.
-      out_ref: gets ``int8[m * LIMBS, k]``.
+      x_ref: ``bfloat16[16, k]``.
+      out_ref: gets ``int8[LIMBS * m, k]``, placed.
+      m: rows of x that count.
     """
-    rows = out_ref.shape[0]
-    x = x_ref[...].astype(jnp.float32)
+    x = x_ref[: _round_up(m), :].astype(jnp.float32)
     left = x * _power(x)[1] * 2.0 ** (_LIMB_BITS - 1)
     limbs = []
     for _ in range(LIMBS):
         limb = left.astype(jnp.int32).astype(jnp.float32)
         left = (left - limb) * 2.0**_LIMB_BITS
-        limbs.append(limb.astype(jnp.bfloat16))
-    stacked = jnp.concatenate(limbs)
-    shape = (rows, stacked.shape[0])
-    row = lax.broadcasted_iota(jnp.int32, shape, 0)
-    column = lax.broadcasted_iota(jnp.int32, shape, 1)
-    chosen = column == (row % LIMBS) * x.shape[0] + row // LIMBS
-    ones = chosen.astype(jnp.float32).astype(jnp.bfloat16)
-    ordered = jnp.dot(ones, stacked, preferred_element_type=jnp.float32)
-    out_ref[...] = ordered.astype(jnp.int32).astype(jnp.int8)
+        limbs.append(limb)
+    out_ref[...] = place(limbs, m).astype(jnp.int32).astype(jnp.int8)
 
 
-def join_limbs(x_ref: Any, products: jax.Array) -> jax.Array:
+def join_limbs(x_ref: Any, products: jax.Array, m: int) -> jax.Array:
     """What the limbs' products stand for.
 
     Args:
       x_ref: ``bfloat16[16, k]``.
-      products: ``float32[m * LIMBS, n]``.
+      products: ``float32[LIMBS * m, n]``, placed.
+      m: rows of x.
 
     Returns:
-      ``float32[16, n]``; rows from m on are zeros.
+      ``float32[rows, n]`` whose first m rows count.
     """
-    rows = products.shape[0]
-    power = _power(x_ref[...].astype(jnp.float32))[0]
-    row = lax.broadcasted_iota(jnp.int32, (power.shape[0], rows), 0)
-    column = lax.broadcasted_iota(jnp.int32, (power.shape[0], rows), 1)
-    limb = column % LIMBS
-    weight = jnp.where(limb == 0, 1.0, jnp.where(limb == 1, 2.0**-7, 2.0**-14))
-    weight = jnp.where(column // LIMBS == row, weight, 0.0).astype(jnp.bfloat16)
-    joined = sum(
-        jnp.dot(weight, part, preferred_element_type=jnp.float32) for part in split3(products)
-    )
-    return joined * (power * 2.0 ** (1 - _LIMB_BITS))
+    power = _power(x_ref[: _round_up(m), :].astype(jnp.float32))[0] * 2.0 ** (1 - _LIMB_BITS)
+    joined = collect(products, m, tuple(2.0 ** (-_LIMB_BITS * i) for i in range(LIMBS)))
+    return joined[: power.shape[0]] * power

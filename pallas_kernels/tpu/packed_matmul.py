@@ -31,7 +31,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.layout import PLANES
 from pallas_kernels.tpu.activations import (
     LANES,
-    LIMBS,
     exact_dot,
     join_limbs,
     write_limbs,
@@ -153,7 +152,7 @@ def refusal(
 
 def _kernel(
     layer_ref: Any, x_ref: Any, *refs: Any,
-    bits: int, group_size: int, parts: int, symmetric: bool, integer: bool,
+    bits: int, group_size: int, parts: int, symmetric: bool, integer: bool, m: int,
 ) -> None:  # fmt: skip
     """One block of columns of y."""
     del layer_ref
@@ -165,8 +164,11 @@ def _kernel(
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        write_sums(x_ref, sums_ref, group_size)
-        (write_limbs if integer else write_permuted)(x_ref, left_ref)
+        write_sums(x_ref, sums_ref, group_size, m)
+        if integer:
+            write_limbs(x_ref, left_ref, m)
+        else:
+            write_permuted(x_ref, left_ref)
 
     @functools.cache
     def load(plane: int, row: int, carrier: int, size: int) -> jax.Array:
@@ -190,10 +192,11 @@ def _kernel(
         group = piece.row // group_size
         total = total + product.astype(jnp.float32) * rows_ref[group : group + 1, :]
     if integer:
-        total = join_limbs(x_ref, total)
+        total = join_limbs(x_ref, total, m)
     zeros = rows_ref[...] * (zeros + offset(bits, integer=integer))
-    total = total + exact_dot(sums_ref[:, : zeros.shape[0]], zeros)
-    y_ref[...] = total.astype(y_ref.dtype)
+    rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m)
+    rows = min(total.shape[0], rest.shape[0])
+    y_ref[:rows, :] = (total[:rows] + rest[:rows]).astype(y_ref.dtype)
 
 
 def _as_float32(zeros: jax.Array) -> jax.Array:
@@ -248,16 +251,16 @@ def packed_matmul(
         if small is not None:
             operands.append(small)
             specs.append(weight_spec(k // group_size, 0))
+    placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     kernel = functools.partial(
         _kernel, bits=bits, group_size=group_size, parts=parts, symmetric=zeros is None,
-        integer=sizes.integer,
+        integer=sizes.integer, m=placed,
     )  # fmt: skip
-    left = (
-        pltpu.VMEM((m * LIMBS, k), jnp.int8)
-        if sizes.integer
-        else pltpu.VMEM((sizes.rows, k), jnp.bfloat16)
-    )
+    triple = pl.cdiv(3 * placed, 8) * 8
+    left = (triple, k), jnp.int8
+    if not sizes.integer:
+        left = (sizes.rows, k), jnp.bfloat16
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -268,8 +271,8 @@ def packed_matmul(
                 (sizes.rows, columns), lambda core, i, j, layer: (i, core * steps + j)
             ),
             scratch_shapes=[
-                left,
-                pltpu.VMEM((3 * sizes.rows, sums), jnp.bfloat16),
+                pltpu.VMEM(*left),
+                pltpu.VMEM((triple, sums), jnp.bfloat16),
                 pltpu.VMEM((k // group_size, columns), jnp.float32),
             ],
         ),

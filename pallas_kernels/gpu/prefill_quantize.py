@@ -1,0 +1,222 @@
+"""The prompt's product with a weight and the weight packed, in one kernel; Triton backend.
+
+A program owns a block of rows of x and a block of columns, and walks over the whole depth: each
+group of weights is multiplied from the registers that it was loaded to. With more rows than fit a
+program's accumulators (128), several programs share a block of columns; they are neighbours in the
+launch order, run at the same time and read the weight from the second-level cache behind whichever
+of them comes first. The groups to be quantized are dealt out among them in turn, so that every
+group is quantized once and no program has more of that work than the others.
+
+Device memory traffic: the weight once (as far as the cache keeps neighbours together), x and y as
+in any matrix product, the packed weight written once; nothing is written to be read again. From
+the second-level cache the weight is read once per 128 rows of x. ``quantized=True`` multiplies
+with the codes, so that every program quantizes every group and only the stores are dealt out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.gpu import quantize_pack as qp
+from pallas_kernels.gpu import unpack
+from pallas_kernels.layout import PLANES
+from pallas_kernels.reference import Packed
+
+_EXACT = lax.Precision.HIGHEST
+
+
+def refusal(
+    *, m: int, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, **other: Any
+) -> str | None:
+    """Why this kernel cannot serve a problem.
+
+    Args:
+      m: Rows of x.
+      d_in: Rows of the weight.
+      k: Those, padded to whole groups.
+      n: Columns.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      chip: Short name of the GPU, None if unknown.
+      **other: Facts that it does not depend on.
+
+    Returns:
+      The reason, None if it can.
+    """
+    why = qp.refusal(d_in=d_in, k=k, n=n, bits=bits, group_size=group_size, chip=chip)
+    if why is None and group_size <= 8:
+        return f"tensor cores multiply at least 16 rows at a time, a group has {group_size}"
+    if why is None and group_size > 256:
+        return f"x and a group of {group_size} rows do not fit into shared memory, 256 do"
+    return why
+
+
+def block_rows(m: int) -> int:
+    """The default rows of x per program: a power of two from 16 to 128."""
+    return min(128, max(16, 1 << (m - 1).bit_length()))
+
+
+def _load_x(ref: Any, row: Any, rows: Any, real_rows: Any, place: qp.Place, facts: qp.Facts) -> Any:
+    real = place.real(row)
+    mask = None if real is None else real[None, :]
+    if real_rows is not None:
+        mask = real_rows[:, None] if mask is None else real_rows[:, None] & mask
+    return qp.load(ref, (rows, pl.ds(row, facts.depth)), mask)
+
+
+def _times_codes(
+    x: jax.Array, codes: jax.Array, grid: Any, refs: Any, row: Any, place: Any, facts: Any
+) -> jax.Array:
+    """``(x / D) (s (q - z))`` of one group."""
+    scales, zeros = grid
+    x = x.astype(jnp.float32)
+    if "channel_scale" in refs:
+        real = place.real(row)
+        x = x / qp.load(refs["channel_scale"], (pl.ds(row, facts.depth),), real, 1.0)[None, :]
+    x = x.astype(refs["x"].dtype)
+    offset = 2.0 ** (facts.bits - 1) if facts.zero_point == "none" else 0.0
+    part = _dot(x, (codes - offset).astype(x.dtype))
+    if facts.zero_point != "none":
+        part = part - jnp.sum(x.astype(jnp.float32), axis=1)[:, None] * zeros[None, :]
+    return part * scales[None, :]
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    precision = _EXACT if x.dtype == jnp.float32 else None
+    return jnp.dot(x, w, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _kernel(
+    layer_ref: Any, x_ref: Any, w_ref: Any, *rest: Any, facts: qp.Facts, m: int, block: int,
+    quantized: bool,
+) -> None:  # fmt: skip
+    refs = dict(zip(facts.given, rest, strict=False), x=x_ref)
+    y_ref, *outputs = rest[len(facts.given) :]
+    count = len(PLANES[facts.stored_bits])
+    place, layer = qp.Place(facts, pl.program_id(1)), layer_ref[0]
+    first, sharing = pl.program_id(0) * block, pl.cdiv(m, block)
+    rows = pl.ds(first, block)
+    real_rows = first + jnp.arange(block, dtype=jnp.int32) < m if m % block else None
+    size = (facts.depth, facts.columns)
+
+    def of_group(w: Any, row: Any) -> Any:
+        w = qp.residual(w, refs, row, place, facts)
+        return qp.quantize(w, refs, row, place, facts)
+
+    def store_and_put(slab: int, row: Any, found: Any, carriers: Any) -> Any:
+        codes, scales, zeros = found
+        qp.write_grid(scales, zeros, row, place, facts, outputs[count:])
+        return qp.put(codes, slab, carriers, facts)
+
+    def step(t: Any, acc: Any) -> Any:
+        mine = t % sharing == pl.program_id(0)
+        carriers = [jnp.zeros(size, jnp.int32)] * len(facts.parts)
+        for slab in range(unpack.slabs(facts.stored_bits)):
+            row = slab * facts.slab + t * facts.group_size
+            at = (layer, pl.ds(row, facts.depth), place.columns)
+            w = qp.load(w_ref, at, place.both(place.real(row)))
+            x = _load_x(x_ref, row, rows, real_rows, place, facts)
+            found = None
+            if quantized:
+                found = of_group(w, row)
+                acc = acc + _times_codes(x, found[0], found[1:], refs, row, place, facts)
+            else:
+                acc = acc + _dot(x, w.astype(x.dtype))
+
+            def write(carriers: Any, slab: int = slab, row: Any = row, w: Any = w,
+                      found: Any = found) -> Any:  # fmt: skip
+                return store_and_put(slab, row, found or of_group(w, row), carriers)
+
+            carriers = _when(mine, sharing, write, carriers)
+
+        def finish(carriers: Any) -> Any:
+            qp.write_carriers(carriers, t, place, facts, outputs[:count])
+            return carriers
+
+        _when(mine, sharing, finish, carriers)
+        return acc
+
+    zero = jnp.zeros((block, facts.columns), jnp.float32)
+    acc = lax.fori_loop(0, facts.slab // facts.group_size, step, zero)
+    mask = place.both(real_rows)
+    plgpu.store(y_ref.at[rows, place.columns], acc.astype(y_ref.dtype), mask=mask)
+
+
+def _when(mine: Any, sharing: int, do: Any, carriers: Any) -> Any:
+    """Does it in the program whose turn it is."""
+    if sharing == 1:
+        return do(carriers)
+    return lax.cond(mine, do, lambda carriers: carriers, carriers)
+
+
+def prefill_quantize(
+    x: jax.Array,
+    w: jax.Array,
+    channel_scale: jax.Array | None,
+    importance: jax.Array | None,
+    down: jax.Array | None,
+    up: jax.Array | None,
+    layer: jax.Array,
+    *,
+    bits: int,
+    group_size: int,
+    zero_point: str,
+    store_dtype: jax.typing.DTypeLike,
+    shrinks: tuple[float, ...] = (1.0,),
+    quantized: bool = False,
+    tiles: tuple[int, int] | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Packed]:
+    """The prompt's product with one layer, and that layer packed.
+
+    Args:
+      x: ``[m, d_in]``; not divided by the channel scale.
+      w: ``[L, d_in, n]``.
+      channel_scale: See `quantize_pack.quantize_pack`, as the arguments after it.
+      importance: See `quantize_pack.quantize_pack`.
+      down: See `quantize_pack.quantize_pack`.
+      up: See `quantize_pack.quantize_pack`.
+      layer: See `quantize_pack.quantize_pack`.
+      bits: See `quantize_pack.quantize_pack`.
+      group_size: See `quantize_pack.quantize_pack`.
+      zero_point: See `quantize_pack.quantize_pack`.
+      store_dtype: See `quantize_pack.quantize_pack`.
+      shrinks: See `quantize_pack.quantize_pack`.
+      quantized: Multiply ``x / D`` with the codes, instead of x with w; the low-rank part is left
+        to the caller.
+      tiles: Rows of x and columns per program, powers of two; None is `block_rows` and
+        `quantize_pack.block_columns`.
+      interpret: Runs on the CPU, for tests.
+
+    Returns:
+      ``(y[m, n] in x's dtype, (planes, scales, zeros))``.
+    """
+    m, d_in = x.shape
+    n = w.shape[-1]
+    given = qp.operands_of(channel_scale, importance, down, up, shrinks)
+    block, columns = tiles or (
+        block_rows(m),
+        min(64, qp.block_columns(bits=bits, group_size=group_size)),
+    )
+    facts = qp.Facts(
+        d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
+        group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
+        shrinks=shrinks, columns=columns, given=tuple(given),
+        rank=0 if down is None else down.shape[1], interpret=interpret,
+    )  # fmt: skip
+    y, *outputs = pl.pallas_call(
+        functools.partial(_kernel, facts=facts, m=m, block=block, quantized=quantized),
+        out_shape=[jax.ShapeDtypeStruct((m, n), x.dtype), *qp.outputs_of(facts)],
+        grid=(pl.cdiv(m, block), pl.cdiv(n, columns)),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
+        interpret=interpret,
+        name=f"prefill_quantize_{bits}bit",
+    )(layer.reshape(1), x, w, *given.values())
+    return y, qp.packed_of(outputs, facts)

@@ -1,0 +1,412 @@
+"""Rounding a block of a weight to codes inside a TPU kernel, in pieces that a matmul can hide.
+
+The insight: on the vector unit a weight costs eight operations (widen, scale, two comparisons,
+multiply, add, round, narrow), all else is amortized over a group or a word. Rounding is an
+addition: ``v + 1.5 * 2**23`` holds the integer nearest to v in its low bits, so narrowing the bits
+to bytes yields codes without any conversion.
+
+The compiler orders instructions by their critical path. Left alone it issues all of a matmul
+first and all of the rounding after it, and the matrix and the vector unit take turns. The pieces
+here store to one scratch array, the *arena*, at offsets the compiler cannot tell apart; a matmul
+that first reads a `Rounder.token` there is not issued before the pieces it follows, these become
+critical, and the two units work side by side.
+
+A block of ``rows`` is rounded in *batches* of up to eight groups, so that the grid of a batch is
+computed on full registers, in three passes: `Rounder.measure` finds each group's range,
+`Rounder.fit` its scale and zero point, `Rounder.encode` the codes. When a column of blocks is
+complete, `Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import grid
+from pallas_kernels.layout import PLANES
+
+LANES, SUBLANES = 128, 8
+_NEAREST = 1.5 * 2.0**23
+_EXACT = lax.Precision.HIGHEST
+
+Piece = tuple[float, int, Callable[[], None]]
+"""Work that a matmul may hide: its cost in vector operations, how many of the block's rows have
+codes after it, and what emits it."""
+
+Matmul = tuple[int, Callable[[], None]]
+"""How many rows must have codes before it, and what emits it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What to round, and in which blocks; static.
+
+    Attributes:
+      d_in: rows of the weight.
+      k: rows of the codes, a multiple of ``group_size``.
+      bits: width of a code.
+      group_size: rows that share a scale, a multiple of 32.
+      zero_point: one of `grid.ZERO_POINTS`.
+      store_dtype: of scales and float zero points.
+      shrinks: factors on a group's range to choose from.
+      scaled: there is a channel scale.
+      weighed: there is an importance.
+      rank: of the part of the weight that is not rounded; 0 is none.
+      rows: of a block, a multiple of ``group_size`` that divides ``k``.
+      columns: of a block, a multiple of 128.
+    """
+
+    d_in: int
+    k: int
+    bits: int
+    group_size: int
+    zero_point: str
+    store_dtype: Any
+    shrinks: tuple[float, ...]
+    scaled: bool
+    weighed: bool
+    rank: int
+    rows: int
+    columns: int
+
+    @property
+    def steps(self) -> int:
+        """Blocks in a column of blocks."""
+        return self.k // self.rows
+
+    @property
+    def groups(self) -> int:
+        """Groups of a block."""
+        return self.rows // self.group_size
+
+    @property
+    def searched(self) -> bool:
+        """Whether there is more than one range to choose from."""
+        return len(self.shrinks) > 1
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a code can leave its range, up to ties, before it is clipped.
+
+        It cannot where the range covers all weights, both ends are on the grid, and what rounding
+        scale and zero point to bfloat16 moves them by, 2**-8 of the largest code, is below half.
+        """
+        exact = self.store_dtype == jnp.float32
+        return (
+            self.shrinks != (1.0,)
+            or self.zero_point == "integer"
+            or self.bits > (8 if exact else 5)
+        )
+
+    @property
+    def padded_groups(self) -> int:
+        """Rows that the scales of a block take in scratch."""
+        return pl.cdiv(self.groups, SUBLANES) * SUBLANES
+
+    def scratch(self) -> list[Any]:
+        """The scratch arrays that `Rounder` takes, in order."""
+        batch = min(self.groups, SUBLANES) * self.group_size
+        kept = pltpu.VMEM((self.steps, self.padded_groups, self.columns), jnp.float32)
+        arena = SUBLANES + 2 * SUBLANES * SUBLANES + self.k // 4
+        per_row = pl.cdiv(self.k, LANES) * LANES
+        return [
+            pltpu.VMEM((self.columns // LANES, arena, LANES), jnp.int32),
+            pltpu.VMEM((2, batch, self.columns), jnp.float32),
+            pltpu.VMEM((3, 2, SUBLANES, self.columns), jnp.float32),
+            kept,
+            kept,
+            pltpu.VMEM((per_row if self.scaled else SUBLANES, LANES), jnp.float32),
+            pltpu.VMEM((per_row if self.weighed else SUBLANES, LANES), jnp.float32),
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounder:
+    """One block's rounding: emits the operations of a kernel.
+
+    Attributes:
+      spec: what to round.
+      zero: int32[], 0, unknown to the compiler.
+      step: int32[], which block of the column.
+      w: ``[rows, columns]``.
+      channel_scale: ``[k / 128, 128]`` or None.
+      importance: likewise.
+      down: ``[rows, rank]`` or None.
+      up: ``[rank, columns]`` or None.
+      planes: the column's planes, written by `pack`.
+      scales: the column's scales, written by `pack`.
+      zeros: the column's zero points, written by `pack`; None if symmetric.
+      rounded: ``[rows, columns]``: what the codes stand for is left there; or None.
+      scratch: as `Rounding.scratch` describes.
+    """
+
+    spec: Rounding
+    zero: Any
+    step: Any
+    w: Any
+    channel_scale: Any
+    importance: Any
+    down: Any
+    up: Any
+    planes: tuple[Any, ...]
+    scales: Any
+    zeros: Any
+    rounded: Any
+    scratch: tuple[Any, ...]
+
+    @property
+    def arena(self) -> Any:
+        """``int32[columns / 128, rows, 128]``: eight rows of zeros, ranges, codes."""
+        return self.scratch[0]
+
+    def _at(self, row: Any, rows: int, stride: int = 1) -> Any:
+        """Rows of the arena below the zeros, where the compiler cannot tell which."""
+        start = pl.multiple_of(self.zero, SUBLANES) + SUBLANES + row
+        return pl.ds(start, rows) if stride == 1 else pl.ds(start, rows, stride=stride)
+
+    def _code_row(self, row: Any) -> Any:
+        return row + 2 * SUBLANES * SUBLANES
+
+    def token(self) -> jax.Array:
+        """Zeros ``int32[8, columns]`` that, to the compiler, depend on all pieces before."""
+        zeros = self.arena[0, :SUBLANES, :]
+        return jnp.concatenate([zeros] * (self.spec.columns // LANES), axis=1)
+
+    def prepare(self) -> None:
+        """Once for all columns: turns what is given per row from lanes to sublanes."""
+        self.arena[0, :SUBLANES, :] = jnp.zeros((SUBLANES, LANES), jnp.int32)
+        for given, source, target in (
+            (self.spec.scaled, self.channel_scale, self.scratch[5]),
+            (self.spec.weighed, self.importance, self.scratch[6]),
+        ):
+            if given:
+
+                def turn(i: Any, _: None, source: Any = source, target: Any = target) -> None:
+                    square = jnp.broadcast_to(source[pl.ds(i, 1), :], (LANES, LANES))
+                    target[pl.ds(pl.multiple_of(i * LANES, LANES), LANES), :] = square.T
+
+                lax.fori_loop(0, source.shape[0], turn, None)
+
+    def _lanes(self) -> Iterator[tuple[int, slice]]:
+        for column in range(self.spec.columns // LANES):
+            yield column, slice(column * LANES, (column + 1) * LANES)
+
+    def _per_row(self, which: int, row: int) -> jax.Array:
+        g = self.spec.group_size
+        start = row if self.spec.steps == 1 else pl.multiple_of(self.step * self.spec.rows + row, 8)
+        return self.scratch[which][pl.ds(start, g), :]
+
+    def present(self, row: int, rows: int) -> jax.Array:
+        """Which of the block's rows from ``row`` on are rows of the weight: bool ``[rows, 1]``."""
+        index = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
+        return index < self.spec.d_in - self.step * self.spec.rows - row
+
+    def measure(self, batch: int, t: int) -> None:
+        """Scales group ``t`` of a batch, keeps it, and its range by sublanes."""
+        s, g = self.spec, self.spec.group_size
+        row = (batch * SUBLANES + t) * g
+        residual = self.w[row : row + g, :].astype(jnp.float32)
+        if s.rank:
+            residual -= jnp.dot(
+                self.down[row : row + g, :], self.up[...],
+                precision=_EXACT, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        factor = self._per_row(5, row) if s.scaled else None
+        for column, lanes in self._lanes():
+            part = residual[:, lanes]
+            if s.d_in < s.k:
+                part = jnp.where(self.present(row, g), part, 0.0)
+            if factor is not None:
+                part *= factor
+            self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes] = part
+            stacked = part.reshape(g // SUBLANES, SUBLANES, LANES)
+            for side, reduced in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
+                at = self._at((side * SUBLANES + t) * SUBLANES, SUBLANES)
+                self.arena[column, at, :] = pltpu.bitcast(reduced, jnp.int32)
+
+    def _across(self, side: int, groups: int, column: int, combine: Callable) -> jax.Array:
+        """Reduces sublanes: row t of the result is group t's."""
+        # A load with a stride transposes for free: no shuffles.
+        rows = [
+            pltpu.bitcast(
+                self.arena[column, self._at(side * SUBLANES * SUBLANES + i, groups, SUBLANES), :],
+                jnp.float32,
+            )
+            for i in range(SUBLANES)
+        ]
+        while len(rows) > 1:
+            rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        return rows[0]
+
+    def fit(self, batch: int) -> None:
+        """The grids of a batch."""
+        s = self.spec
+        groups = min(SUBLANES, s.groups - batch * SUBLANES)
+        kind = {"bits": s.bits, "zero_point": s.zero_point, "store_dtype": s.store_dtype}
+        for column, lanes in self._lanes():
+            low = self._across(0, groups, column, jnp.minimum)
+            high = self._across(1, groups, column, jnp.maximum)
+            shrink: Any = s.shrinks[0]
+            if s.searched:
+                shrink = self._search(batch, groups, column, low, high, kind)
+            if s.searched or shrink != 1.0:
+                low, high = low * shrink, high * shrink
+            self._keep(batch, groups, lanes, *grid.fit(low, high, **kind))
+
+    def _keep(self, batch: int, groups: int, lanes: slice, scales: Any, zeros: Any) -> None:
+        where = slice(batch * SUBLANES, batch * SUBLANES + groups)
+        self.scratch[3][self.step, where, lanes] = scales
+        self.scratch[4][self.step, where, lanes] = zeros
+        for i, value in enumerate((1.0 / scales, zeros, scales)):
+            self.scratch[2][i, batch % 2, :groups, lanes] = value
+
+    def _search(
+        self, batch: int, groups: int, column: int, low: Any, high: Any, kind: dict[str, Any]
+    ) -> jax.Array:
+        """The factor of each group's range with the least weighed squared error."""
+        s, g = self.spec, self.spec.group_size
+        lanes = slice(column * LANES, (column + 1) * LANES)
+
+        def try_factor(shrink: jax.Array, best: Any) -> Any:
+            scales, zeros = grid.fit(low * shrink, high * shrink, **kind)
+            for t in range(groups):
+                kept = self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes]
+                scale, zero = scales[t : t + 1], zeros[t : t + 1]
+                codes = grid.encode(kept, scale, zero, bits=s.bits)
+                error = jnp.square(kept - grid.decode(codes, scale, zero))
+                if s.weighed:
+                    error *= self._per_row(6, (batch * SUBLANES + t) * g)
+                total = jnp.sum(error.reshape(g // SUBLANES, SUBLANES, LANES), 0)
+                self.arena[column, self._at(t * SUBLANES, SUBLANES), :] = pltpu.bitcast(
+                    total, jnp.int32
+                )
+            error = self._across(0, groups, column, jnp.add)
+            better = error < best[0]
+            return jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])
+
+        best = jnp.full(low.shape, jnp.inf), jnp.full(low.shape, s.shrinks[0])
+        for shrink in s.shrinks:
+            best = try_factor(jnp.float32(shrink), best)
+        return best[1]
+
+    def encode(self, batch: int, t: int) -> None:
+        """The codes of group ``t`` of a batch, four to a word of the arena."""
+        s, g = self.spec, self.spec.group_size
+        row = (batch * SUBLANES + t) * g
+        for column, lanes in self._lanes():
+            inverse, zero, scale = (
+                self.scratch[2][i, batch % 2, t : t + 1, lanes] for i in (0, 1, 2)
+            )
+            value = self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes] * inverse + zero
+            if s.clipped:
+                value = jnp.clip(value, 0.0, 2.0**s.bits - 1)
+            value += _NEAREST
+            codes = pltpu.bitcast(value, jnp.int32)
+            word = self._code_row(row // 4)
+            if s.steps > 1:
+                word += pl.multiple_of(self.step * (s.rows // 4), SUBLANES)
+            self.arena[column, self._at(word, g // 4), :] = pltpu.bitcast(
+                codes.astype(jnp.int8), jnp.int32
+            )
+            if self.rounded is not None:
+                # Not value - _NEAREST, which a compiler may simplify to what was not yet rounded.
+                whole = (codes & jnp.int32(255)).astype(jnp.float32)
+                weight = grid.decode(whole, scale, zero)
+                self.rounded[row : row + g, lanes] = weight.astype(self.rounded.dtype)
+
+    def merge(self, plane: int, start: int, rows: int) -> None:
+        """Merges codes into ``rows`` words of a plane."""
+        s = self.spec
+        width, base = PLANES[s.bits][plane], sum(PLANES[s.bits][:plane])
+        mask = jnp.int32(0x01010101 * (2**width - 1) - (2**32 if width == 8 else 0))
+        for column, lanes in self._lanes():
+            words = jnp.zeros((), jnp.int32)
+            for field in range(8 // width):
+                word = self._code_row(field * (s.k * width // 32) + start)
+                part = self.arena[column, self._at(word, rows), :]
+                if base:
+                    part = lax.shift_right_logical(part, jnp.int32(base))
+                if width < s.bits:
+                    part &= mask
+                if field:
+                    part = words | (part << jnp.int32(field * width))
+                words = part
+            self.planes[plane][4 * start : 4 * (start + rows), lanes] = pltpu.bitcast(
+                words, jnp.uint8
+            )
+
+    def put_grid(self) -> None:
+        """Writes the column's scales and zero points."""
+        s = self.spec
+        for source, target in ((self.scratch[3], self.scales), (self.scratch[4], self.zeros)):
+            if target is None:
+                continue
+            for step in range(s.steps):
+                value = source[step, : s.groups, :]
+                if target.dtype == jnp.uint8:
+                    value = value.astype(jnp.int32)
+                target[step * s.groups : (step + 1) * s.groups, :] = value.astype(target.dtype)
+
+    def pieces(self) -> list[Piece]:
+        """The rounding of this block, in an order that keeps the passes apart."""
+        s = self.spec
+        batches = pl.cdiv(s.groups, SUBLANES)
+        sizes = [min(SUBLANES, s.groups - b * SUBLANES) for b in range(batches)]
+        work = s.group_size * s.columns / 1024
+        found: list[Piece] = []
+        coded = 0
+
+        def add(cost: float, piece: Callable, *args: int) -> None:
+            found.append((cost * work, coded, lambda: piece(*args)))
+
+        for t in range(sizes[0]):
+            add(4, self.measure, 0, t)
+        for b in range(batches):
+            add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
+            ahead = sizes[b + 1] if b + 1 < batches else 0
+            for t in range(max(sizes[b], ahead)):
+                if t < sizes[b]:
+                    coded += s.group_size
+                    add(4 + 2 * s.clipped, self.encode, b, t)
+                if t < ahead:
+                    add(4, self.measure, b + 1, t)
+        return found
+
+    def pack(self) -> list[Piece]:
+        """What completes a column, once all its blocks are rounded."""
+        s = self.spec
+        cost = s.k // s.group_size * s.columns / 512
+        found: list[Piece] = [(cost, s.rows, self.put_grid)]
+        for plane, width in enumerate(PLANES[s.bits]):
+            total = s.k * width // 32
+            for start in range(0, total, 32):
+                rows = min(32, total - start)
+                cost = 24 / width * rows * s.columns / 1024
+                found.append((cost, s.rows, functools.partial(self.merge, plane, start, rows)))
+        return found
+
+
+def emit(pieces: list[Piece], matmuls: list[Matmul]) -> None:
+    """Emits both, the matmuls spread evenly over the cost of the pieces."""
+    total = sum(cost for cost, _, _ in pieces)
+    done, coded, emitted = 0.0, 0, 0
+    for cost, rows, piece in pieces:
+        while (
+            emitted < len(matmuls)
+            and emitted * total <= done * len(matmuls)
+            and matmuls[emitted][0] <= coded
+        ):
+            matmuls[emitted][1]()
+            emitted += 1
+        piece()
+        done, coded = done + cost, rows
+    for _, matmul in matmuls[emitted:]:
+        matmul()
