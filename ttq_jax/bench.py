@@ -7,6 +7,7 @@ compares a time that includes the wait for memory with another that does.
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -227,8 +228,11 @@ def block_note(case: Case) -> Callable[[], str]:
         sizes: Any = getattr(module_of(case.kernel, "tpu"), "default_blocks", None)
         if sizes is None:
             return ""
-        rows = {} if case.kernel == "quantize_pack" else {"m": case.m}
-        made = sizes(**rows, k=case.k, n=case.n, bits=case.bits, group_size=case.group_size)
+        facts = {
+            "m": case.m, "k": case.k, "n": case.n, "bits": case.bits,
+            "group_size": case.group_size, "itemsize": jnp.dtype(case.dtype).itemsize,
+        }  # fmt: skip
+        made = sizes(**{name: facts[name] for name in inspect.signature(sizes).parameters})
         return " ".join(f"{name}={value}" for name, value in vars(made).items())
 
     return note

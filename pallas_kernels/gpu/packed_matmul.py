@@ -207,12 +207,12 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     def slab_step(slab: int, step: Any, loaded: Any, accs: Any) -> Any:
         row = slab * facts.slab + step * tiles.depth
         scale, *zeros = _scale_and_zero(grid_refs, row // facts.group_size, columns, inside, layer)
-        fields = [field for _, field in unpack.sources(slab, facts.bits)]
+        places = unpack.sources(slab, facts.bits)
+        fields = [field for _, field in places]
         parts = [zero] * facts.m
         sums = [jnp.zeros((height,), jnp.float32)] * facts.m
         for chunk in range(tiles.depth // height):
-            carriers = [loaded[i, part, chunk]
-                        for i, (part, _) in enumerate(unpack.sources(slab, facts.bits))]  # fmt: skip
+            carriers = [loaded[i, part, chunk] for i, (part, _) in enumerate(places)]
             q = unpack.numbers(
                 carriers, fields, bits=facts.bits, dtype=jnp.float32, offset=-bias,
                 interpret=facts.interpret,
@@ -262,7 +262,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     rows = pl.ds(first, tiles.rows)
     ragged = facts.m % tiles.rows != 0
     real = first + jnp.arange(tiles.rows, dtype=jnp.int32) < facts.m if ragged else None
-    real_rows = real[:, None] if ragged else None
+    real_rows = None if real is None else real[:, None]
 
     def step(t: Any, acc: Any) -> Any:
         narrow = min(PLANES[facts.bits])

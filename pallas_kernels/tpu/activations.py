@@ -12,6 +12,7 @@ free, because the matrix unit takes 32 at once, and int8 weights load it in half
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -80,9 +81,12 @@ def collect(placed: jax.Array, m: int, weights: tuple[float, ...]) -> jax.Array:
     """
     rows = placed.shape[0]
     if m % _SUBLANES == 0:
-        return sum(placed[i * m : (i + 1) * m] * w for i, w in enumerate(weights))
-    moved = [pltpu.roll(placed, rows - i * m, axis=0) if i else placed for i in range(len(weights))]
-    return sum(part * w for part, w in zip(moved, weights, strict=True))
+        parts = [placed[i * m : (i + 1) * m] for i in range(len(weights))]
+    else:
+        shifts = range(0, len(weights) * m, m)
+        parts = [pltpu.roll(placed, rows - by, axis=0) if by else placed for by in shifts]
+    terms = [part * weight for part, weight in zip(parts, weights, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
 def exact_dot(a: jax.Array, b: jax.Array, m: int) -> jax.Array:

@@ -115,9 +115,7 @@ def _matmuls(
                 keep = rounder.present(at.start, at.stop - at.start)[:, :1]
                 part = jnp.where(keep, part.astype(jnp.float32), 0.0)
             part = _held(part.astype(x.dtype), rounder.token())
-        total = jnp.dot(
-            x[rows, at], part, precision=precision, preferred_element_type=jnp.float32
-        )
+        total = jnp.dot(x[rows, at], part, precision=precision, preferred_element_type=jnp.float32)
         if first and s.steps > 1:
             total += jnp.where(rounder.step == 0, 0.0, sums[rows, :])
         elif not first:

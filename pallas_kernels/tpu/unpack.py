@@ -14,6 +14,7 @@ every second row: 16 even, then 16 odd ones of each run of 32, so activations ar
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -82,9 +83,11 @@ def pieces(k: int, bits: int, group_size: int, parts: int) -> list[Piece]:
         first = unit * length
         groups = {g - first for g in range(0, k, group_size) if first < g < first + length}
         edges = sorted(cuts | groups)
-        for start, end in zip(edges, edges[1:], strict=False):
-            for at in range(start, end, _MAX_PIECE):
-                found.append(Piece(unit, at, first + at, min(end - at, _MAX_PIECE)))
+        found += [
+            Piece(unit, at, first + at, min(end - at, _MAX_PIECE))
+            for start, end in itertools.pairwise(edges)
+            for at in range(start, end, _MAX_PIECE)
+        ]
     return sorted(found, key=lambda p: (p.carrier, p.unit))
 
 
@@ -144,9 +147,9 @@ def as_bfloat16(words: jax.Array, shift: int, mask: int) -> jax.Array:
     ]
     even, odd = (pltpu.bitcast(half, jnp.bfloat16) for half in halves)
     half = RUN // 2
-    return jnp.concatenate(
-        [part[r : r + half] for r in range(0, even.shape[0], half) for part in (even, odd)]
-    )
+    return jnp.concatenate([
+        part[r : r + half] for r in range(0, even.shape[0], half) for part in (even, odd)
+    ])
 
 
 def as_int8(words: jax.Array, shift: int, mask: int) -> jax.Array:
