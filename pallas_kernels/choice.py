@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,8 @@ _MODULES = {
     ("packed_matmul", "triton"): "pallas_kernels.gpu.packed_matmul",
     ("quantize_pack", "triton"): "pallas_kernels.gpu.quantize_pack",
     ("prefill_quantize", "triton"): "pallas_kernels.gpu.prefill_quantize",
-    ("packed_matmul", "mosaic_gpu"): "pallas_kernels.gpu.packed_matmul_sm90",
 }
-_RUNS_ON = {"tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu"}
+_RUNS_ON = {"tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu", "interpret": "cpu"}
 
 # What running devices call themselves, most specific first.
 _DEVICE_KINDS = (
@@ -46,7 +46,7 @@ _DEVICE_KINDS = (
     ("A100", "a100"),
     ("A30", "a100"),
     ("L4", "l4"),
-    ("RTX 40", "l4"),
+    (r"RTX 40\d\d", "l4"),
     ("T4", "t4"),
 )
 
@@ -118,7 +118,9 @@ class Choice:
 
 def chip_of(device_kind: str) -> str | None:
     """Our short name of a device kind, None for an unknown one."""
-    return next((chip for kind, chip in _DEVICE_KINDS if kind in device_kind), None)
+    # Whole words at the end: an L40 is no L4, a T400 no T4.
+    found = (chip for kind, chip in _DEVICE_KINDS if re.search(rf"\b{kind}(?!\d)", device_kind))
+    return next(found, None)
 
 
 def current_target() -> Target:
@@ -130,7 +132,11 @@ def current_target() -> Target:
             device = jax.devices(device)[0]
         device = device or jax.devices()[0]
     platform = {"cuda": "gpu"}.get(device.platform, device.platform)
-    return Target(platform=platform, chip=chip_of(device.device_kind))
+    chip = chip_of(device.device_kind)
+    if chip is None and float(getattr(device, "compute_capability", None) or 8) < 8:
+        # All that Triton does not reach is served as a T4 is.
+        chip = "t4"
+    return Target(platform=platform, chip=chip)
 
 
 def module_of(kernel: str, implementation: str) -> ModuleType:
@@ -162,11 +168,14 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
     """
     if implementation == "xla":
         return None
-    if implementation == "mosaic_gpu" and (problem.kernel, implementation) not in _MODULES:
-        return f"{problem.kernel} has no Mosaic GPU kernel"
-    needed = _RUNS_ON.get(implementation)
-    if needed is not None and target.platform != needed:
-        return f"{implementation} kernels run on a {needed.upper()}, this is a {target.platform}"
+    if implementation != "interpret" and (problem.kernel, implementation) not in _MODULES:
+        return f"there is no {implementation} kernel for it"
+    needed = _RUNS_ON[implementation]
+    if target.platform != needed:
+        runs = "the TPU simulator runs" if implementation == "interpret" else (
+            f"{implementation} kernels run"
+        )  # fmt: skip
+        return f"{runs} on a {needed.upper()}, this is a {target.platform.upper()}"
     facts: dict[str, Any] = {
         "k": problem.k, "n": problem.n, "bits": problem.bits, "group_size": problem.group_size,
         "dtype": problem.dtype, "chip": target.chip,

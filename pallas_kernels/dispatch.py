@@ -201,7 +201,10 @@ def prefill_quantize(
         choice = choose(problem(rest[0].shape[0]), current_target(), implementation)
         run = module_of("prefill_quantize", choice.implementation).prefill_quantize
         x, *others = rest
-        return run(x, w, *others, layer, **kind, quantized=quantized, **_interpret(choice))
+        y, packed = run(x, w, *others, layer, **kind, quantized=quantized, **_interpret(choice))
+        # XLA for TPUs fuses the write into a scan's stacked result with the kernel, tiles the two
+        # differently, and aborts (libtpu 0.0.42 to 0.0.52).
+        return y, jax.lax.optimization_barrier(packed) if choice.implementation == "tpu" else packed
 
     run = _mapped(call, lambda: problem(rows.shape[0]), implementation)
     y, packed = run(stacks, layer, (rows, channel_scale, importance, down, up))
@@ -231,6 +234,8 @@ def _multiply_packed(
         module = module_of("packed_matmul", choice.implementation)
         dense = choice.implementation == "xla" and target.platform != "cpu"
         run = module.dense_matmul if dense else module.packed_matmul
+        if choice.implementation == "tpu":
+            stacks = _left_in_place(stacks)
         return run(x, *stacks, layer, bits=bits, group_size=group_size, **_interpret(choice))
 
     def fold(call: Any, stacks: Any, layer: Any, x: jax.Array) -> jax.Array:
@@ -248,6 +253,17 @@ def _mapped(call: Any, problem: Any, implementation: str | None, fold: Any = Non
         return choose(facts, current_target(), implementation).implementation == "xla"
 
     return batching.mapped(call, name=facts.kernel, native=native, fold=fold)
+
+
+def _left_in_place(stacks: Any) -> Any:
+    """Stacks that XLA leaves where they are.
+
+    It does not see that a kernel reads one layer: whatever fits into a TPU's fast memory, it would
+    copy there whole before each call, and once per layer read the scales of all.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), stacks)
 
 
 def _interpret(choice: Choice) -> dict[str, Any]:
@@ -293,10 +309,23 @@ def _problem(
 
 
 def _with_layers(weights: Any, layer: jax.Array | int | None) -> tuple[Any, jax.Array]:
-    """Weights with a leading layer axis, and which layer is meant."""
+    """Weights with a leading layer axis, and which layer is meant.
+
+    Raises:
+      ValueError: a layer that there is not.
+    """
     if layer is None:
         return jax.tree.map(lambda a: a[None], weights), jnp.zeros((), jnp.int32)
-    return weights, jnp.asarray(layer, jnp.int32).reshape(())
+    depth = jax.tree.leaves(weights)[0].shape[0]
+    if isinstance(layer, int):
+        # Kernels read without a bounds check; what is traced cannot be looked at.
+        if not 0 <= layer < depth:
+            raise ValueError(f"layer: expected 0 to {depth - 1}, got {layer}; count from the first")
+    elif layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
+        raise ValueError(
+            f"layer: expected one integer, got {layer.dtype}{list(layer.shape)}; vmap over several"
+        )
+    return weights, jnp.asarray(layer, jnp.int32)
 
 
 def _check(name: str, a: jax.Array, shape: tuple[int, ...], dtypes: Sequence[Any]) -> None:

@@ -4,6 +4,11 @@ The floor of a kernel is the time to move every byte that is stored, once, at th
 bandwidth: planes, scales and zero points as they are stored, activations in and out, and for the
 quantizers the bfloat16 weight. The bfloat16 product is held to the same rule, so that a speed-up
 compares a time that includes the wait for memory with another that does.
+
+Cycles and bandwidth are of one jax device. That is a whole chip on v5e, v6e (one core) and v5p (two
+cores: the estimate is of the slower one, a grid's parallel axis and XLA's products are split over
+both, and 4096² x 4096 estimates as 540 thousand cycles where both cores' peak needs 524); on tpu7x
+it is one of a chip's two cores, with its half of the bandwidth.
 """
 
 import dataclasses
@@ -15,11 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import PLANES, packed_matmul, prefill_quantize, quantize_pack
-from pallas_kernels.choice import module_of
+from pallas_kernels import PLANES, Problem, Target, packed_matmul, prefill_quantize, quantize_pack
+from pallas_kernels.choice import module_of, refusal
+from ttq_jax.chips import CompileError
 from ttq_jax.chips import chip as find_chip
 from ttq_jax.chips import estimate as estimate_program
-from ttq_jax.chips import estimate_cycles
 
 KERNELS = ("packed_matmul", "quantize_pack", "prefill_quantize")
 
@@ -58,6 +63,16 @@ class Case:
             zero_point = "none" if self.symmetric else "float"
             static |= {"zero_point": zero_point, "store_dtype": "bfloat16"}
         return static
+
+    @property
+    def problem(self) -> Problem:
+        """What the choice of an implementation depends on."""
+        quantizes = self.kernel != "packed_matmul"
+        return Problem(
+            kernel=self.kernel, m=self.m, d_in=self.k, k=self.k, n=self.n, bits=self.bits,
+            group_size=self.group_size, zero_point="none" if self.symmetric else "float",
+            dtype=self.dtype, shrinks=int(quantizes), scaled=quantizes,
+        )  # fmt: skip
 
     def packed_shapes(self) -> tuple[Any, Any, Any]:
         """Planes, scales and zero points."""
@@ -187,38 +202,71 @@ def estimate(
       progress: called with (done, in all).
 
     Returns:
-      A record per case. `prefill_quantize` has the ratio to a bfloat16 product of its shape too.
+      A record per case. Where there is no estimate, its numbers are None and `note` says why.
+      `prefill_quantize` has the ratio to a bfloat16 product of its shape too.
+
+    Raises:
+      ChipError: the chip is unknown, has no estimate, or its compiler is not installed.
     """
     per_cycle = find_chip(chip).bytes_per_cycle or 1.0
-    dense: dict[tuple[int, int, int], int] = {}
+    dense: dict[tuple[int, int, int], float | None] = {}
     records = []
     for i, case in enumerate(cases):
-        x, weight = case.operands()
-
-        def call(x: Any, weight: Any, case: Case = case) -> Any:
-            return case.run(x, weight, implementation="tpu")
-
-        found = estimate_program(chip, call, x, weight, note=block_note(case))
-        cycles, floor = sum(found.cycles.values()), case.floor_bytes() / per_cycle
+        cycles, block, note = _kernel_cycles(case, chip)
         key = (max(case.m, 1), case.k, case.n)
-        if key not in dense:
-            plain = estimate_cycles(chip, dense_product, *dense_shapes(case))
-            dense[key] = sum(plain.values())
-        bfloat16 = max(dense[key], case.dense_bytes() / per_cycle)
-        took = max(cycles, floor)
-        record = case.facts() | {
-            "cycles": cycles or None,
-            "floor_cycles": round(floor),
-            "fraction_of_floor": round(floor / took, 4) if cycles else None,
-            "speedup_vs_bf16": round(bfloat16 / took, 3) if cycles else None,
-            "block": found.note,
-            "chip": chip,
-        }
-        if case.kernel == "prefill_quantize":
-            record["ratio_to_matmul"] = round(took / bfloat16, 4) if cycles else None
-        records.append(record)
+        if cycles is not None and key not in dense:
+            plain, _, why = _cycles(chip, dense_product, dense_shapes(case))
+            dense[key] = plain and max(plain, case.dense_bytes() / per_cycle)
+            note = note or (f"the bfloat16 product: {why}" if why else "")
+        record = _record(case, cycles, per_cycle, dense.get(key))
+        record |= {"block": block, "chip": chip}
+        records.append(record | ({"note": note} if note else {}))
         progress(i + 1, len(cases))
     return records
+
+
+def _record(
+    case: Case, cycles: int | None, per_cycle: float, bfloat16: float | None
+) -> dict[str, Any]:
+    """A case's numbers; times are never less than what memory allows."""
+    floor = case.floor_bytes() / per_cycle
+    took = None if cycles is None else max(cycles, floor)
+    record = case.facts() | {
+        "cycles": cycles,
+        "floor_cycles": round(floor),
+        "fraction_of_floor": round(floor / took, 4) if took else None,
+        "speedup_vs_bf16": round(bfloat16 / took, 3) if took and bfloat16 else None,
+    }
+    if case.kernel == "prefill_quantize":
+        ratio = round(took / bfloat16, 4) if took and bfloat16 else None
+        record["ratio_to_matmul"] = ratio
+    return record
+
+
+def _kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
+    """(cycles, blocks, why there are none or what to know of them) of a kernel."""
+    why = refusal(case.problem, "tpu", Target(platform="tpu", chip=chip))
+    if why is not None:
+        return None, "", why
+
+    def call(x: Any, weight: Any) -> Any:
+        return case.run(x, weight, implementation="tpu")
+
+    return _cycles(chip, call, case.operands(), block_note(case), kernel=case.kernel)
+
+
+def _cycles(
+    chip: str, fn: Callable[..., Any], shapes: Any, note: Callable[[], str] = str, kernel: str = ""
+) -> tuple[int | None, str, str]:
+    """The same of any program; cycles count if there are some of an operation named `kernel`."""
+    try:
+        found = estimate_program(chip, fn, *shapes, note=note)
+    except CompileError as e:
+        return None, "", " ".join(str(e).split())[:200]
+    if not any(name.startswith(kernel) for name in found.cycles):
+        return None, found.note, "the compiler's profiler gave no estimate"
+    why = "the compiler's profiler aborted after the kernel" if found.aborted else ""
+    return sum(found.cycles.values()), found.note, why
 
 
 def block_note(case: Case) -> Callable[[], str]:

@@ -40,27 +40,41 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         raise ConfigError(str(e)) from e
 
 
-def _text(records: list[dict[str, Any]], measured: bool) -> str:
-    """The records as a table."""
-    numbers = (
-        ["us", "vs dense", "vs xla"] if measured else ["cycles", "floor", "of floor", "vs bf16"]
-    )
-    rows = [["kernel", "bits", "group", "m", "k", "n", *numbers, "of matmul", "block"]]
+def _shown(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _numbers(record: dict[str, Any], measured: bool) -> list[str]:
+    """The cells of a record that depend on where its numbers are from."""
     if measured:
-        rows[0].remove("of matmul")
+        return [_shown(record["microseconds"].get("kernel"), ".1f"),
+                _shown(record["speedup_vs_dense"], ".2f"),
+                _shown(record["speedup_vs_xla"], ".2f")]  # fmt: skip
+    return [_shown(record["cycles"], ","), _shown(record["floor_cycles"], ","),
+            _shown(record["fraction_of_floor"], ".0%"), _shown(record["speedup_vs_bf16"], ".2f"),
+            _shown(record.get("ratio_to_matmul"), ".3f")]  # fmt: skip
+
+
+def _text(records: list[dict[str, Any]], measured: bool) -> str:
+    """The records as a table, with what is noted of them below it."""
+    numbers = (
+        ["us", "vs dense", "vs xla"]
+        if measured
+        else ["cycles", "floor", "of floor", "vs bf16", "of matmul"]
+    )
+    rows = [["kernel", "bits", "group", "m", "k", "n", *numbers, "block"]]
+    notes: list[str] = []
     for r in records:
-        shown = lambda v, form: "-" if v is None else format(v, form)  # noqa: E731
         group = f"{r['group_size']}{' sym' if r['symmetric'] else ''}"
+        mark = ""
+        if "note" in r:
+            if r["note"] not in notes:
+                notes.append(r["note"])
+            mark = f" [{notes.index(r['note']) + 1}]"
         row = [r["kernel"], str(r["bits"]), group, *(str(r[x]) for x in "mkn")]
-        if measured:
-            row += [f"{r['microseconds']['kernel']:.1f}", shown(r["speedup_vs_dense"], ".2f"),
-                    shown(r["speedup_vs_xla"], ".2f")]  # fmt: skip
-        else:
-            row += [shown(r["cycles"], ","), shown(r["floor_cycles"], ","),
-                    shown(r["fraction_of_floor"], ".0%"), shown(r["speedup_vs_bf16"], ".2f"),
-                    shown(r.get("ratio_to_matmul"), ".3f")]  # fmt: skip
-        rows.append([*row, r["block"]])
-    return table(rows)
+        rows.append([*row, *_numbers(r, measured), f"{r['block']}{mark}".strip()])
+    lines = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([table(rows), *lines])
 
 
 def run_bench(args: argparse.Namespace, progress: Progress) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Problem, choose, current_target
+from pallas_kernels import choose, current_target
 from ttq_jax.bench import Case, dense_product
 from ttq_jax.chips import CHIPS, ChipError
 
@@ -72,7 +72,8 @@ def _indexed(call: Callable[..., Any], x: Any, stack: Any, depth: int, steps: in
 
 def _apart(call: Callable[..., Any], x: Any, weights: list[Any], steps: int) -> _Contender:
     """Calls on separate weights, as a product reads a dense one without copying it."""
-    turns = max(2, steps // len(weights))
+    # A loop of one turn would be inlined, and its calls merged with the first ones.
+    turns = max(3, steps // len(weights))
 
     def body(_: Any, carry: Any) -> Any:
         (x, weights), made = carry
@@ -144,7 +145,8 @@ def measure(
       progress: called with (done, in all).
 
     Returns:
-      A record per case, seconds per call by contender among it.
+      A record per case, microseconds per call by contender among it. Where a case does not run, its
+      numbers are None and `note` says why; a fallback to plain XLA is noted too.
 
     Raises:
       ChipError: the device is not there.
@@ -159,52 +161,52 @@ def measure(
     records = []
     with jax.default_device(device):
         target = current_target()
+        # A chip of the same kind with another memory would be held to the wrong bandwidth.
         chip = CHIPS.get(target.chip or "")
+        if chip is not None and chip.name != device.device_kind:
+            chip = None
         for i, case in enumerate(cases):
             if platform == "cpu":
                 # Nobody computes in bfloat16 there; a "bf16" column would be a straw man.
                 case = dataclasses.replace(case, dtype="float32")
-            contenders = _contenders(case, platform)
-            for contender in contenders.values():
-                contender.seconds()
-            taken = _turns(contenders, turns)
-            times = {name: statistics.median(t) for name, t in taken.items()}
-            records.append(_record(case, times, chip.bandwidth if chip else None, target))
+            choice = choose(case.problem, target)
+            note = choice.reason if choice.fallback else ""
+            times: dict[str, float] = {}
+            try:
+                times = _measured(_contenders(case, platform), turns)
+            except Exception as e:
+                # Whatever a compiler or a device says: the rest of a sweep is worth having.
+                note = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            record = _record(case, times, chip.bandwidth if chip else None)
+            record |= {"block": choice.implementation, "chip": target.chip or target.platform}
+            records.append(record | ({"note": note} if note else {}))
             progress(i + 1, len(cases))
     return records
 
 
-def _turns(contenders: dict[str, _Contender], turns: int) -> dict[str, list[float]]:
+def _measured(contenders: dict[str, _Contender], turns: int) -> dict[str, float]:
+    """Median seconds per call of each contender, after a warm-up."""
+    for contender in contenders.values():
+        contender.seconds()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, contender in contenders.items():
             times[name].append(contender.seconds())
-    return times
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _record(case: Case, times: dict[str, float], bandwidth: float | None, target: Any) -> Any:
+def _record(case: Case, times: dict[str, float], bandwidth: float | None) -> dict[str, Any]:
+    """A case's numbers; without times, the same keys."""
+    took, dense, xla = (times.get(name) for name in ("kernel", "dense", "xla"))
     floor = case.floor_bytes() / bandwidth if bandwidth else None
-    took, dense = times["kernel"], times.get("dense")
+    over_dense = round(dense / took, 3) if dense and took else None
     return case.facts() | {
         "cycles": None,
         "floor_cycles": None,
-        "fraction_of_floor": round(floor / max(took, floor), 4) if floor else None,
-        "speedup_vs_bf16": round(dense / took, 3) if dense and case.dtype == "bfloat16" else None,
-        "block": implementation_of(case, target),
-        "chip": target.chip or target.platform,
+        "fraction_of_floor": round(floor / max(took, floor), 4) if floor and took else None,
+        "speedup_vs_bf16": over_dense if case.dtype == "bfloat16" else None,
         "dtype": case.dtype,
-        "speedup_vs_dense": round(dense / took, 3) if dense else None,
-        "speedup_vs_xla": round(times["xla"] / took, 3),
+        "speedup_vs_dense": over_dense,
+        "speedup_vs_xla": round(xla / took, 3) if xla and took else None,
         "microseconds": {name: round(1e6 * t, 2) for name, t in times.items()},
     }
-
-
-def implementation_of(case: Case, target: Any) -> str:
-    """Which implementation serves a case on a target."""
-    zero_point = "none" if case.symmetric else "float"
-    problem = Problem(
-        kernel=case.kernel, m=case.m, d_in=case.k, k=case.k, n=case.n, bits=case.bits,
-        group_size=case.group_size, zero_point=zero_point, dtype=case.dtype,
-        shrinks=0 if case.kernel == "packed_matmul" else 1,
-    )  # fmt: skip
-    return choose(problem, target).implementation

@@ -12,13 +12,19 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import re
+import select
+import shutil
+import signal
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import topologies
@@ -34,6 +40,10 @@ class ChipError(RuntimeError):
     """A chip that cannot be compiled for here; the message says what to install."""
 
 
+class CompileError(RuntimeError):
+    """A program that a compiler refuses; the message is the compiler's."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """An accelerator, as its compiler wants it described.
@@ -41,8 +51,8 @@ class Chip:
     Attributes:
       platform: "tpu" or "cuda".
       topology: TPU: the compiler's name of a slice with one chip in it.
-      bytes_per_cycle: TPU: HBM bandwidth over clock, per chip; None where the compiler gives no
-        cycle estimate.
+      bytes_per_cycle: TPU: a device's HBM bandwidth over its clock; None where the compiler gives
+        no cycle estimate.
       capability: GPU: CUDA compute capability.
       cores: GPU: streaming multiprocessors.
       name: GPU: the device kind that a running one reports.
@@ -76,7 +86,7 @@ CHIPS: dict[str, Chip] = {
         bytes_per_cycle=1640 / 1.75,
     ),
     "tpu7x": Chip(
-        platform="tpu", topology="tpu7x:1x1x1", memory=192 * _GIB, bandwidth=7380e9,
+        platform="tpu", topology="tpu7x:1x1x1", memory=96 * _GIB, bandwidth=3690e9,
         bytes_per_cycle=3690 / 2.2,
     ),
     "t4": Chip(
@@ -96,7 +106,8 @@ CHIPS: dict[str, Chip] = {
         memory=80 * _GIB, bandwidth=3352e9,
     ),
 }  # fmt: skip
-"""Bandwidths and clocks are the vendors' figures; tpu7x is one of a chip's two devices."""
+"""Bandwidths and clocks are the vendors' figures, of what jax calls a device: a v5p is one of two
+cores, a tpu7x chip is two of one core, and half of the chip is what its row says."""
 
 # XLA's description of a GPU that is not there; only capability, cores and memory differ enough to
 # matter to code generation.
@@ -143,11 +154,17 @@ def chip(name: str) -> Chip:
     found = CHIPS[name]
     if found.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise ChipError(f"compiling for {name} needs the TPU compiler: pip install libtpu")
-    if found.platform == "cuda" and importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        raise ChipError(
-            f"compiling for {name} needs the CUDA compiler of this jax: "
-            f"pip install jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
-        )
+    if found.platform == "cuda":
+        wanted, plugin = jax.__version__, "jax-cuda13-plugin"
+        there = None
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            there = metadata.version(plugin)
+        if there != wanted:
+            raise ChipError(
+                f"compiling for {name} needs the CUDA compiler of jax {wanted}, found "
+                f"{f'{plugin} {there}' if there else 'none'}: "
+                f'pip install "jax[cuda13-local]=={wanted}" "nvidia-cuda-nvcc>=13,<14"'
+            )
     return found
 
 
@@ -218,83 +235,149 @@ class Estimate:
     """What the compiler says of a program.
 
     Attributes:
-      cycles: by operation, Pallas kernels by their name; {} if the profiler aborted.
+      cycles: by operation, Pallas kernels by their name.
       note: what was asked beside it.
+      aborted: the profiler did, after these operations; others may be missing.
     """
 
     cycles: dict[str, int]
     note: str
+    aborted: bool = False
 
 
 def estimate_cycles(name: str, fn: Callable[..., Any], *shapes: Any) -> dict[str, int]:
-    """`estimate` without a note: cycles by operation, {} if the profiler aborted."""
+    """`estimate` without a note: cycles by operation."""
     return estimate(name, fn, *shapes).cycles
 
 
 def estimate(
-    name: str, fn: Callable[..., Any], *shapes: Any, note: Callable[[], str] = str
+    name: str,
+    fn: Callable[..., Any],
+    *shapes: Any,
+    note: Callable[[], str] = str,
+    limit: float = 600.0,
 ) -> Estimate:
     """Static cycles of a TPU program's operations.
 
     Runs in a child process: the compiler reads the option once, when it is loaded, and on some
-    programs its profiler aborts. The parent must not have loaded the TPU compiler yet.
+    programs its profiler aborts. The parent must not have loaded the TPU compiler yet. A second
+    child between the two outlives this process for a moment, however it ends: it stops the
+    compiler and removes what it wrote.
 
     Args:
       name: a TPU of `CHIPS` with a `bytes_per_cycle`.
       fn: to be compiled.
       *shapes: its arguments, as for `compile_for`.
       note: called where the chip is what is traced for.
+      limit: seconds after which the compiler is stopped.
 
     Returns:
       The estimate.
 
     Raises:
       ChipError: the chip is unknown, has no estimate, or its compiler is not installed.
-      RuntimeError: the program does not compile; the message is the compiler's.
+      CompileError: the program does not compile, or not within `limit`.
+      RuntimeError: this process has loaded a compiler already.
     """
     if chip(name).bytes_per_cycle is None:
         raise ChipError(f"{name}: its compiler gives no cycle estimates")
     if device.cache_info().currsize:
         raise RuntimeError("estimate: this process has loaded a compiler; call it before")
-    with tempfile.TemporaryDirectory() as directory:
-        read, write = os.pipe()
-        with warnings.catch_warnings():
-            # The child compiles and leaves; it never waits for a thread of the parent.
-            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            _compile_and_leave(name, fn, shapes, note, directory, write)
-        os.close(write)
+    alive, hold = os.pipe()
+    read, write = os.pipe()
+    pid = _fork()
+    if pid == 0:
+        os.close(hold)
+        os.close(read)
+        _watch(lambda *to: _compile_and_leave(name, fn, shapes, note, *to), alive, write, limit)
+    os.close(alive)
+    os.close(write)
+    try:
         with os.fdopen(read, "rb") as pipe:
-            message = pipe.read().decode()
-        _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            raise RuntimeError(message)
-        found: dict[str, int] = {}
-        for path in Path(directory).glob("*profile.textproto"):
-            text = path.read_text()
-            for m in re.finditer(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
-                found[m.group(1)] = int(m.group(2))
-        return Estimate(found, message)
+            found = json.loads(pipe.read() or b'{"error": "the compiler\'s process was killed"}')
+    finally:
+        os.close(hold)
+        os.waitpid(pid, 0)
+    if "error" in found:
+        raise CompileError(found["error"])
+    return Estimate(**found)
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # What is forked compiles and leaves; it never waits for a thread of the parent.
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        return os.fork()
+
+
+def _watch(
+    compile_in: Callable[[str, int], None], alive: int, write: int, limit: float
+) -> NoReturn:
+    """Runs the compiler in a process of its own and reports; the end of `alive` stops both."""
+    # Ctrl-C reaches the whole group, but only the parent's end decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    directory = tempfile.mkdtemp(prefix="ttq-")
+    try:
+        said, say = os.pipe()
+        pid = _fork()
+        if pid == 0:
+            compile_in(directory, say)
+        os.close(say)
+        found, deadline = b"", time.monotonic() + limit
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            ready = select.select([said, alive], [], [], left)[0]
+            part = os.read(said, 65536) if said in ready else b""
+            found += part
+            if not part:
+                break
+        result: dict[str, Any] = {"note": ""}
+        for line in found.splitlines():
+            result |= json.loads(line)
+        if said not in ready:
+            os.kill(pid, signal.SIGKILL)
+            result["error"] = f"the compiler took longer than {limit:g} s"
+        result["aborted"] = os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        result["cycles"] = _profile(directory)
+        if alive not in ready:
+            os.write(write, json.dumps(result).encode())
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os._exit(0)
+
+
+def _profile(directory: str) -> dict[str, int]:
+    """Cycles by operation, from the files that the compiler wrote."""
+    found: dict[str, int] = {}
+    for path in Path(directory).glob("*profile.textproto"):
+        text = path.read_text()
+        for m in re.finditer(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text):
+            found[m.group(1)] = int(m.group(2))
+    return found
 
 
 def _compile_and_leave(
     name: str, fn: Callable[..., Any], shapes: Any, note: Callable[[], str], directory: str,
     write: int,
-) -> None:  # fmt: skip
-    """The child's part of `estimate`; does not return."""
-    status = 0
+) -> NoReturn:  # fmt: skip
+    """The innermost child's part of `estimate`: writes a JSON object per line."""
+
+    def say(**what: str) -> None:
+        os.write(write, json.dumps(what).encode() + b"\n")
+
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.environ["TPU_LOG_DIR"] = directory
         os.environ["LIBTPU_INIT_ARGS"] = (
             f"--xla_jf_dump_static_llo_profile_to={directory} "
             + os.environ.get("LIBTPU_INIT_ARGS", "")
         )
+        # A program out of the cache is not compiled, so it leaves no profile.
+        jax.config.update("jax_enable_compilation_cache", False)
         with tracing_for(name):
-            os.write(write, note().encode()[:4000])
+            say(note=note())
         compile_for(name, fn, *shapes)
     except BaseException as e:
-        status = 1
-        os.write(write, str(e).encode()[:4000])
-    os._exit(status)
+        say(error=str(e)[:4000] or type(e).__name__)
+    os._exit(0)

@@ -43,6 +43,9 @@ def listing(
 
     Returns:
       Rows of projection, kernel, m, k, n, implementation, reason and fallback.
+
+    Raises:
+      ConfigError: the recipe selects no projection.
     """
     rows = []
     grid = recipe.grid
@@ -73,6 +76,9 @@ def listing(
                 "implementation": choice.implementation, "reason": choice.reason,
                 "fallback": choice.fallback,
             })  # fmt: skip
+    if not rows:
+        paths = ", ".join(f"layers/{name}" for name in projections(config))
+        raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
     return rows
 
 
@@ -94,7 +100,8 @@ def run_kernels(args: argparse.Namespace, progress: Progress) -> None:
     if args.model in RELEASED:
         config = released_config(args.model)
     else:
-        config = load_model(args.model, args.dtype, progress)[0].config
+        # Only its sizes are looked at, and checkpoints are not loaded as float16.
+        config = load_model(args.model, "bfloat16", progress)[0].config
     target = target_of(args.chip)
     rows = listing(
         config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,

@@ -13,7 +13,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.models import gemma3, llama, opt, qwen3
 from ttq_jax.models.decoder import init_params
 from ttq_jax.models.family import Settings
-from ttq_jax.types import Params
+from ttq_jax.types import SITE_OF, Params, kernels
 
 _QWEN3 = {
     "head_dim": 128, "max_position_embeddings": 40960, "num_key_value_heads": 8,
@@ -93,7 +93,7 @@ def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
       config: the model's.
 
     Returns:
-      {"q": (d_in, d_out), …}.
+      {"q": (d_in, d_out), …}, in the order in which activations meet them.
     """
-    layers = params_shapes(config)["layers"]
-    return {n: leaf["kernel"].shape[1:] for n, leaf in layers.items() if "kernel" in leaf}
+    found = kernels(params_shapes(config)["layers"])
+    return {name: found[name].shape[1:] for name in SITE_OF if name in found}

@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu import unpack
+from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
 from pallas_kernels.layout import PLANES
 
 _EXACT = lax.Precision.HIGHEST
@@ -65,12 +66,33 @@ def _ceil_power(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
+def shared_bytes(tiles: Tiles, *, bits: int, itemsize: int) -> int:
+    """Shared memory of `_many_rows`, as the compiler lays it out (compared with its own figures).
+
+    Args:
+      tiles: Block sizes.
+      bits: Width of a code.
+      itemsize: Of x, bytes.
+
+    Returns:
+      Bytes; an upper bound before compute capability 9.0.
+    """
+    parts = sum(width // min(PLANES[bits]) for width in PLANES[bits])
+    x = unpack.slabs(bits) * tiles.rows * tiles.depth * itemsize
+    carriers = parts * tiles.depth * tiles.columns
+    if itemsize < 4:
+        return tiles.num_stages * x + (tiles.num_stages - 1) * carriers + 512
+    # Tensor cores read bfloat16 weights from registers, float32 ones go through shared memory.
+    return (tiles.num_stages - 1) * (x + carriers) + 4 * tiles.depth * tiles.columns + 512
+
+
+def blocks(*, m: int, k: int, n: int, bits: int, group_size: int, itemsize: int = 2) -> Tiles:
     """The default block sizes.
 
     A step loads 128 carrier rows (fewer where each holds more slabs, so that the unrolled code and
     the registers stay bounded) by 128 columns: 16 KiB in flight per program and 4-bit plane, where
-    an H100 needs about 18 KiB per multiprocessor to cover its latency. Splits are added until there
+    an H100 needs about 18 KiB per multiprocessor to cover its latency. Shared memory stays below
+    96 KiB, what an L4 has; an H100 holds two such programs. Splits are added until there
     are two programs for each of 132 multiprocessors (four where no tensor core is used, as those
     need fewer registers), but partial sums never exceed a quarter of the weight's bytes.
 
@@ -80,23 +102,34 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
       n: Output channels.
       bits: Width of a code.
       group_size: Rows that share a scale.
+      itemsize: Of x, bytes.
 
     Returns:
       What `packed_matmul` uses if it is given none.
     """
     few = m <= 2
-    depth = min(granule(k=k, bits=bits, group_size=group_size), 256 // unpack.slabs(bits), 128)
-    rows = m if few else min(max(_ceil_power(m), 16), 64)
-    columns = min(128, max(_ceil_power(n), 16))
-    steps = k // unpack.slabs(bits) // depth
-    programs = pl.cdiv(n, columns) * pl.cdiv(m, rows)
+    run = granule(k=k, bits=bits, group_size=group_size)
+    # Exact products of float32 take the registers of four bfloat16 ones; larger blocks spill.
+    exact = itemsize == 4 and not few
+    rows = m if few else min(max(_ceil_power(m), 16), 32 if exact else 64)
+    wide = rows == 64 or exact or (rows == 32 and unpack.slabs(bits) == 8)
+    tiles = Tiles(
+        rows=rows, columns=min(128, max(_ceil_power(n), 16)),
+        depth=min(run, 256 // unpack.slabs(bits), 32 if exact else 128), splits=1,
+        num_warps=8 if wide else 4,
+    )  # fmt: skip
+    while not few and shared_bytes(tiles, bits=bits, itemsize=itemsize) > SHARED_BYTES:
+        # Fewer stages first: a smaller depth multiplies the additions of scaled partial products.
+        smaller: dict[str, int] = {"num_stages": 2}
+        if tiles.num_stages == 2:
+            smaller = {"depth": tiles.depth // 2}
+        tiles = dataclasses.replace(tiles, **smaller)
+    steps = k // unpack.slabs(bits) // tiles.depth
+    programs = pl.cdiv(n, tiles.columns) * pl.cdiv(m, rows)
     wanted = pl.cdiv(4 * 132 if few else 2 * 132, programs)
     splits = max(1, min(wanted, steps, k * bits // (128 * m)))
     # As even as the number of steps allows: a longer last run would be waited for.
-    splits = pl.cdiv(steps, pl.cdiv(steps, splits))
-    return Tiles(
-        rows=rows, columns=columns, depth=depth, splits=splits, num_warps=8 if rows == 64 else 4
-    )
+    return dataclasses.replace(tiles, splits=pl.cdiv(steps, pl.cdiv(steps, splits)))
 
 
 def refusal(
@@ -333,7 +366,9 @@ def packed_matmul(
     """
     (m, k), n = x.shape, scales.shape[-1]
     check_addressable(planes)
-    tiles = tiles or blocks(m=m, k=k, n=n, bits=bits, group_size=group_size)
+    tiles = tiles or blocks(
+        m=m, k=k, n=n, bits=bits, group_size=group_size, itemsize=x.dtype.itemsize
+    )
     facts = _Facts(
         m=m, k=k, n=n, bits=bits, group_size=group_size, tiles=tiles, has_zeros=zeros is not None,
         interpret=interpret,
@@ -358,22 +393,3 @@ def packed_matmul(
         name=f"packed_matmul_{bits}bit",
     )(*operands)
     return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)
-
-
-def check_addressable(stacks: Any) -> None:
-    """Refuses stacks that the backend would address wrongly.
-
-    Offsets are 32 bits, signed and counted in elements, up to 4 GiB of an array, 64 beyond.
-
-    Args:
-      stacks: Arrays.
-
-    Raises:
-      ValueError: An array has more than 2**31 elements in less than 4 GiB.
-    """
-    for a in jax.tree.leaves(stacks):
-        if a.size >= 2**31 and a.nbytes <= 2**32:
-            raise ValueError(
-                f"stack: expected less than 2 GiB or more than 4 GiB of uint8, got {a.nbytes} "
-                "bytes; split the stack over layers in two, or pass implementation='xla'"
-            )

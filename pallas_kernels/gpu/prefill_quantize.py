@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu import quantize_pack as qp
 from pallas_kernels.gpu import unpack
+from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.layout import PLANES
 from pallas_kernels.reference import Packed
 
@@ -33,8 +34,9 @@ _EXACT = lax.Precision.HIGHEST
 
 
 def refusal(
-    *, m: int, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, **other: Any
-) -> str | None:
+    *, m: int, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, rank: int,
+    **other: Any,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot serve a problem.
 
     Args:
@@ -45,12 +47,13 @@ def refusal(
       bits: Width of a code.
       group_size: Rows that share a scale.
       chip: Short name of the GPU, None if unknown.
+      rank: Of the low-rank term, 0 for none.
       **other: Facts that it does not depend on.
 
     Returns:
       The reason, None if it can.
     """
-    why = qp.refusal(d_in=d_in, k=k, n=n, bits=bits, group_size=group_size, chip=chip)
+    why = qp.refusal(d_in=d_in, k=k, n=n, bits=bits, group_size=group_size, chip=chip, rank=rank)
     if why is None and group_size <= 8:
         return f"tensor cores multiply at least 16 rows at a time, a group has {group_size}"
     if why is None and group_size > 256:
@@ -58,9 +61,33 @@ def refusal(
     return why
 
 
-def block_rows(m: int) -> int:
-    """The default rows of x per program: a power of two from 16 to 128."""
-    return min(128, max(16, 1 << (m - 1).bit_length()))
+def blocks(
+    *, m: int, bits: int, group_size: int, itemsize: int, quantized: bool
+) -> tuple[int, int]:
+    """The default rows of x and columns of the weight per program.
+
+    A group's columns of x take at most two thirds of the shared memory; the weights, as an operand
+    of the tensor cores, take up to 32 KiB of it. Exact products of float32, and a deep group whose
+    codes are multiplied, need more registers: larger blocks than these spill (by ptxas' figures).
+
+    Args:
+      m: Rows of x.
+      bits: Width of a code.
+      group_size: Rows that share a scale.
+      itemsize: Of x, bytes.
+      quantized: Whether the codes are multiplied.
+
+    Returns:
+      Powers of two: rows from 16 to 128, columns from 16 to 64.
+    """
+    depth = 1 << (group_size - 1).bit_length()
+    most, columns = 128, min(64, qp.block_columns(bits=bits, group_size=group_size))
+    if itemsize == 4:
+        most, columns = 64, min(32, columns)
+    if depth > 128 and (quantized or itemsize == 4):
+        most, columns = 64, 16
+    fitting = 2 * SHARED_BYTES // 3 // (depth * itemsize)
+    return max(16, min(most, 1 << (m - 1).bit_length(), fitting)), columns
 
 
 def _load_x(ref: Any, row: Any, rows: Any, real_rows: Any, place: qp.Place, facts: qp.Facts) -> Any:
@@ -101,7 +128,8 @@ def _kernel(
     y_ref, *outputs = rest[len(facts.given) :]
     count = len(PLANES[facts.stored_bits])
     place, layer = qp.Place(facts, pl.program_id(1)), layer_ref[0]
-    first, sharing = pl.program_id(0) * block, pl.cdiv(m, block)
+    sharer, sharing = pl.program_id(0), pl.cdiv(m, block)
+    first = sharer * block
     rows = pl.ds(first, block)
     real_rows = first + jnp.arange(block, dtype=jnp.int32) < m if m % block else None
     size = (facts.depth, facts.columns)
@@ -116,7 +144,7 @@ def _kernel(
         return qp.put(codes, slab, carriers, facts)
 
     def step(t: Any, acc: Any) -> Any:
-        mine = t % sharing == pl.program_id(0)
+        mine = lax.rem(t, sharing) == sharer
         carriers = [jnp.zeros(size, jnp.int32)] * len(facts.parts)
         for slab in range(unpack.slabs(facts.stored_bits)):
             row = slab * facts.slab + t * facts.group_size
@@ -191,8 +219,7 @@ def prefill_quantize(
       shrinks: See `quantize_pack.quantize_pack`.
       quantized: Multiply ``x / D`` with the codes, instead of x with w; the low-rank part is left
         to the caller.
-      tiles: Rows of x and columns per program, powers of two; None is `block_rows` and
-        `quantize_pack.block_columns`.
+      tiles: Rows of x and columns per program, powers of two; None is `blocks`.
       interpret: Runs on the CPU, for tests.
 
     Returns:
@@ -201,9 +228,8 @@ def prefill_quantize(
     m, d_in = x.shape
     n = w.shape[-1]
     given = qp.operands_of(channel_scale, importance, down, up, shrinks)
-    block, columns = tiles or (
-        block_rows(m),
-        min(64, qp.block_columns(bits=bits, group_size=group_size)),
+    block, columns = tiles or blocks(
+        m=m, bits=bits, group_size=group_size, itemsize=x.dtype.itemsize, quantized=quantized
     )
     facts = qp.Facts(
         d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,

@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import grid
 from pallas_kernels.gpu import unpack
+from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.layout import PLANES, pack
 from pallas_kernels.reference import Packed
 
@@ -87,8 +88,9 @@ class Facts:
 
 
 def refusal(
-    *, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, **other: Any
-) -> str | None:
+    *, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, rank: int = 0,
+    **other: Any,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot serve a problem.
 
     Args:
@@ -98,6 +100,7 @@ def refusal(
       bits: Width of a code.
       group_size: Rows that share a scale.
       chip: Short name of the GPU, None if unknown.
+      rank: Of the low-rank term, 0 for none.
       **other: Facts that it does not depend on.
 
     Returns:
@@ -107,7 +110,18 @@ def refusal(
         return unpack.NO_TRITON
     if group_size > 512:
         return f"a group of {group_size} rows does not fit into the registers, at most 512 do"
+    rows = 1 << (group_size - 1).bit_length()
+    columns = block_columns(bits=bits, group_size=group_size)
+    if rank and 4 * _rank_block(rank) * (rows + columns) > SHARED_BYTES:
+        return (
+            f"low-rank factors of rank {rank} do not fit into shared memory beside a group of "
+            f"{group_size} rows"
+        )
     return None
+
+
+def _rank_block(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def block_columns(*, bits: int, group_size: int) -> int:
@@ -207,7 +221,7 @@ def residual(w: jax.Array, refs: dict[str, Any], row: Any, place: Place, facts: 
     w = w.astype(jnp.float32)
     rows, real = pl.ds(row, facts.depth), place.real(row)
     if "down" in refs:
-        width = max(16, 1 << (facts.rank - 1).bit_length())
+        width = _rank_block(facts.rank)
         some = jnp.arange(width, dtype=jnp.int32) < facts.rank if width != facts.rank else None
         ranks, mask = pl.ds(0, width), place.inside
         if some is not None:

@@ -8,6 +8,10 @@
 
 with ``2**e <= max|x| < 2**(e+1)``. The limbs become rows of their own; with few rows of x they are
 free, because the matrix unit takes 32 at once, and int8 weights load it in half the time.
+
+*Folds.* A product costs the matrix unit the same for 32 channels as for 128. Small groups are
+therefore multiplied several at a time: x stands several times below itself, every copy with one
+group's channels alone, so that each group's sum comes out as rows of its own.
 """
 
 from __future__ import annotations
@@ -150,18 +154,46 @@ def write_sums(x_ref: Any, sums_ref: Any, group_size: int, m: int) -> None:
         sums_ref[:, block : block + LANES] = place(parts, m).astype(jnp.bfloat16)
 
 
-def write_permuted(x_ref: Any, out_ref: Any) -> None:
-    """Activations in the order of `unpack.as_bfloat16`, by a product with a permutation.
+def fold(x: jax.Array, group_size: int, folds: int) -> jax.Array:
+    """Copies of x below one another, each with the channels of every `folds`-th group alone.
+
+    Args:
+      x: ``float32[rows, k]``, k from the start of a fold's first group on.
+      group_size: channels that share a scale.
+      folds: copies.
+
+    Returns:
+      ``float32[folds * rows, k]``; the other channels of a copy are zeros.
+    """
+    if folds == 1:
+        return x
+    group = lax.broadcasted_iota(jnp.int32, x.shape, 1) // group_size % folds
+    return jnp.concatenate([jnp.where(group == i, x, 0.0) for i in range(folds)])
+
+
+def write_bfloat16(
+    x_ref: Any, out_ref: Any, group_size: int, folds: int, *, permuted: bool
+) -> None:
+    """Activations, folded, in the order of `unpack.as_bfloat16` by a product with a permutation.
 
     Args:
       x_ref: ``bfloat16[m, k]``.
-      out_ref: gets the same shape.
+      out_ref: gets ``bfloat16[folds * m, k]``.
+      group_size: See `fold`.
+      folds: See `fold`.
+      permuted: Whether the codes' order is not their own.
     """
     m, k = x_ref.shape
-    moved = _times(_stacked(x_ref), _square(0) == interleave(_square(1)))
+    stacked = _stacked(x_ref)
+    moved = (
+        _times(stacked, _square(0) == interleave(_square(1)))
+        if permuted
+        else stacked.astype(jnp.float32)
+    )
     for i, at in enumerate(range(0, k, LANES)):
         size = min(LANES, k - at)
-        out_ref[:, at : at + size] = moved[i * m : (i + 1) * m, :size].astype(jnp.bfloat16)
+        part = fold(moved[i * m : (i + 1) * m, :size], group_size, folds)
+        out_ref[:, at : at + size] = part.astype(jnp.bfloat16)
 
 
 def _power(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,13 +204,15 @@ def _power(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return as_float(exponent), as_float((254 << 23) - exponent)
 
 
-def write_limbs(x_ref: Any, out_ref: Any, m: int) -> None:
-    """Limbs of the activations.
+def write_limbs(x_ref: Any, out_ref: Any, m: int, group_size: int, folds: int) -> None:
+    """Limbs of the activations, folded.
 
     Args:
       x_ref: ``bfloat16[16, k]``.
-      out_ref: gets ``int8[LIMBS * m, k]``, placed.
+      out_ref: gets ``int8[folds * LIMBS * m, k]``, placed; each fold is rounded up to 8 rows.
       m: rows of x that count.
+      group_size: See `fold`.
+      folds: See `fold`.
     """
     x = x_ref[: _round_up(m), :].astype(jnp.float32)
     left = x * _power(x)[1] * 2.0 ** (_LIMB_BITS - 1)
@@ -187,7 +221,8 @@ def write_limbs(x_ref: Any, out_ref: Any, m: int) -> None:
         limb = left.astype(jnp.int32).astype(jnp.float32)
         left = (left - limb) * 2.0**_LIMB_BITS
         limbs.append(limb)
-    out_ref[...] = place(limbs, m).astype(jnp.int32).astype(jnp.int8)
+    folded = fold(place(limbs, m), group_size, folds)
+    out_ref[...] = folded.astype(jnp.int32).astype(jnp.int8)
 
 
 def join_limbs(x_ref: Any, products: jax.Array, m: int) -> jax.Array:

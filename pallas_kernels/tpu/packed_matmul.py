@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +34,14 @@ from pallas_kernels.tpu.activations import (
     LANES,
     exact_dot,
     join_limbs,
+    write_bfloat16,
     write_limbs,
-    write_permuted,
     write_sums,
 )
+from pallas_kernels.tpu.fetch import Fetch
 from pallas_kernels.tpu.unpack import (
     RUN,
+    Load,
     as_bfloat16,
     as_int8,
     merged,
@@ -50,8 +53,8 @@ from pallas_kernels.tpu.unpack import (
 _ROWS = 16
 """Rows of a register of bfloat16 numbers."""
 
-_INTEGER_ROWS = 10
-"""Most rows of x whose limbs fill one register of int8 numbers."""
+_INTEGER_ROWS = {128: {1: 10, 2: 8, 4: 8}, 256: {1: 16, 2: 8, 4: 5}}
+"""By the height of the matrix unit and the folds, the most rows of x that are faster as limbs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,12 @@ class Blocks:
     Attributes:
       rows: of x.
       columns: of the weight, all `k` rows of each; a multiple of 128.
-      parts: pieces that a block of a plane is fetched in: a single transfer does not use all of
-        the memory's bandwidth.
+      parts: that a block of a plane is fetched in: a single transfer does not use all of the
+        memory's bandwidth.
       cores: cores of the chip, among which the columns are divided.
       integer: multiply int8 numbers, see the module's docstring.
+      folds: groups that are multiplied at once, see `activations.fold`.
+      width: columns whose sums are in registers at a time; divides `columns`.
     """
 
     rows: int
@@ -72,6 +77,8 @@ class Blocks:
     parts: int
     cores: int
     integer: bool = False
+    folds: int = 1
+    width: int = 1024
 
 
 def _info() -> Any:
@@ -83,10 +90,11 @@ def _info() -> Any:
 
 
 def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blocks:
-    """The heuristic: columns as wide as a sixth of the fast memory allows, up to 1024.
+    """The heuristic.
 
-    A wider block has fewer steps and longer rows to fetch, but the first one's transfer is not
-    hidden, so each core gets two steps where the weight is wide enough.
+    Columns are as many, up to 1024, as leave each core two steps (the transfer of the first block
+    is not hidden) and fit twice into a third of the fast memory; preferably they divide n. Sums of
+    wide int8 products and of narrow bfloat16 ones stay in registers.
 
     Args:
       m: rows of x.
@@ -100,20 +108,24 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     """
     info = _info()
     bytes_per_column = k * bits // 8 + 8 * (k // group_size)
-    columns = 1024
-    while columns > LANES and (
-        columns * bytes_per_column > info.vmem_capacity_bytes // 6
-        or 2 * columns * info.num_cores > n
-    ):
-        columns //= 2
+    most = min(1024, info.vmem_capacity_bytes // 6 // bytes_per_column, n // (2 * info.num_cores))
+    columns = max(LANES, most // LANES * LANES)
+    columns = next((c for c in range(columns, columns // 4, -LANES) if n % c == 0), columns)
     cores = info.num_cores if pl.cdiv(n, columns) % info.num_cores == 0 else 1
-    unit = unit_rows(k, bits)
-    grain = max(LANES, group_size)
-    parts = next((p for p in (4, 3, 2) if unit % (p * grain) == 0), 1)
+    shortest = unit_rows(k, bits)
+    parts = next(p for p in (8, 6, 4, 3, 2, 1) if shortest % (p * RUN) == 0)
     # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
     rows = min(pl.cdiv(m, _ROWS) * _ROWS, 64)
-    integer = m <= _INTEGER_ROWS and info.int8_ops_per_second > info.bf16_ops_per_second
-    return Blocks(rows=rows, columns=columns, parts=parts, cores=cores, integer=integer)
+    folds = LANES // group_size if LANES % group_size == 0 and rows == _ROWS else 1
+    integer = (
+        m <= _INTEGER_ROWS[min(info.mxu_column_size, 256)][folds]
+        and info.int8_ops_per_second > info.bf16_ops_per_second
+    )
+    width = math.gcd(columns, 512 if integer else 256)
+    return Blocks(
+        rows=rows, columns=columns, parts=parts, cores=cores, integer=integer, folds=folds,
+        width=width,
+    )  # fmt: skip
 
 
 def _vmem_limit() -> int:
@@ -152,51 +164,93 @@ def refusal(
 
 def _kernel(
     layer_ref: Any, x_ref: Any, *refs: Any,
-    bits: int, group_size: int, parts: int, symmetric: bool, integer: bool, m: int,
+    bits: int, group_size: int, blocks: Blocks, fetch: Fetch | None, symmetric: bool, m: int,
 ) -> None:  # fmt: skip
     """One block of columns of y."""
-    del layer_ref
-    n_plane = parts * len(PLANES[bits])
-    plane_refs, scales_ref, refs = refs[:n_plane], refs[n_plane], refs[n_plane + 1 :]
-    zeros_ref, refs = (None, refs) if symmetric else (refs[0], refs[1:])
-    y_ref, left_ref, sums_ref, rows_ref = refs
+    left = list(refs)
+    planes = [left.pop(0) for _ in PLANES[bits]]
+    scales_ref, zeros_ref = left.pop(0), None if symmetric else left.pop(0)
+    y_ref, left_ref, sums_ref, rows_ref, *fetched = left
     k = x_ref.shape[1]
+    arrive = _fetch_ahead(fetch, planes, fetched, layer_ref[0]) if fetch else None
+    integer, folds = blocks.integer, blocks.folds
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         write_sums(x_ref, sums_ref, group_size, m)
         if integer:
-            write_limbs(x_ref, left_ref, m)
+            write_limbs(x_ref, left_ref, m, group_size, folds)
         else:
-            write_permuted(x_ref, left_ref)
+            write_bfloat16(x_ref, left_ref, group_size, folds, permuted=bits != 8)
 
-    @functools.cache
-    def load(plane: int, row: int, carrier: int, size: int) -> jax.Array:
-        of_plane = plane_refs[plane * parts : (plane + 1) * parts]
-        part, at = divmod(row * unit_rows(k, bits) + carrier, of_plane[0].shape[0])
-        return pltpu.bitcast(of_plane[part][at : at + size, :], jnp.int32)
-
-    words = functools.cache(functools.partial(merged, load))
     # A float32 row is broadcast while it is loaded, for nothing.
     rows_ref[...] = scales_ref[...].astype(jnp.float32)
-    zeros = 2.0 ** (bits - 1) if zeros_ref is None else _as_float32(zeros_ref[...])
-    left = x_ref if bits == 8 and not integer else left_ref
-    sum_type = jnp.int32 if integer else jnp.float32
-    total = jnp.zeros((left.shape[0], y_ref.shape[1]), jnp.float32)
-    for piece in pieces(k, bits, group_size, parts):
+    if arrive is not None:
+        planes = arrive()
+    for start in range(0, blocks.columns, blocks.width):
+        lanes = slice(start, start + blocks.width)
+        load = functools.partial(_load, planes, unit_rows(k, bits), lanes)
+        total = _scaled_sum(left_ref, load, rows_ref, lanes, bits, group_size, blocks)
+        if integer:
+            total = join_limbs(x_ref, total, m)
+        zeros = 2.0 ** (bits - 1) if zeros_ref is None else _as_float32(zeros_ref[:, lanes])
+        zeros = rows_ref[:, lanes] * (zeros + offset(bits, integer=integer))
+        rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m)
+        rows = min(total.shape[0], rest.shape[0])
+        y_ref[:rows, lanes] = (total[:rows] + rest[:rows]).astype(y_ref.dtype)
+
+
+def _load(
+    planes: Any, shortest: int, lanes: slice, plane: int, row: int, carrier: int, size: int
+) -> jax.Array:
+    """Words of a plane, see `unpack.Load`."""
+    start = row * shortest + carrier
+    return pltpu.bitcast(planes[plane][start : start + size, lanes], jnp.int32)
+
+
+def _scaled_sum(
+    left_ref: Any, load: Load, rows_ref: Any, lanes: slice, bits: int, group_size: int,
+    blocks: Blocks,
+) -> jax.Array:  # fmt: skip
+    """``sum_g s[g] * (left_g codes_g)`` of some columns."""
+    integer, folds = blocks.integer, blocks.folds
+    height = left_ref.shape[0] // folds
+    words = functools.cache(functools.partial(merged, functools.cache(load)))
+    total = jnp.zeros((height, lanes.stop - lanes.start), jnp.float32)
+    for piece in pieces(left_ref.shape[1], bits, folds * group_size):
         found = words(piece.unit, piece.carrier, piece.size, bits)
-        codes = as_int8(*found) if integer else as_bfloat16(*found)
         product = jnp.dot(
-            left[:, piece.row : piece.row + piece.size], codes, preferred_element_type=sum_type
+            left_ref[:, piece.row : piece.row + piece.size],
+            as_int8(*found) if integer else as_bfloat16(*found),
+            preferred_element_type=jnp.int32 if integer else jnp.float32,
         )
-        group = piece.row // group_size
-        total = total + product.astype(jnp.float32) * rows_ref[group : group + 1, :]
-    if integer:
-        total = join_limbs(x_ref, total, m)
-    zeros = rows_ref[...] * (zeros + offset(bits, integer=integer))
-    rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m)
-    rows = min(total.shape[0], rest.shape[0])
-    y_ref[:rows, :] = (total[:rows] + rest[:rows]).astype(y_ref.dtype)
+        for group in range(piece.row // group_size, pl.cdiv(piece.row + piece.size, group_size)):
+            at = group % folds * height
+            part = product[at : at + height].astype(jnp.float32)
+            total = total + part * rows_ref[group : group + 1, lanes]
+    return total
+
+
+def _fetch_ahead(fetch: Fetch, planes: Any, fetched: Any, layer: Any) -> Callable[[], list[Any]]:
+    """Starts copying the next block (and a core's first one); gives what waits for this one."""
+    core, i, j = (pl.program_id(axis) for axis in range(3))
+    tall, wide = pl.num_programs(1), pl.num_programs(2)
+    slot = (i * wide + j) % 2
+
+    @pl.when((i == 0) & (j == 0))
+    def _() -> None:
+        fetch.start(planes, fetched, layer, core * wide, 0)
+
+    @pl.when((i + 1 < tall) | (j + 1 < wide))
+    def _() -> None:
+        following = jnp.where(j + 1 < wide, j + 1, 0)
+        fetch.start(planes, fetched, layer, core * wide + following, 1 - slot)
+
+    def arrive() -> list[Any]:
+        fetch.wait(planes, fetched, layer, slot)
+        return [buffer.at[slot] for buffer in fetched[: len(planes)]]
+
+    return arrive
 
 
 def _as_float32(zeros: jax.Array) -> jax.Array:
@@ -234,33 +288,37 @@ def packed_matmul(
     m, k = x.shape
     n = scales.shape[-1]
     sizes = tiles or default_blocks(m, k, n, bits=bits, group_size=group_size)
-    columns, parts = sizes.columns, sizes.parts
+    columns = sizes.columns
     steps = pl.cdiv(n, columns * sizes.cores)
 
-    def weight_spec(rows: int, part: int) -> pl.BlockSpec:
+    def block_of(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec(
-            (pl.squeezed, rows, columns),
-            lambda core, i, j, layer: (layer[0], part, core * steps + j),
+            (pl.squeezed, rows, columns), lambda core, i, j, layer: (layer[0], 0, core * steps + j)
         )
 
-    operands, specs = [x], [pl.BlockSpec((sizes.rows, k), lambda core, i, j, layer: (i, 0))]
-    for plane in planes:
-        operands += [plane] * parts
-        specs += [weight_spec(plane.shape[1] // parts, part) for part in range(parts)]
+    operands = [x, *planes]
+    specs = [pl.BlockSpec((sizes.rows, k), lambda core, i, j, layer: (i, 0))]
+    heights = tuple(plane.shape[1] for plane in planes)
+    # The last one of blocks that do not divide the columns is cut by Pallas' own pipeline.
+    fetch = None
+    if n % columns == 0:
+        fetch = Fetch(heights=heights, columns=columns, parts=sizes.parts)
+    specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
+              for rows in heights]  # fmt: skip
     for small in (scales, zeros):
         if small is not None:
             operands.append(small)
-            specs.append(weight_spec(k // group_size, 0))
+            specs.append(block_of(k // group_size))
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
-    kernel = functools.partial(
-        _kernel, bits=bits, group_size=group_size, parts=parts, symmetric=zeros is None,
-        integer=sizes.integer, m=placed,
-    )  # fmt: skip
     triple = pl.cdiv(3 * placed, 8) * 8
-    left = (triple, k), jnp.int8
-    if not sizes.integer:
-        left = (sizes.rows, k), jnp.bfloat16
+    kernel = functools.partial(
+        _kernel, bits=bits, group_size=group_size, blocks=sizes, fetch=fetch,
+        symmetric=zeros is None, m=placed,
+    )  # fmt: skip
+    left = pltpu.VMEM((sizes.folds * sizes.rows, k), jnp.bfloat16)
+    if sizes.integer:
+        left = pltpu.VMEM((sizes.folds * triple, k), jnp.int8)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -271,9 +329,10 @@ def packed_matmul(
                 (sizes.rows, columns), lambda core, i, j, layer: (i, core * steps + j)
             ),
             scratch_shapes=[
-                pltpu.VMEM(*left),
+                left,
                 pltpu.VMEM((triple, sums), jnp.bfloat16),
                 pltpu.VMEM((k // group_size, columns), jnp.float32),
+                *(fetch.scratch() if fetch else []),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),

@@ -49,7 +49,7 @@ def offset(bits: int, *, integer: bool) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Rows of one unit, one group and one part that are multiplied at once.
+    """Rows of one unit and one fold of groups that are multiplied at once.
 
     Attributes:
       unit: their unit.
@@ -64,25 +64,23 @@ class Piece:
     size: int
 
 
-def pieces(k: int, bits: int, group_size: int, parts: int) -> list[Piece]:
-    """All rows, cut where a group or one of the equal parts of a unit ends.
+def pieces(k: int, bits: int, rows: int) -> list[Piece]:
+    """All rows, cut where a run of `rows` or a unit ends.
 
     Args:
       k: rows.
       bits: width of a code.
-      group_size: rows that share a scale, a multiple of 32 (or k).
-      parts: into how many parts a unit's carriers are cut.
+      rows: of a group, or of the groups of a fold; a multiple of 32 (or k).
 
     Returns:
       Pieces; those that share carriers next to each other.
     """
     length = unit_rows(k, bits)
-    cuts = {*range(0, length, length // parts), length}
     found = []
     for unit in range(k // length):
         first = unit * length
-        groups = {g - first for g in range(0, k, group_size) if first < g < first + length}
-        edges = sorted(cuts | groups)
+        ends = {r - first for r in range(0, k, rows) if first < r < first + length}
+        edges = sorted({0, length} | ends)
         found += [
             Piece(unit, at, first + at, min(end - at, _MAX_PIECE))
             for start, end in itertools.pairwise(edges)

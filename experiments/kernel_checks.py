@@ -1,0 +1,289 @@
+"""Kernels against the oracle, on whatever device is there: what `check_gpu_kernels.py` runs first.
+
+Nothing here knows a GPU: the calls to be checked are given.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import PLANES, pack, reference
+from pallas_kernels.choice import Problem
+
+LAYERS = 2
+ZERO_POINTS = ("float", "none", "integer")
+SEARCH = (1.0, 0.85, 0.7)
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison with the oracle.
+
+    `kind`: "exact" (every number is a small multiple of a power of two, so is every sum), "real"
+    (within the rounding bound), "search" (a clip search, with importance and low rank), "vmap x"
+    and "vmap w" (exact, a batch of activations or of weights).
+    """
+
+    kernel: str
+    kind: str
+    bits: int
+    group_size: int
+    zero_point: str
+    dtype: str
+    m: int
+    k: int
+    n: int
+    quantized: bool = False
+    implementation: str = "triton"
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """Static arguments of all kernels."""
+        return {"bits": self.bits, "group_size": self.group_size}
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """Static arguments of the quantizers."""
+        shrinks = SEARCH if self.kind == "search" else (1.0,)
+        return self.grid | {
+            "zero_point": self.zero_point, "store_dtype": "bfloat16", "shrinks": shrinks
+        }  # fmt: skip
+
+
+def checks(rows: tuple[int, ...], groups: tuple[int, ...], k: int, n: int) -> list[Check]:
+    """Every width with every row count; zero points, groups and dtypes rotate.
+
+    Args:
+      rows: of x; the larger half is for `prefill_quantize` too.
+      groups: sizes that divide `k`.
+      k: rows of the weight.
+      n: columns.
+    """
+    out: list[Check] = []
+    dtypes = ("bfloat16", "float16", "bfloat16", "float32")
+
+    def add(i: int, **facts: Any) -> None:
+        rest: dict[str, Any] = {
+            "group_size": groups[i % len(groups)], "zero_point": ZERO_POINTS[i % 3],
+            "dtype": dtypes[i // 3 % 4], "k": k, "n": n,
+        }  # fmt: skip
+        out.append(Check(**(rest | facts)))
+
+    for b, bits in enumerate(PLANES):
+        for i, m in enumerate(rows):
+            add(b + i, kernel="packed_matmul", kind="exact", bits=bits, m=m)
+        for i, m in enumerate((rows[len(rows) // 2], rows[-1])):
+            add(b + i, kernel="packed_matmul", kind="real", bits=bits, m=m)
+        for i in range(3):
+            add(b + i + i // 3, kernel="quantize_pack", kind="exact", bits=bits, m=0)
+        for i, quantized in enumerate((False, True)):
+            m = rows[(b + 3 * i) % len(rows)]
+            add(b + i, kernel="prefill_quantize", kind="exact", bits=bits, m=m, quantized=quantized)
+    for i, bits in enumerate((3, 4)):
+        add(2 * i, kernel="quantize_pack", kind="search", bits=bits, m=0)
+        for kind in ("vmap x", "vmap w"):
+            add(i, kernel="packed_matmul", kind=kind, bits=bits, m=rows[i])
+        m = rows[-1]
+        add(i, kernel="prefill_quantize", kind="exact", bits=bits, m=m)
+    return out
+
+
+def packed_operands(check: Check, seed: int) -> tuple[Any, ...]:
+    """``(x, planes, scales, zeros)``, weights stacked over layers."""
+    rng = np.random.default_rng(seed)
+    x: Any
+    scales: Any
+    k, n, groups = check.k, check.n, check.k // check.group_size
+    codes = jnp.asarray(rng.integers(0, 2**check.bits, (LAYERS, k, n), np.uint8))
+    shape = (LAYERS, groups, n)
+    if check.kind == "real":
+        x = rng.standard_normal((check.m, k))
+        scales = rng.uniform(0.01, 1, shape)
+    else:
+        x = rng.integers(-2, 3, (check.m, k))
+        scales = 2.0 ** rng.integers(-1, 2, shape)
+    zeros = rng.integers(0, 2**check.bits, shape)
+    stored = {"none": None, "float": jnp.asarray(zeros, jnp.bfloat16),
+              "integer": jnp.asarray(zeros, jnp.uint8)}  # fmt: skip
+    planes = pack(codes, bits=check.bits)
+    return (
+        jnp.asarray(x, check.dtype), planes, jnp.asarray(scales, jnp.bfloat16),
+        stored[check.zero_point],
+    )  # fmt: skip
+
+
+def weight_operands(check: Check, seed: int) -> tuple[jax.Array, jax.Array]:
+    """``(w, channel_scale)`` whose grids have power-of-two steps and no weight midway.
+
+    A GPU's division may be an ulp off: scales of a few digits, stored in bfloat16, hide that, and
+    only a tie would show it in the codes.
+    """
+    rng = np.random.default_rng(seed)
+    k, n, top = check.k, check.n, 2**check.bits - 1
+    groups = k // check.group_size
+    zero = rng.integers(0, top, (LAYERS, groups, 1, n), endpoint=True)
+    low, high = -zero, top - zero
+    if check.zero_point == "none":
+        low, high = np.full_like(zero, 1 - 2 ** (check.bits - 1)), 0 * zero + top // 2
+    units = rng.integers(low, high, (LAYERS, groups, check.group_size, n), endpoint=True)
+    units[:, :, :1], units[:, :, 1:2] = low, high
+    d = 2.0 ** rng.integers(0, 2, k)
+    steps = 2.0 ** rng.integers(-1, 1, (LAYERS, groups, 1, n))
+    w = (units * steps).reshape(LAYERS, k, n) / d[:, None]
+    return jnp.asarray(w, check.dtype), jnp.asarray(d, jnp.float32)
+
+
+def different(got: Any, want: Any) -> float:
+    """Share of elements that are not equal; 2 if dtypes or shapes differ."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    if any(a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
+        return 2.0
+    wrong = sum(int(jnp.sum(a != b)) for a, b in pairs)
+    return wrong / max(1, sum(a.size for a, _ in pairs))
+
+
+def check_matmul(check: Check, call: Callable[..., Any], seed: int) -> tuple[float, float]:
+    """``(error, limit)`` of one product."""
+    x, planes, scales, zeros = packed_operands(check, seed)
+    # The last group is padding from its second half on.
+    d_in = check.k - check.group_size // 2
+    x = x[:, :d_in]
+    run = jax.jit(partial(call, **check.grid))
+    weight = (planes, scales, zeros)
+    layers = [jax.tree.map(lambda a, i=i: a[i], weight) for i in range(LAYERS)]
+    oracle = jax.jit(partial(reference.packed_matmul, **check.grid))
+    if check.kind == "vmap x":
+        batch = jnp.stack([x, -x, x + x])
+        got = jax.vmap(lambda x: run(x, *weight, layer=jnp.int32(1)))(batch)
+        return different(got, oracle(batch, *layers[1]).astype(x.dtype)), 0.0
+    if check.kind == "vmap w":
+        got = jax.vmap(lambda w: run(x, *w))(weight)
+        want = jnp.stack([oracle(x, *w) for w in layers]).astype(x.dtype)
+        return different(got, want), 0.0
+    got = run(x, *weight, layer=jnp.int32(LAYERS - 1))
+    want = oracle(x, *layers[-1])
+    if check.kind == "exact":
+        return different(got, want.astype(x.dtype)), 0.0
+    # The sizes of what is added: s (q + z), and 128 more of each for the kernel of a few rows.
+    middle = jnp.full(scales.shape, 2.0 ** (check.bits - 1))
+    z = (middle if zeros is None else zeros.astype(jnp.float32)) + (256 if check.m <= 2 else 0)
+    size = reference.dequantize(planes, scales, -z, **check.grid)[-1, :d_in]
+    eps = float(jnp.finfo(jnp.float32).eps)
+    # Tensor cores cut off where others round: an eps each of k products and sums, in both results.
+    bound = 2 * (check.k + 8) * eps * (jnp.abs(x.astype(jnp.float32)) @ size)
+    bound = bound + float(jnp.finfo(x.dtype).eps) * jnp.abs(want)
+    return float(jnp.max(jnp.abs(got.astype(jnp.float32) - want) / bound)), 1.0
+
+
+def check_packing(check: Check, call: Callable[..., Any], seed: int) -> tuple[float, float]:
+    """``(error, limit)`` of one packing."""
+    w, d = weight_operands(check, seed)
+    run = jax.jit(partial(call, **check.rounding))
+    if check.kind == "exact":
+        got = run(w, d, layer=jnp.int32(1))
+        return different(got, reference.quantize_pack(w[1], d, **check.rounding)), 0.0
+    rng = np.random.default_rng(seed)
+    h, down, up = (
+        jnp.asarray(a, jnp.float32)
+        for a in (rng.gamma(0.5, size=check.k), rng.normal(size=(check.k, 5)),
+                  rng.normal(size=(5, check.n)))
+    )  # fmt: skip
+    w = jnp.asarray(rng.standard_normal(w.shape), check.dtype)
+    target = (w[1].astype(jnp.float32) - jnp.matmul(down, up, precision="highest")) * d[:, None]
+
+    def error(packed: Any) -> float:
+        """The weighed error of each group, summed: what the search makes least."""
+        wrong = jnp.square(reference.dequantize(*packed, **check.grid) - target)
+        return float(jnp.sum(h[:, None] * wrong))
+
+    got = error(run(w, d, h, (down, up), layer=jnp.int32(1)))
+    want = error(reference.quantize_pack(w[1], d, h, (down, up), **check.rounding))
+    # Codes differ only where two are as near as float32 can tell; the errors then hardly do.
+    eps = float(jnp.finfo(jnp.float32).eps)
+    return abs(got - want) / want, (check.k + 8) * eps
+
+
+def check_prefill(check: Check, call: Callable[..., Any], seed: int) -> tuple[float, float]:
+    """``(error, limit)`` of one fused prefill."""
+    w, d = weight_operands(check, seed)
+    whole = np.random.default_rng(seed + 1).integers(-2, 3, (check.m, check.k))
+    # Whole after the division by D too.
+    x = jnp.asarray(whole * np.asarray(d), check.dtype)
+    static = check.rounding | {"quantized": check.quantized}
+    got = jax.jit(partial(call, **static))(x, w, d, layer=jnp.int32(1))
+    y, packed = reference.prefill_quantize(x, w[1], d, **static)
+    return different(got, (y.astype(x.dtype), packed)), 0.0
+
+
+CHECKS = {
+    "packed_matmul": check_matmul, "quantize_pack": check_packing,
+    "prefill_quantize": check_prefill,
+}  # fmt: skip
+
+
+def problem_of(check: Check) -> Problem:
+    """The problem that the choice of an implementation sees."""
+    packs = check.kernel != "packed_matmul"
+    return Problem(
+        kernel=check.kernel, m=check.m, d_in=check.k, k=check.k, n=check.n, bits=check.bits,
+        group_size=check.group_size, zero_point=check.zero_point, dtype=check.dtype,
+        rank=5 if check.kind == "search" else 0, shrinks=len(SEARCH) if packs else 0,
+        quantized=check.quantized, scaled=packs,
+    )  # fmt: skip
+
+
+def run_checks(
+    all_checks: list[Check], calls: Callable[[str, str], Callable[..., Any]]
+) -> list[dict[str, Any]]:
+    """Runs checks; one that raises fails with its message.
+
+    Args:
+      all_checks: what to run.
+      calls: ``(kernel, implementation) -> public call`` with the implementation bound.
+
+    Returns:
+      A record per check with "ok", "error" and "limit".
+    """
+    records = []
+    for i, check in enumerate(all_checks):
+        record = dataclasses.asdict(check)
+        try:
+            call = calls(check.kernel, check.implementation)
+            error, limit = CHECKS[check.kernel](check, call, i)
+            record |= {"ok": bool(error <= limit), "error": error, "limit": limit}
+        except Exception as e:
+            text = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+            record |= {"ok": False, "error": text, "limit": None}
+        records.append(record)
+        if not record["ok"] or (i + 1) % 10 == 0:
+            state = "" if record["ok"] else f", MISMATCH in {failure_line(record)}"
+            log(f"  {i + 1} of {len(all_checks)} checks{state}")
+    return records
+
+
+FIELDS = ("kernel", "implementation", "kind", "bits", "group_size", "zero_point", "dtype", "m",
+          "quantized", "error", "limit")  # fmt: skip
+
+
+def failure_line(record: dict[str, Any]) -> str:
+    return " ".join(f"{name}={record[name]}" for name in FIELDS)
+
+
+def failure_table(records: list[dict[str, Any]]) -> str:
+    """What disagrees, a line each under a header."""
+    rows = [FIELDS, *(tuple(str(r[f]) for f in FIELDS) for r in records if not r["ok"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(FIELDS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,200 @@
+"""The TPU kernels, compiled by the real compiler at the shapes of released models."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compilers import needs_compilers
+
+import pallas_kernels
+from pallas_kernels.choice import Problem, choose, current_target
+from ttq_jax.chips import CHIPS, compile_for, tracing_for
+from ttq_jax.released import projections, released_config
+
+pytestmark = needs_compilers
+TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
+MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "llama-3-8b", "gemma-3-1b", "opt-6.7b")
+SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
+BITS, ZERO_POINTS = (4, 3, 8, 5, 2), ("float", "none", "integer")
+# What a kernel unrolls grows with rows over group: large weights get large groups.
+SMALL = 2**22
+
+
+def shape(dims, dtype):
+    return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
+
+
+def packed_shapes(k, n, *, bits, group_size, zero_point, store="bfloat16", layers=()):
+    planes = tuple(
+        shape((*layers, k * width // 8, n), "uint8") for width in pallas_kernels.PLANES[bits]
+    )
+    scales = shape((*layers, k // group_size, n), store)
+    zeros = {"none": None, "float": scales, "integer": shape(scales.shape, "uint8")}
+    return planes, scales, zeros[zero_point]
+
+
+def calls(text):
+    """Kernels by name: how many custom calls of each are in a compiled program."""
+    lines = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    names = ("packed_matmul", "quantize_pack", "prefill_quantize")
+    return {name: sum(name in line for line in lines) for name in names}
+
+
+def compile_packed_matmul(chip, m, k, n, *, implementation="tpu", store="bfloat16", **kind):
+    call = functools.partial(
+        pallas_kernels.packed_matmul, bits=kind["bits"], group_size=kind["group_size"],
+        implementation=implementation,
+    )  # fmt: skip
+    return compile_for(chip, call, shape((m, k), "bfloat16"), *packed_shapes(k, n, **kind,
+                                                                               store=store))
+
+
+def compile_quantize(chip, m, k, n, *, implementation="tpu", scaled=True, rank=0, **kind):
+    """`quantize_pack`, with m of 0, or `prefill_quantize`."""
+    kind = {"store_dtype": "bfloat16", **kind}
+    kernel = pallas_kernels.prefill_quantize if m else pallas_kernels.quantize_pack
+    call = functools.partial(kernel, implementation=implementation, **kind)
+    d = shape((k,), "float32") if scaled else None
+    low_rank = (shape((k, rank), "bfloat16"), shape((rank, n), "bfloat16")) if rank else None
+    weight = shape((k, n), "bfloat16"), d, d, low_rank
+    return compile_for(chip, call, *([shape((m, k), "bfloat16")] if m else []), *weight)
+
+
+def design(chip, k, n):
+    """A width, zero point and group for a shape; all pairs of a width and a chip occur."""
+    i = SHAPES.index((k, n)) + 2 * TPUS.index(chip)
+    bits = BITS[i % 5] if k % 256 == 0 else (4, 8, 2)[i % 3]
+    group_size = 32 if k * n <= SMALL and i % 2 else 128
+    return i, {"bits": bits, "group_size": group_size, "zero_point": ZERO_POINTS[i // 5 % 3]}
+
+
+every = pytest.mark.parametrize(("k", "n"), SHAPES)
+on_each = pytest.mark.parametrize("chip", TPUS)
+
+
+@every
+@on_each
+def test_packed_matmul(chip, k, n):
+    i, kind = design(chip, k, n)
+    compiled = compile_packed_matmul(chip, (1, 16, 512)[i % 3], k, n, **kind)
+    assert calls(compiled.as_text())["packed_matmul"] == 1
+
+
+@every
+@on_each
+def test_quantize_pack(chip, k, n):
+    i, kind = design(chip, k, n)
+    compiled = compile_quantize(chip, 0, k, n, **kind, scaled=i % 3 > 0)
+    assert calls(compiled.as_text())["quantize_pack"] == 1
+
+
+@every
+@on_each
+def test_prefill_quantize(chip, k, n):
+    i, kind = design(chip, k, n)
+    m = (512, 16, 2048, 1)[i % 4]
+    compiled = compile_quantize(chip, m, k, n, **kind, quantized=i % 2 > 0)
+    assert calls(compiled.as_text())["prefill_quantize"] == 1
+
+
+@pytest.mark.parametrize(
+    ("chip", "m", "k", "n", "kind"),
+    [
+        # Ragged in every way that is served, and with the most that a call can have beside x.
+        ("v5e", 5, 192, 200, {"bits": 4, "group_size": 96, "zero_point": "float"}),
+        ("v6e", 33, 768, 72, {"bits": 3, "group_size": 256, "zero_point": "integer"}),
+        ("v4", 3, 320, 1000, {"bits": 8, "group_size": 160, "zero_point": "float"}),
+        ("v5p", 1, 384, 130, {"bits": 2, "group_size": 384, "zero_point": "none"}),
+        ("tpu7x", 65, 256, 136, {"bits": 5, "group_size": 64, "zero_point": "float"}),
+    ],
+)
+def test_ragged_and_low_rank(chip, m, k, n, kind):
+    compiled = compile_packed_matmul(chip, m, k, n, **kind, store="float32")
+    assert calls(compiled.as_text())["packed_matmul"] == 1
+    compiled = compile_quantize(chip, m, k - 7, max(n, 128), **kind, rank=16, shrinks=(1.0, 0.8),
+                                quantized=True)  # fmt: skip
+    assert calls(compiled.as_text())["prefill_quantize"] == 1
+    compiled = compile_quantize(chip, 0, k - 7, max(n, 128), **kind, rank=16, shrinks=(1.0, 0.8))
+    assert calls(compiled.as_text())["quantize_pack"] == 1
+
+
+@pytest.mark.parametrize(
+    ("chip", "kernel", "change", "reason"),
+    [
+        # gemma-3-1b's width, whose eighth is not whole registers.
+        ("v5e", "packed_matmul", {"bits": 3}, "1152 rows of 3-bit codes are slabs of 144 rows"),
+        ("v6e", "packed_matmul", {"bits": 5}, "1152 rows of 5-bit codes are slabs of 144 rows"),
+        ("v4", "packed_matmul", {"dtype": "float32"}, "x is float32"),
+        ("v5p", "packed_matmul", {"store_dtype": "float16"}, "float16"),
+        ("v5e", "quantize_pack", {"group_size": 16}, "group_size 16 is not a multiple of 32"),
+        ("tpu7x", "prefill_quantize", {"n": 64}, "64 columns are fewer"),
+        ("v5e", "prefill_quantize", {"m": 5000}, "5000 rows of activations"),
+        ("v6e", "quantize_pack", {"store_dtype": "float16"}, "float16 is no type"),
+    ],
+)
+def test_what_is_refused_is_said_and_left_to_xla(chip, kernel, change, reason):
+    facts = {
+        "m": 0 if kernel == "quantize_pack" else 3, "n": 256, "bits": 4, "group_size": 32,
+        "dtype": "bfloat16", "store_dtype": "bfloat16", "zero_point": "float",
+        "shrinks": int(kernel != "packed_matmul"), **change,
+    }  # fmt: skip
+    with tracing_for(chip):
+        choice = choose(Problem(kernel=kernel, d_in=1152, k=1152, **facts), current_target())
+        assert choice.implementation == "xla"
+        assert choice.fallback
+        assert reason in choice.reason
+    kind = {name: facts[name] for name in ("bits", "group_size", "zero_point")}
+    m, n, dtype, store = (facts[name] for name in ("m", "n", "dtype", "store_dtype"))
+    for implementation in (None, "tpu"):
+        common = {"bits": kind["bits"], "group_size": 32, "implementation": implementation}
+        if kernel == "packed_matmul":
+            call = functools.partial(pallas_kernels.packed_matmul, **common)
+            operands = shape((m, 1152), dtype), *packed_shapes(1152, n, **kind, store=store)
+        else:
+            call = functools.partial(getattr(pallas_kernels, kernel), **{
+                **common, **kind, "store_dtype": store,
+            })  # fmt: skip
+            operands = shape((1152, n), dtype),
+            if m:
+                operands = shape((m, 1152), dtype), *operands
+        if implementation is None:
+            text = compile_for(chip, call, *operands).as_text()
+            assert "tpu_custom_call" not in text
+        else:
+            with pytest.raises(ValueError, match="cannot serve this") as error:
+                compile_for(chip, call, *operands)
+            assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "m"), [(4, 128, 1), (3, 32, 16), (5, 128, 32)])
+def test_a_scan_over_layers_copies_none(bits, group_size, m):
+    layers, k = 6, 1024
+    kind = {"bits": bits, "group_size": group_size, "zero_point": "float"}
+    stacks = packed_shapes(k, k, **kind, layers=(layers,))
+
+    def decode(x, planes, scales, zeros):
+        def step(x, layer):
+            y = pallas_kernels.packed_matmul(
+                x, planes, scales, zeros, bits=bits, group_size=group_size, layer=layer
+            )
+            return x + y, None
+
+        return jax.lax.scan(step, x, jnp.arange(layers))[0]
+
+    text = compile_for("v5e", decode, shape((m, k), "bfloat16"), *stacks).as_text()
+    assert calls(text)["packed_matmul"] == 1
+    assert " while(" in text, "the layers are a loop, not unrolled"
+    types = set()
+    for stack in jax.tree.leaves(stacks):
+        short = {"uint8": "u8", "bfloat16": "bf16"}[stack.dtype.name]
+        tail = ",".join(map(str, stack.shape[1:]))
+        types |= {f"{short}[{lead}{tail}]" for lead in ("", "1,", f"{layers},")}
+    # These hand an array on without touching it; all else would write it down again.
+    harmless = {"parameter", "get-tuple-element", "tuple", "while", "bitcast", "custom-call",
+                "optimization-barrier"}  # fmt: skip
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(", line)
+        if found and found[2] not in harmless:
+            assert not any(t in found[1] for t in types), f"a packed layer is copied: {line}"
