@@ -4,7 +4,7 @@ Claim     reading a prompt, quantizing every weight for it and decoding are one 
           the chip: the dense bfloat16 weights, the packed copy (4 bits and a scale and a zero point
           per group), the cache, and little else.
 Command   python experiments/compile_programs.py --out experiments/results/compiled_programs.json
-Cost      about 4 minutes on 2 cores, 4 GB of memory; no weights, no accelerator. Needs the
+Cost      about 3 minutes on 2 cores, 4 GB of memory; no weights, no accelerator. Needs the
           compilers of the test extra.
 Expect    see experiments/results/compiled_programs.json; peak memory of Llama-3-8B about 19 GiB, of
           Qwen3-1.7B about 4 GiB. Figures are the compilers' own, none was checked on a chip.

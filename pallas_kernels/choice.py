@@ -28,6 +28,7 @@ _MODULES = {
     ("packed_matmul", "triton"): "pallas_kernels.gpu.packed_matmul",
     ("quantize_pack", "triton"): "pallas_kernels.gpu.quantize_pack",
     ("prefill_quantize", "triton"): "pallas_kernels.gpu.prefill_quantize",
+    ("packed_matmul", "mosaic_gpu"): "pallas_kernels.gpu.packed_matmul_sm90",
 }
 _RUNS_ON = {"tpu": "tpu", "triton": "gpu", "mosaic_gpu": "gpu", "interpret": "cpu"}
 

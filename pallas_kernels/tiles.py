@@ -13,4 +13,7 @@ unpacked once and multiplied as a dense one. A chip without an entry never does.
 
 MOSAIC_ROWS: dict[str, int] = {}
 """Per chip, from how many rows on Mosaic GPU's `packed_matmul` beats Triton's. A chip without an
-entry uses Triton always."""
+entry uses Triton always. Empty: that kernel (2, 4 and 8 bits, Hopper) compiles and agrees with the
+oracle in simulation, but has never been timed; `experiments/check_gpu_kernels.py` times both. By
+ptxas' listing its inner loop holds, for a 4-bit weight, half a byte load, a shift, a mask, half a
+permutation and, at up to 32 rows of x, one multiply-add for scales and zero points."""

@@ -5,10 +5,10 @@ into the registers that WGMMA takes its first operand from, 64 output channels b
 step is deep, masks a field and converts it; x stays in shared memory, where WGMMA reads it itself.
 Few rows of x then cost little: they are WGMMA's short side (a multiple of 8), not its 64.
 
-A field is masked in place, not shifted down: ``w & 0xF0`` is 16 q, exact in bfloat16, and the
-group's scale takes the 1/16. Planes of 3 and 5 bits would have to be shifted and joined, which this
-backend cannot do on bytes: they are refused. Carriers lie with output channels minor, so that each
-thread loads its bytes one by one; a byte is a quarter (2 bits), half or whole of a weight's codes.
+Codes become numbers as in `unpack`: a constant above them makes 128 + q (1024 + q in float16),
+and the zero point takes the constant. Planes of 3 and 5 bits would have to be joined first, in more
+registers than are left: they are refused. Carriers lie with output channels minor, so that each
+thread loads its bytes one by one; a byte is four codes, two, or one.
 
 Copies run ahead of the products by `Tiles.stages` steps. Nobody measured this kernel: it serves
 where it is asked for by name, see `tiles.MOSAIC_ROWS`.
@@ -30,7 +30,7 @@ from pallas_kernels.gpu.limits import check_addressable
 from pallas_kernels.gpu.packed_matmul import granule
 from pallas_kernels.layout import PLANES
 
-_COLUMNS = 64
+_COLUMNS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Tiles:
     """Block sizes of one call.
 
     Attributes:
-      rows: of x per program: a power of two from 8 to 128.
+      rows: of x per program: 32 or 64.
       depth: carrier rows per step: 32 or 64, divides the group and the slab.
       splits: programs that share a block of columns; their sums are added by XLA.
       stages: steps whose copies are in flight.
@@ -63,7 +63,7 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
     Returns:
       What `packed_matmul` uses if it is given none.
     """
-    rows = min(128, max(8, 1 << (m - 1).bit_length()))
+    rows = 64 if m > 32 else 32
     depth = min(64, granule(k=k, bits=bits, group_size=group_size))
     steps = k // unpack.slabs(bits) // depth
     programs = n // _COLUMNS * pl.cdiv(m, rows)
@@ -95,7 +95,7 @@ def refusal(
     if chip != "h100":
         return f"it is written for Hopper's WGMMA, this is a {chip or 'GPU of unknown kind'}"
     if len(PLANES[bits]) > 1:
-        return f"{bits}-bit codes are two bit planes, which it cannot join in its byte registers"
+        return f"{bits}-bit codes are two bit planes, and it has no registers left to join them"
     if jnp.dtype(dtype) not in {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
         return f"WGMMA multiplies bfloat16 or float16, x is {jnp.dtype(dtype).name}"
     if n % _COLUMNS:
@@ -119,102 +119,121 @@ def _swizzled(columns: int, bits: int) -> tuple[Any, ...]:
 
 def _load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
     """A block in registers."""
+    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def _load_transposed(ref: Any, interpret: bool) -> jax.Array:
+    """Carriers with output channels first, spread over threads like WGMMA's first operand."""
     if interpret:
-        return ref[...]
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+        return ref[...].T
+    # The layout of WGMMA's operand but for one element at a time: neighbours lie in other rows.
+    one_by_one = plgpu.Layout._WGMMA_ACC_32BIT
+    return _load(plgpu.transpose_ref(ref, (1, 0)), one_by_one, interpret)
 
 
 def _across(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
     return jax.lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def _kernel(*refs: Any, bits: int, group_size: int, k: int, tiles: Tiles, counts: Any,
+def _kernel(*refs: Any, bits: int, group_size: int, k: int, tiles: Tiles,
             interpret: bool) -> None:  # fmt: skip
     """One block of columns, one block of rows, one run of steps."""
-    inputs, _ = refs[: sum(counts)], None
-    out_gmem, out_smem, *scratch = refs[sum(counts) :]
-    layer_gmem, x_gmem, plane, scales, sums, *rest = inputs
-    slabs = unpack.slabs(bits)
-    slab, each = k // slabs, k // slabs // tiles.depth // tiles.splits
+    layer_gmem, *inputs, out_gmem, out_smem = refs
     column, row, split = (jax.lax.axis_index(name) for name in ("columns", "rows", "splits"))
-    layer = layer_gmem[0]
-    shape = (_COLUMNS, tiles.rows)
-    first = split * each
-
-    def body(_: Any, *args: Any) -> jax.Array:
-        *blocks, acc = args
-        carriers = _load(
-            plgpu.transpose_ref(blocks[0], (1, 0)), plgpu.Layout._WGMMA_ACC_32BIT, interpret
-        )
-        for f in range(slabs):
-            x_smem, scale_smem, sums_smem, *zero_smem = blocks[1 + f :: slabs]
-            mask = (2**bits - 1) << (bits * f)
-            part = _product(carriers, mask, x_smem, shape, scratch, interpret)
-            by_column = plgpu.Layout.WGMMA.reduce(1)
-            scale = _load(scale_smem.at[0], by_column, interpret).astype(jnp.float32)
-            scale = scale * 2.0 ** (-bits * f)
-            sums = _load(sums_smem.at[0], plgpu.Layout.WGMMA.reduce(0), interpret)
-            sums = _across(sums * 2.0 ** (bits * f), 1, shape)
-            if zero_smem:
-                z = _load(zero_smem[0].at[0], by_column, interpret).astype(jnp.float32)
-                part = part - _across(z, 0, shape) * sums
-            else:
-                part = part - 2.0 ** (bits - 1) * sums
-            acc = acc + part * _across(scale, 0, shape)
-        return acc
-
-    def spec(block: tuple[int, int], index: Any, transforms: Any = ()) -> Any:
-        return plgpu.BlockSpec(block, index, transforms=transforms)
-
-    def at_group(f: int) -> Any:
-        return lambda t: ((f * slab + (first + t) * tiles.depth) // group_size, 0)
-
-    def at_step(f: int) -> Any:
-        return lambda t: (f * slab // tiles.depth + first + t, 0)
-
-    every = range(slabs)
-    depth, x_tiling = tiles.depth, _swizzled(tiles.depth, 16)
-    specs = [spec((depth, _COLUMNS), lambda t: (first + t, 0))]
-    specs += [
-        spec((tiles.rows, depth), lambda t, f=f: (0, f * slab // depth + first + t), x_tiling)
-        for f in every
-    ]
-    specs += [spec((1, _COLUMNS), at_group(f)) for f in every]
     columns = pl.ds(column * _COLUMNS, _COLUMNS)
     rows = pl.ds(row * tiles.rows, tiles.rows)
-    operands = [plane.at[layer, :, columns]]
-    operands += [x_gmem.at[rows, :]] * slabs + [scales.at[layer, :, columns]] * slabs
-    specs += [spec((1, tiles.rows), at_step(f)) for f in every]
-    operands += [sums.at[:, rows]] * slabs
-    for zeros in rest:
-        specs += [spec((1, _COLUMNS), at_group(f)) for f in every]
-        operands += [zeros.at[layer, :, columns]] * slabs
-    start = jnp.zeros(shape, jnp.float32)
+    each = k // unpack.slabs(bits) // tiles.depth // tiles.splits
+    specs, operands = _blocks_of(
+        *inputs, at=(layer_gmem[0], rows, columns), first=split * each, bits=bits,
+        group_size=group_size, k=k, tiles=tiles,
+    )  # fmt: skip
+    start = jnp.zeros((_COLUMNS, tiles.rows), jnp.float32)
     if not interpret:
         start = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
-    acc = plgpu.emit_pipeline(
-        body, grid=(each,), in_specs=specs, max_concurrent_steps=min(tiles.stages, each),
-        init_carry=start,
+    out_smem[...] = plgpu.emit_pipeline(
+        lambda _, *blocks: _step(*blocks, bits=bits, interpret=interpret), grid=(each,),
+        in_specs=specs, max_concurrent_steps=min(tiles.stages, each), init_carry=start,
     )(*operands)  # fmt: skip
-    out_smem[...] = acc
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[split, columns, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _product(
-    carriers: jax.Array, mask: int, x_smem: Any, shape: tuple[int, int], scratch: Any,
-    interpret: bool,
-) -> jax.Array:  # fmt: skip
-    """``(carriers & mask) xᵀ`` in float32."""
-    codes = carriers if mask == 255 else carriers & jnp.uint8(mask)
-    codes: Any = codes.astype(x_smem.dtype)
+def _blocks_of(
+    x: Any, plane: Any, scales: Any, sums: Any, *zeros: Any, at: Any, first: Any, bits: int,
+    group_size: int, k: int, tiles: Tiles,
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """What each step copies: the carriers, then per slab x, scales, sums of x and zero points."""
+    layer, rows, columns = at
+    slabs, depth = unpack.slabs(bits), tiles.depth
+    specs = [plgpu.BlockSpec((depth, _COLUMNS), lambda t: (first + t, 0))]
+    operands = [plane.at[layer, :, columns]]
+
+    def add(shape: tuple[int, int], of_run: Any, ref: Any, transforms: Any = ()) -> None:
+        for f in range(slabs):
+            # Runs of `depth` rows, counted over all slabs.
+            before = f * (k // slabs // depth) + first
+            index = functools.partial(lambda before, t: of_run(before + t), before)
+            specs.append(plgpu.BlockSpec(shape, index, transforms=transforms))
+            operands.append(ref)
+
+    def by_group(run: Any) -> Any:
+        return run * depth // group_size, 0
+
+    add((tiles.rows, depth), lambda run: (0, run), x.at[rows, :], _swizzled(depth, 16))
+    add((1, _COLUMNS), by_group, scales.at[layer, :, columns])
+    add((1, tiles.rows), lambda run: (run, 0), sums.at[:, rows])
+    for ref in zeros:
+        add((1, _COLUMNS), by_group, ref.at[layer, :, columns])
+    return specs, operands
+
+
+def _step(plane_smem: Any, *blocks: Any, bits: int, interpret: bool) -> jax.Array:
+    """Adds what one step's carriers contribute; the last of the blocks is the sum so far."""
+    *others, acc = blocks
+    carriers = _load_transposed(plane_smem, interpret)
+    shape, slabs = acc.shape, unpack.slabs(bits)
+    for f in range(slabs):
+        x_smem, scale_smem, sums_smem, *zero_smem = others[f::slabs]
+        codes = _numbers(carriers, f, bits, x_smem.dtype)
+        part = _product(codes, x_smem, shape, interpret)
+        by_column = plgpu.Layout.WGMMA.reduce(1)
+        scale = _load(scale_smem.at[0], by_column, interpret).astype(jnp.float32)
+        sums = _load(sums_smem.at[0], plgpu.Layout.WGMMA.reduce(0), interpret)
+        offset = _offset(bits, x_smem.dtype)
+        if zero_smem:
+            z = _load(zero_smem[0].at[0], by_column, interpret).astype(jnp.float32)
+            part = part - _across(z + offset, 0, shape) * _across(sums, 1, shape)
+        else:
+            part = part - _across(sums * (2.0 ** (bits - 1) + offset), 1, shape)
+        acc = acc + part * _across(scale, 0, shape)
+    return acc
+
+
+def _numbers(carriers: jax.Array, field: int, bits: int, dtype: Any) -> jax.Array:
+    """``q`` plus `_offset`, for the field of each carrier; `unpack` says why these are numbers."""
+    if not _offset(bits, dtype):
+        return carriers.astype(dtype)
+    wide = carriers.astype(jnp.uint16)
+    wide = wide >> jnp.uint16(bits * field) if field else wide
+    wide = wide if bits == 8 else wide & jnp.uint16(2**bits - 1)
+    magic = 0x4300 if dtype == jnp.bfloat16 else 0x6400
+    return jax.lax.bitcast_convert_type(wide | jnp.uint16(magic), dtype)
+
+
+def _offset(bits: int, dtype: Any) -> float:
+    """What is added to codes; nothing where they do not fit below bfloat16's exponent."""
+    if dtype == jnp.bfloat16:
+        return 0.0 if bits == 8 else 128.0
+    return 1024.0
+
+
+def _product(codes: jax.Array, x_smem: Any, shape: tuple[int, int], interpret: bool) -> jax.Array:
+    """``codes xᵀ`` in float32."""
     if interpret:
-        # The interpreter knows this operand in shared memory only.
-        scratch[0][...] = codes
-        codes = scratch[0]
-    else:
-        codes = plgpu.layout_cast(codes, plgpu.Layout.WGMMA)
+        # The interpreter has no WGMMA of an operand in registers, and none of a transposed one.
+        return jnp.dot(codes, x_smem[...].T, preferred_element_type=jnp.float32)
+    codes = plgpu.layout_cast(codes, plgpu.Layout.WGMMA)
 
     def multiply(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, codes, plgpu.transpose_ref(x_smem, (1, 0)))
@@ -262,18 +281,18 @@ def packed_matmul(
     operands = [layer.reshape(1), x, *planes, scales]
     runs = x.reshape(padded, k // tiles.depth, tiles.depth)
     operands += [jnp.sum(runs, axis=2, dtype=jnp.float32).T, *([] if zeros is None else [zeros])]
-    scratch = [plgpu.SMEM((_COLUMNS, tiles.rows), jnp.float32, transforms=_swizzled(tiles.rows, 32))]
-    if interpret:
-        scratch.append(plgpu.SMEM((_COLUMNS, tiles.depth), x.dtype))
     out = plgpu.kernel(
         functools.partial(
-            _kernel, bits=bits, group_size=group_size, k=k, tiles=tiles, counts=(len(operands),),
+            _kernel, bits=bits, group_size=group_size, k=k, tiles=tiles,
             interpret=bool(interpret),
         ),
         out_type=jax.ShapeDtypeStruct((tiles.splits, n, padded), jnp.float32),
-        scratch_types=scratch,
+        scratch_types=[
+            plgpu.SMEM((_COLUMNS, tiles.rows), jnp.float32, transforms=_swizzled(tiles.rows, 32))
+        ],
         grid=(n // _COLUMNS, padded // tiles.rows, tiles.splits),
         grid_names=("columns", "rows", "splits"),
         compiler_params=plgpu.CompilerParams(),
+        interpret=interpret,
     )(*operands)  # fmt: skip
     return jnp.sum(out, axis=0).T[:m].astype(x.dtype)

@@ -1,8 +1,9 @@
-"""Blocks of bit planes into fast memory, in several transfers at a time.
+"""Copies into fast memory that Pallas' own pipeline would make too late or too often.
 
-Pallas' own pipeline copies a block of an operand in one transfer, which does not use all of the
-memory's bandwidth, and waits for it before a step's first instruction. Here a step prepares its
-activations and scales first.
+The pipeline copies a block of an operand in one transfer, which does not use all of the memory's
+bandwidth, waits for it before a step's first instruction, and copies an operand again whenever its
+block changes. `Planes` come in several transfers at a time while a step prepares its activations
+and scales; `Activations` come once.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fetch:
+class Planes:
     """Double-buffered copies of whole blocks of columns; static.
 
     Attributes:
@@ -68,3 +70,86 @@ class Fetch:
         for part in range(self.parts):
             for plane in range(len(self.heights)):
                 self._copy(planes, scratch, layer, 0, slot, (plane, part)).wait()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activations:
+    """All rows of x, copied once per core, or else block by block by Pallas; static.
+
+    They are kept in chunks of channels, as wide as the matrix unit takes at once: registers of 16
+    bfloat16 rows are then loaded from rows that are near each other, instead of being put together.
+
+    Attributes:
+      steps: blocks of channels.
+      rows: channels of a block.
+      m: rows of x.
+      dtype: of x.
+      resident: whether they are kept.
+    """
+
+    steps: int
+    rows: int
+    m: int
+    dtype: Any
+    resident: bool
+
+    @property
+    def chunk(self) -> int:
+        """Channels of a chunk."""
+        return next((c for c in (256, 128) if self.rows % c == 0), self.rows)
+
+    def spec(self) -> pl.BlockSpec:
+        """How a kernel takes x; its grid is cores, columns of blocks, blocks."""
+        if self.resident:
+            return pl.BlockSpec(memory_space=pl.ANY)
+        return pl.BlockSpec((self.m, self.rows), lambda c, i, s, layer: (0, s))
+
+    def scratch(self) -> list[Any]:
+        """What `arrive` takes."""
+        if not self.resident:
+            return []
+        chunks = self.rows // self.chunk
+        return [
+            pltpu.VMEM((self.steps, chunks, self.m, self.chunk), self.dtype),
+            pltpu.SemaphoreType.DMA((self.steps, chunks)),
+        ]
+
+    def start(self, x: Any, scratch: Any) -> None:
+        """Begins to copy everything: a core's first step."""
+        if self.resident:
+            for step in range(self.steps):
+                for copy in self._copies(x, scratch, step):
+                    copy.start()
+
+    def wait(self, x: Any, scratch: Any, step: Any) -> None:
+        """Waits for a block's channels: each step of a core's first column."""
+        if self.resident:
+            for copy in self._copies(x, scratch, step):
+                copy.wait()
+
+    def _copies(self, x: Any, scratch: Any, step: Any) -> list[Any]:
+        kept, arrived = scratch
+        found = []
+        for i in range(self.rows // self.chunk):
+            at = step * self.rows + i * self.chunk
+            at = at if isinstance(at, int) else pl.multiple_of(at, min(self.chunk, 128))
+            source = x.at[:, pl.ds(at, self.chunk)]
+            found.append(pltpu.make_async_copy(source, kept.at[step, i], arrived.at[step, i]))
+        return found
+
+    def take(self, x: Any, scratch: Any, step: Any, rows: slice, channel: int) -> jax.Array:
+        """Some rows of the chunk that begins at a channel of the block.
+
+        Args:
+          x: ref of x, or of its block.
+          scratch: refs of `scratch`.
+          step: which block.
+          rows: which rows.
+          channel: of the block, a multiple of `chunk`.
+
+        Returns:
+          ``[rows, chunk]``.
+        """
+        if self.resident:
+            return scratch[0][step, channel // self.chunk, rows, :]
+        return x[rows, channel : channel + self.chunk]

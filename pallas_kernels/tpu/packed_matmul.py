@@ -38,7 +38,7 @@ from pallas_kernels.tpu.activations import (
     write_limbs,
     write_sums,
 )
-from pallas_kernels.tpu.fetch import Fetch
+from pallas_kernels.tpu.fetch import Planes
 from pallas_kernels.tpu.unpack import (
     RUN,
     Load,
@@ -164,7 +164,7 @@ def refusal(
 
 def _kernel(
     layer_ref: Any, x_ref: Any, *refs: Any,
-    bits: int, group_size: int, blocks: Blocks, fetch: Fetch | None, symmetric: bool, m: int,
+    bits: int, group_size: int, blocks: Blocks, fetch: Planes | None, symmetric: bool, m: int,
 ) -> None:  # fmt: skip
     """One block of columns of y."""
     left = list(refs)
@@ -231,7 +231,7 @@ def _scaled_sum(
     return total
 
 
-def _fetch_ahead(fetch: Fetch, planes: Any, fetched: Any, layer: Any) -> Callable[[], list[Any]]:
+def _fetch_ahead(fetch: Planes, planes: Any, fetched: Any, layer: Any) -> Callable[[], list[Any]]:
     """Starts copying the next block (and a core's first one); gives what waits for this one."""
     core, i, j = (pl.program_id(axis) for axis in range(3))
     tall, wide = pl.num_programs(1), pl.num_programs(2)
@@ -302,7 +302,7 @@ def packed_matmul(
     # The last one of blocks that do not divide the columns is cut by Pallas' own pipeline.
     fetch = None
     if n % columns == 0:
-        fetch = Fetch(heights=heights, columns=columns, parts=sizes.parts)
+        fetch = Planes(heights=heights, columns=columns, parts=sizes.parts)
     specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
               for rows in heights]  # fmt: skip
     for small in (scales, zeros):

@@ -1,9 +1,8 @@
 """The prompt's product with a weight, and the weight packed, from one read of the weight.
 
 The rounding hides behind the matmul: the matrix unit works on one part of a block while the vector
-unit rounds another (see `pallas_kernels.tpu.rounding`, which says what it takes to make the
-compiler see it that way). The activations are copied to fast memory once per core, in chunks, and
-the first column of blocks starts on the first chunk.
+unit rounds another (see `pallas_kernels.tpu.schedule`, which says what it takes to make the
+compiler see it that way). The activations are copied to fast memory once per core.
 """
 
 from __future__ import annotations
@@ -20,10 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import quantize_pack as alone
-from pallas_kernels.tpu.rounding import LANES, SUBLANES, Matmul, Rounder, emit
+from pallas_kernels.tpu.fetch import Activations
+from pallas_kernels.tpu.rounding import LANES, SUBLANES, Rounder
+from pallas_kernels.tpu.schedule import Matmul, emit
 
 _ALIGN = 16
 """Rows of x are padded to whole registers of bfloat16."""
+
+_ROWS = 4096
+"""Most rows of the weight in a block, if the fast memory is large."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,9 @@ class Blocks(alone.Blocks):
 def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) -> Blocks:
     """The heuristic.
 
+    Products are as small as lets the matrix unit load its next square of the weight while it works
+    on one; the smaller they are, the more evenly the rounding spreads between them.
+
     Args:
       m: rows of x.
       k: rows of the codes.
@@ -54,13 +61,17 @@ def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) ->
     Returns:
       Sizes for the chip that is compiled for.
     """
-    memory = alone.chip_info().vmem_capacity_bytes
-    resident = m * k * itemsize <= memory // 2
+    info = alone.chip_info()
+    memory = info.vmem_capacity_bytes
+    tall = info.mxu_column_size > LANES
+    # Of a small fast memory, the sums of many rows of x leave little to the weight.
+    most = _ROWS if memory >= 2**26 else max(1024, min(_ROWS, _ROWS * 512 // m))
     columns = 256 if n > LANES else LANES
-    rows = alone.block_rows(k, group_size, max(1024, min(4096, 4096 * 512 // m)))
     return Blocks(
-        rows=rows, columns=columns, cores=alone.block_cores(n, columns), resident=resident
-    )
+        rows=alone.block_rows(k, group_size, most), columns=columns,
+        cores=alone.block_cores(n, columns), resident=m * k * itemsize <= memory // 2,
+        depth=512 if tall else 256, height=256 if tall else 128,
+    )  # fmt: skip
 
 
 def refusal(
@@ -101,38 +112,45 @@ def _held(weight: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _matmuls(
-    rounder: Rounder, x: Any, weight: Any, sums: Any, y: Any, blocks: Blocks
-) -> list[Matmul]:
-    """The block's share of y, in products of ``depth`` rows."""
+    rounder: Rounder, take: Callable[[slice, int], jax.Array], weight: Any, sums: Any, y: Any,
+    blocks: Blocks, chunk: int,
+) -> list[Matmul]:  # fmt: skip
+    """The block's share of y, in products of ``depth`` rows of the weight."""
     s = rounder.spec
-    m = x.shape[0]
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    m = y.shape[0]
+    precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
 
-    def product(rows: slice, at: slice, first: bool, last: bool) -> None:
+    def operand(at: slice) -> jax.Array:
         part = weight[at, :]
-        if weight is rounder.w:
-            if s.d_in < s.k:
-                keep = rounder.present(at.start, at.stop - at.start)[:, :1]
-                part = jnp.where(keep, part.astype(jnp.float32), 0.0)
-            part = _held(part.astype(x.dtype), rounder.token())
-        total = jnp.dot(x[rows, at], part, precision=precision, preferred_element_type=jnp.float32)
-        if first and s.steps > 1:
-            total += jnp.where(rounder.step == 0, 0.0, sums[rows, :])
-        elif not first:
-            total += sums[rows, :]
-        if last and s.steps == 1:
+        if weight is not rounder.w:
+            return part
+        if s.d_in < s.k:
+            keep = rounder.present(at.start, at.stop - at.start)[:, :1]
+            part = jnp.where(keep, part.astype(jnp.float32), 0.0)
+        return _held(part.astype(y.dtype), rounder.token())
+
+    def product(rows: slice, start: int, stop: int) -> None:
+        total = sums[rows, :] if start else jnp.zeros((), jnp.float32)
+        if not start and s.steps > 1:
+            total = jnp.where(rounder.step == 0, 0.0, sums[rows, :])
+        for at in range(start, stop, chunk):
+            total += jnp.dot(
+                take(rows, at), operand(slice(at, at + chunk)),
+                precision=precision, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        if stop == s.rows and s.steps == 1:
             y[rows, :] = total.astype(y.dtype)
         else:
             sums[rows, :] = total
 
     found: list[Matmul] = []
-    for start in range(0, s.rows, blocks.depth):
-        at = slice(start, min(start + blocks.depth, s.rows))
+    depth = max(blocks.depth // chunk, 1) * chunk
+    for start in range(0, s.rows, depth):
+        stop = min(start + depth, s.rows)
         for top in range(0, m, blocks.height):
             rows = slice(top, min(top + blocks.height, m))
-            ends = start == 0, at.stop == s.rows
-            needed = 0 if weight is rounder.w else at.stop
-            found.append((needed, functools.partial(product, rows, at, *ends)))
+            needed = 0 if weight is rounder.w else stop
+            found.append((needed, functools.partial(product, rows, start, stop)))
     return found
 
 
@@ -188,11 +206,15 @@ def prefill_quantize(
         w, channel_scale, importance, down, up, blocks, bits=bits, group_size=group_size,
         zero_point=zero_point, store_dtype=jnp.dtype(store_dtype), shrinks=tuple(shrinks),
     )  # fmt: skip
-    kernel, x_spec, scratch = _kernel(call, x, blocks, quantized)
+    activations = Activations(
+        steps=call.spec.steps, rows=call.spec.rows, m=padded, dtype=x.dtype,
+        resident=blocks.resident,
+    )  # fmt: skip
+    kernel, scratch = _kernel(call, activations, blocks, quantized)
     outs = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=call.grid, in_specs=[x_spec, *call.in_specs],
+            num_scalar_prefetch=1, grid=call.grid, in_specs=[activations.spec(), *call.in_specs],
             out_specs=[
                 pl.BlockSpec(
                     (padded, blocks.columns), lambda c, i, s, layer: (0, call.column(c, i))
@@ -209,56 +231,38 @@ def prefill_quantize(
 
 
 def _kernel(
-    call: alone.Call, x: jax.Array, blocks: Blocks, quantized: bool
-) -> tuple[Callable[..., None], pl.BlockSpec, list[Any]]:
-    """The kernel, how it takes x, and its scratch."""
-    s = call.spec
-    m = x.shape[0]
-    scratch = s.scratch()
-    own = len(scratch)
-    scratch.append(pltpu.VMEM((s.rows, s.columns) if quantized else (16, LANES), x.dtype))
-    scratch.append(pltpu.VMEM((m, s.columns), jnp.float32))
-    if blocks.resident:
-        x_spec = pl.BlockSpec(memory_space=pl.ANY)
-        scratch.append(pltpu.VMEM((s.steps, m, s.rows), x.dtype))
-        scratch.append(pltpu.SemaphoreType.DMA((s.steps,)))
-    else:
-        x_spec = pl.BlockSpec((m, s.rows), lambda c, i, s, layer: (0, s))
-
-    def fetch(refs: tuple[Any, ...], x_ref: Any) -> Any:
-        """The block's columns of x."""
-        if not blocks.resident:
-            return x_ref
-        kept, arrived = refs
-
-        def copy(step: Any) -> Any:
-            start = step * s.rows if s.steps > 1 else 0
-            if s.steps > 1 and not isinstance(step, int):
-                start = pl.multiple_of(jnp.asarray(start), LANES)
-            return pltpu.make_async_copy(
-                x_ref.at[:, pl.ds(start, s.rows)], kept.at[step], arrived.at[step]
-            )
-
-        @pl.when(alone.is_first())
-        def _() -> None:
-            for step in range(s.steps):
-                copy(step).start()
-
-        step = 0 if s.steps == 1 else pl.program_id(2)
-        pl.when(pl.program_id(1) == 0)(lambda: copy(step).wait())
-        return kept.at[step]
+    call: alone.Call, activations: Activations, blocks: Blocks, quantized: bool
+) -> tuple[Callable[..., None], list[Any]]:
+    """The kernel, and its scratch."""
+    s, m, dtype = call.spec, activations.m, activations.dtype
+    own = s.scratch()
+    scratch = [
+        *own,
+        pltpu.VMEM((s.rows, s.columns) if quantized else (_ALIGN, LANES), dtype),
+        pltpu.VMEM((m, s.columns), jnp.float32),
+        *activations.scratch(),
+    ]
 
     def kernel(layer_ref: Any, x_ref: Any, *refs: Any) -> None:
         at = len(call.operands)
         operands, y, rest = list(refs[:at]), refs[at], list(refs[at + 1 :])
-        held = len(call.out_shape) + own
-        rounded, sums, *extra = rest[held:]
+        held = len(call.out_shape) + len(own)
+        rounded, sums, *kept = rest[held:]
         zero = jnp.minimum(layer_ref[0], 0)
         rounder = call.rounder(zero, operands, rest[:held], rounded if quantized else None)
-        block = fetch(tuple(extra), x_ref)
-        pl.when(alone.is_first())(rounder.prepare)
+
+        @pl.when(alone.is_first())
+        def _() -> None:
+            activations.start(x_ref, kept)
+            rounder.prepare()
+
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            activations.wait(x_ref, kept, rounder.step)
+
+        take = functools.partial(activations.take, x_ref, kept, rounder.step)
         weight = rounded if quantized else rounder.w
-        matmuls = _matmuls(rounder, block, weight, sums, y, blocks)
+        matmuls = _matmuls(rounder, take, weight, sums, y, blocks, activations.chunk)
         pieces = rounder.pieces()
         if s.steps == 1:
             pieces += rounder.pack()
@@ -270,4 +274,4 @@ def _kernel(
                 y[...] = sums[...].astype(y.dtype)
                 emit(rounder.pack(), [])
 
-    return kernel, x_spec, scratch
+    return kernel, scratch

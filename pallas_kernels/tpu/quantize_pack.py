@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
-from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding, emit
+from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding
+from pallas_kernels.tpu.schedule import emit
 
 Packed = tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]
 _ROWS = 4096

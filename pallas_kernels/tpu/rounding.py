@@ -5,12 +5,6 @@ multiply, add, round, narrow), all else is amortized over a group or a word. Rou
 addition: ``v + 1.5 * 2**23`` holds the integer nearest to v in its low bits, so narrowing the bits
 to bytes yields codes without any conversion.
 
-The compiler orders instructions by their critical path. Left alone it issues all of a matmul
-first and all of the rounding after it, and the matrix and the vector unit take turns. The pieces
-here store to one scratch array, the *arena*, at offsets the compiler cannot tell apart; a matmul
-that first reads a `Rounder.token` there is not issued before the pieces it follows, these become
-critical, and the two units work side by side.
-
 A block of ``rows`` is rounded in *batches* of up to eight groups, so that the grid of a batch is
 computed on full registers, in three passes: `Rounder.measure` finds each group's range,
 `Rounder.fit` its scale and zero point, `Rounder.encode` the codes. When a column of blocks is
@@ -32,17 +26,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
+from pallas_kernels.tpu.schedule import Piece
 
 LANES, SUBLANES = 128, 8
 _NEAREST = 1.5 * 2.0**23
 _EXACT = lax.Precision.HIGHEST
-
-Piece = tuple[float, int, Callable[[], None]]
-"""Work that a matmul may hide: its cost in vector operations, how many of the block's rows have
-codes after it, and what emits it."""
-
-Matmul = tuple[int, Callable[[], None]]
-"""How many rows must have codes before it, and what emits it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,12 +176,7 @@ class Rounder:
             (self.spec.weighed, self.importance, self.scratch[6]),
         ):
             if given:
-
-                def turn(i: Any, _: None, source: Any = source, target: Any = target) -> None:
-                    square = jnp.broadcast_to(source[pl.ds(i, 1), :], (LANES, LANES))
-                    target[pl.ds(pl.multiple_of(i * LANES, LANES), LANES), :] = square.T
-
-                lax.fori_loop(0, source.shape[0], turn, None)
+                _turn(source, target)
 
     def _lanes(self) -> Iterator[tuple[int, slice]]:
         for column in range(self.spec.columns // LANES):
@@ -364,7 +347,7 @@ class Rounder:
         found: list[Piece] = []
         coded = 0
 
-        def add(cost: float, piece: Callable, *args: int) -> None:
+        def add(cost: float | int, piece: Callable, *args: int) -> None:
             found.append((cost * work, coded, lambda: piece(*args)))
 
         for t in range(sizes[0]):
@@ -394,19 +377,16 @@ class Rounder:
         return found
 
 
-def emit(pieces: list[Piece], matmuls: list[Matmul]) -> None:
-    """Emits both, the matmuls spread evenly over the cost of the pieces."""
-    total = sum(cost for cost, _, _ in pieces)
-    done, coded, emitted = 0.0, 0, 0
-    for cost, rows, piece in pieces:
-        while (
-            emitted < len(matmuls)
-            and emitted * total <= done * len(matmuls)
-            and matmuls[emitted][0] <= coded
-        ):
-            matmuls[emitted][1]()
-            emitted += 1
-        piece()
-        done, coded = done + cost, rows
-    for _, matmul in matmuls[emitted:]:
-        matmul()
+def _turn(source: Any, target: Any) -> None:
+    """``[k / 128, 128]`` to ``[k, 128]``, each number in all lanes of its row."""
+    rows = source.shape[0]
+    together = next(n for n in (8, 4, 2, 1) if rows % n == 0)
+
+    def some(i: Any, _: None) -> None:
+        # Several at a time, because a transposition is long but the next can begin before its end.
+        for j in range(together):
+            at = i * together + j
+            square = jnp.broadcast_to(source[pl.ds(at, 1), :], (LANES, LANES))
+            target[pl.ds(pl.multiple_of(at * LANES, LANES), LANES), :] = square.T
+
+    lax.fori_loop(0, rows // together, some, None)

@@ -1,8 +1,6 @@
 """Who serves a problem, and why: the decisions, without tracing or compiling anything."""
 
 import dataclasses
-import sys
-import types
 
 import jax
 import pytest
@@ -103,7 +101,7 @@ def test_a_fallback_carries_what_the_kernel_refused(kernel, target, changes, par
         ("triton", TPUS[1], "this is a TPU"),
         ("triton", CPU, "this is a CPU"),
         ("interpret", TPUS[1], "this is a TPU"),
-        ("mosaic_gpu", GPUS[2], "no mosaic_gpu kernel"),
+        ("mosaic_gpu", GPUS[0], "no mosaic_gpu kernel|Hopper"),
     ],
 )
 def test_a_forced_implementation_raises_where_it_cannot_run(kernel, name, target, here):
@@ -142,18 +140,26 @@ def test_more_rows_than_the_table_says_are_multiplied_densely(monkeypatch):
 def test_mosaic_is_asked_first_where_the_table_says_so_and_is_no_fallback_if_it_refuses(
     monkeypatch,
 ):
-    monkeypatch.setitem(choice.MOSAIC_ROWS, "h100", 128)
-    made = choose(problem("packed_matmul", m=128), GPUS[2])
-    assert made.implementation == "triton"
-    assert "mosaic_gpu" in made.reason
-    # The same with a kernel that serves.
-    monkeypatch.setitem(choice._MODULES, ("packed_matmul", "mosaic_gpu"), "mosaic_for_the_test")
-    serves = types.ModuleType("mosaic_for_the_test")
-    serves.refusal = lambda **_: None
-    monkeypatch.setitem(sys.modules, "mosaic_for_the_test", serves)
-    assert choose(problem("packed_matmul", m=128), GPUS[2]).implementation == "mosaic_gpu"
-    assert choose(problem("packed_matmul", m=127), GPUS[2]).implementation == "triton"
-    assert choose(problem("packed_matmul", m=128), GPUS[0]).implementation == "triton"
+    h100, a100 = GPUS[2], GPUS[0]
+    monkeypatch.setattr(choice, "MOSAIC_ROWS", {"h100": 128})
+    assert choose(problem("packed_matmul", m=128), h100).implementation == "mosaic_gpu"
+    assert choose(problem("packed_matmul", m=127), h100).implementation == "triton"
+    assert choose(problem("packed_matmul", m=128), a100).implementation == "triton"
+    assert choose(problem("prefill_quantize", m=128), h100).implementation == "triton"
+    made = choose(problem("packed_matmul", m=128, bits=3), h100)
+    assert (made.implementation, made.fallback) == ("triton", False)
+    assert "mosaic_gpu: 3-bit" in made.reason
+    made = choose(problem("packed_matmul", m=128, group_size=8), h100)
+    assert (made.implementation, made.fallback) == ("xla", True)
+    assert "mosaic_gpu: " in made.reason
+    assert "triton: " in made.reason
+
+
+@pytest.mark.parametrize("kernel", ["quantize_pack", "prefill_quantize"])
+def test_quantizers_have_no_mosaic_kernel(kernel):
+    with pytest.raises(ValueError, match="no mosaic_gpu kernel"):
+        choose(problem(kernel), GPUS[2], "mosaic_gpu")
+    assert choose(problem("packed_matmul"), GPUS[2], "mosaic_gpu").reason == "asked for"
 
 
 def test_a_choice_is_a_pure_function_of_hashable_values():

@@ -69,8 +69,14 @@ def designs():
             if i % 3 != c:
                 continue
             j = i // 3 + 2 * c
-            rest = {"k": k, "n": n, "bits": QUANTIZER_BITS[j % 7], "group_size": GROUPS[j % 3],
-                    "zero_point": ZEROS[j % 5], "dtype": NAMES[QUANTIZER_DTYPES[j % 7]]}
+            rest = {
+                "k": k,
+                "n": n,
+                "bits": QUANTIZER_BITS[j % 7],
+                "group_size": GROUPS[j % 3],
+                "zero_point": ZEROS[j % 5],
+                "dtype": NAMES[QUANTIZER_DTYPES[j % 7]],
+            }
             yield Design(chip=chip, kernel="quantize_pack", m=0, **rest)
             m = ROWS[(j + j // 3) % 3]
             yield Design(chip=chip, kernel="prefill_quantize", m=m, **rest)

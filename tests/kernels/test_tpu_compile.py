@@ -18,8 +18,9 @@ TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
 MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "llama-3-8b", "gemma-3-1b", "opt-6.7b")
 SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
 BITS, ZERO_POINTS = (4, 3, 8, 5, 2), ("float", "none", "integer")
-# What a kernel unrolls grows with rows over group: large weights get large groups.
-SMALL = 2**22
+# A kernel unrolls its groups: compiling small ones of large weights takes seconds each, so only
+# small weights get them everywhere, and one large weight on one chip.
+SMALL = 1152 * 1152
 
 
 def shape(dims, dtype):
@@ -47,8 +48,9 @@ def compile_packed_matmul(chip, m, k, n, *, implementation="tpu", store="bfloat1
         pallas_kernels.packed_matmul, bits=kind["bits"], group_size=kind["group_size"],
         implementation=implementation,
     )  # fmt: skip
-    return compile_for(chip, call, shape((m, k), "bfloat16"), *packed_shapes(k, n, **kind,
-                                                                               store=store))
+    return compile_for(
+        chip, call, shape((m, k), "bfloat16"), *packed_shapes(k, n, **kind, store=store)
+    )
 
 
 def compile_quantize(chip, m, k, n, *, implementation="tpu", scaled=True, rank=0, **kind):
@@ -96,6 +98,15 @@ def test_prefill_quantize(chip, k, n):
     i, kind = design(chip, k, n)
     m = (512, 16, 2048, 1)[i % 4]
     compiled = compile_quantize(chip, m, k, n, **kind, quantized=i % 2 > 0)
+    assert calls(compiled.as_text())["prefill_quantize"] == 1
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_small_groups_of_a_large_weight(bits):
+    kind = {"bits": bits, "group_size": 32, "zero_point": "float"}
+    compiled = compile_packed_matmul("v5e", 1, 4096, 4096, **kind)
+    assert calls(compiled.as_text())["packed_matmul"] == 1
+    compiled = compile_quantize("v5e", 2048, 4096, 4096, **kind)
     assert calls(compiled.as_text())["prefill_quantize"] == 1
 
 
@@ -156,7 +167,7 @@ def test_what_is_refused_is_said_and_left_to_xla(chip, kernel, change, reason):
             call = functools.partial(getattr(pallas_kernels, kernel), **{
                 **common, **kind, "store_dtype": store,
             })  # fmt: skip
-            operands = shape((1152, n), dtype),
+            operands = (shape((1152, n), dtype),)
             if m:
                 operands = shape((m, 1152), dtype), *operands
         if implementation is None:

@@ -80,13 +80,13 @@ def test_few_rows_by_the_bfloat16_unit(bits):
     [
         # Three blocks of rows, the last with one that counts; three of columns.
         (33, 4, 64, 128, 300, 1, {"rows": 16, "columns": 128}),
-        # Two cores with two blocks of columns each, the last ragged, by both ways.
+        # Two cores with blocks of columns each, the last ragged, by both ways.
         (16, 5, 32, 256, 450, 2, {"rows": 16, "columns": 128}),
-        (3, 3, 128, 256, 450, 2, {"rows": 16, "columns": 128, "integer": True}),
+        (3, 3, 128, 256, 250, 2, {"rows": 16, "columns": 128, "integer": True}),
         # The same where blocks divide the columns, which a kernel may fetch on its own; with
         # several blocks of rows, a core comes back to its first block of columns.
         (40, 4, 32, 256, 512, 2, {"rows": 16, "columns": 128}),
-        (3, 5, 64, 256, 512, 2, {"rows": 16, "columns": 128}),
+        (3, 5, 64, 256, 256, 2, {"rows": 16, "columns": 128}),
         (7, 2, 128, 256, 384, 1, {"rows": 16, "columns": 128}),
         # Planes fetched in parts, of which a group is larger.
         (5, 4, 32, 1024, 130, 1, {"columns": 128, "parts": 4}),

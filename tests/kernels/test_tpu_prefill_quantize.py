@@ -90,7 +90,7 @@ def test_search_and_low_rank(bits, zero_point, group, d_in, quantized, options):
         (3, 512, 450, 20, True, 2, {"rows": 256, "columns": 128, "depth": 128}),
         # Several products of rows of x and of the weight in a block.
         (5, 256, 130, 65, True, 1, {"columns": 128, "depth": 128, "height": 32}),
-        (8, 384, 450, 40, False, 2, {"columns": 128, "depth": 128, "height": 16}),
+        (8, 384, 250, 40, False, 2, {"columns": 128, "depth": 128, "height": 16}),
     ],
 )
 def test_blocks(bits, d_in, n, m, quantized, cores, blocks, resident):

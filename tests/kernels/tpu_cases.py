@@ -171,28 +171,26 @@ def mixed_weight(seed, d_in, n, *, bits, group_size, zero_point, dtype="bfloat16
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(LAYERS, d_in, n))
     d = rng.uniform(0.5, 2, d_in) if real else 2.0 ** rng.integers(-1, 2, d_in)
-    low_rank = None
+    low_rank, product, terms = None, np.zeros((d_in, n)), 0.0
     if rank:
         down, up = rng.normal(size=(d_in, rank)), rng.normal(size=(rank, n))
         if not real:
             down, up = np.sign(down), np.round(up) / 2
         low_rank = tuple(jnp.asarray(a, jnp.float32) for a in (down, up))
-    product = f64(low_rank[0]) @ f64(low_rank[1]) if rank else 0.0
+        down, up = map(f64, low_rank)
+        product, terms = down @ up, np.abs(down) @ np.abs(up)
     if not real:
         whole = _whole_columns(rng, d_in, n, group_size, bits, zero_point == "none")
         whole = whole / (d[:, None] if scaled else 1.0) + product
         w[LAYER, :, ::2] = whole[:, ::2]
-    w = jnp.asarray(w, dtype)
-    d = jnp.asarray(d, jnp.float32) if scaled else None
-    factor = f64(d)[:, None] if scaled else 1.0
-    target = (f64(w[LAYER]) - product) * factor
-    noise = EPS * np.abs(target)
-    if real and rank:
-        terms = np.abs(f64(low_rank[0])) @ np.abs(f64(low_rank[1]))
-        noise = noise + (rank + 2) * EPS * terms * factor
+    stored = jnp.asarray(w, dtype)
+    scale = jnp.asarray(d, jnp.float32) if scaled else None
+    factor = f64(scale)[:, None] if scaled else 1.0
+    target = (f64(stored[LAYER]) - product) * factor
+    noise = EPS * np.abs(target) + (rank + 2) * EPS * real * terms * factor
     padding = ((0, -d_in % group_size), (0, 0))
     return Weight(
-        w=w, channel_scale=d, low_rank=low_rank, whole=not real,
+        w=stored, channel_scale=scale, low_rank=low_rank, whole=not real,
         importance=jnp.asarray(rng.gamma(0.5, size=d_in), jnp.float32) if weighed else None,
         target=np.pad(target, padding), noise=np.pad(noise, padding),
     )  # fmt: skip
