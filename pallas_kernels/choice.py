@@ -230,8 +230,9 @@ def choose(problem: Problem, target: Target, implementation: str | None = None) 
         candidates = ["mosaic_gpu", "triton"] if wins else ["triton"]
     else:
         return Choice("xla", f"plain XLA is what is tuned for a {target.platform}")
-    limit = DENSE_ROWS.get(target.chip or "")
-    if problem.kernel == "packed_matmul" and limit is not None and problem.m > limit:
+    limits = DENSE_ROWS.get(target.chip or "", (2**31, 2**31))
+    limit = limits[0 if problem.group_size >= 128 else 1]
+    if problem.kernel == "packed_matmul" and problem.m > limit:
         return Choice(
             "xla", f"more than {limit} rows: unpacking once and a dense product are faster"
         )

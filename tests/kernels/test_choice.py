@@ -128,10 +128,11 @@ def test_unknown_names_are_refused_with_the_known_ones():
 
 
 def test_more_rows_than_the_table_says_are_multiplied_densely(monkeypatch):
-    monkeypatch.setitem(choice.DENSE_ROWS, "v5e", 64)
-    for m, name in ((64, "tpu"), (65, "xla")):
-        made = choose(problem("packed_matmul", m=m), TPUS[1])
-        assert (made.implementation, made.fallback) == (name, False)
+    monkeypatch.setitem(choice.DENSE_ROWS, "v5e", (64, 32))
+    for group_size, limit in ((32, 32), (128, 64)):
+        for m, name in ((limit, "tpu"), (limit + 1, "xla")):
+            made = choose(problem("packed_matmul", m=m, group_size=group_size), TPUS[1])
+            assert (made.implementation, made.fallback) == (name, False)
     assert "more than 64 rows" in made.reason
     assert choose(problem("packed_matmul", m=65), TPUS[3]).implementation == "tpu"
     assert choose(problem("prefill_quantize", m=65), TPUS[1]).implementation == "tpu"

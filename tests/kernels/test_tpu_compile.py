@@ -80,7 +80,10 @@ on_each = pytest.mark.parametrize("chip", TPUS)
 @on_each
 def test_packed_matmul(chip, k, n):
     i, kind = design(chip, k, n)
-    compiled = compile_packed_matmul(chip, (1, 16, 512)[i % 3], k, n, **kind)
+    # Many rows of x take the compiler long on long columns; the chip with the least fast memory has
+    # them all the same.
+    m = (1, 16, 512)[i % 3] if k <= 8192 else {"v4": 512}.get(chip, 1)
+    compiled = compile_packed_matmul(chip, m, k, n, **kind)
     assert calls(compiled.as_text())["packed_matmul"] == 1
 
 
