@@ -17,7 +17,6 @@ import argparse
 import json
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -34,12 +33,6 @@ PROGRAMS = (
     ("qwen3-1.7b", "v5e"), ("llama-3-8b", "v6e"), ("llama-3-8b", "h100"),
 )  # fmt: skip
 PROMPT, NEW = 512, 128
-
-
-def compiler_versions() -> dict[str, str]:
-    """Versions of what compiled."""
-    names = ("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
-    return {name: metadata.version(name) for name in names}
 
 
 def figures(model: str, chip: str, bits: int, group_size: int) -> dict:
@@ -80,7 +73,7 @@ def main() -> None:
             records.append(figures(model, chip, args.bits, group_size))
     results = {
         "command": "python experiments/compile_programs.py",
-        "versions": versions() | compiler_versions(),
+        "versions": versions("libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"),
         "programs": records,
     }
     text = json.dumps(results, indent=1)

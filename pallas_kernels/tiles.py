@@ -8,9 +8,10 @@ them.
 from __future__ import annotations
 
 DENSE_ROWS: dict[str, tuple[int, int]] = {"v5e": (192, 64)}
-"""Per chip, the most rows that `packed_matmul` computes from packed weights, in groups of 128 and up
-and in smaller ones. Above, the weight is unpacked once and multiplied as a dense one. A chip without
-an entry never does. Estimated at 4096 x 4096, 4 bits, kernel against XLA, in thousands of cycles:
+"""Per chip, the most rows that `packed_matmul` computes from packed weights, in groups of 128 and
+up and in smaller ones. Above, the weight is unpacked once and multiplied as a dense one. A chip
+without an entry never does. Estimated at 4096 x 4096, 4 bits, kernel against XLA, in thousands of
+cycles:
 
     v5e, group 128   m 64: 28, 87    128: 52, 96    256: 100, 95     512: 195, 168
     v5e, group 32    m 64: 79, 89    128: 155, 98   256: 305, 104    512: 606, 170

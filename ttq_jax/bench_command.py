@@ -94,7 +94,7 @@ def run_bench(args: argparse.Namespace, progress: Progress) -> None:
         records = found(cases, args.chip, progress=update)
     if args.json:
         for record in records:
-            print_json(record | {"versions": versions()})
+            print_json(record | {"versions": versions(*([] if measured else ["libtpu"]))})
         return
     print_text(_text(records, measured))
     if not measured:

@@ -14,10 +14,17 @@ from ttq_jax._version import __version__
 from ttq_jax.quant.recipe import Recipe
 
 
-def versions() -> dict[str, str]:
-    """What a number depends on besides its options."""
+def versions(*compilers: str) -> dict[str, str]:
+    """What a number depends on besides its options.
+
+    Args:
+      *compilers: packages that had a part in it; they must be installed.
+
+    Returns:
+      Version by package.
+    """
     found = {"ttq_jax": __version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return found | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", *compilers)}
 
 
 def device() -> str:

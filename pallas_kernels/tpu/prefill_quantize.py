@@ -38,11 +38,13 @@ class Blocks(alone.Blocks):
       depth: rows of the weight in one product.
       height: most rows of x in one product.
       resident: x stays in fast memory; else it is read once for each block of columns.
+      spread: see `schedule.emit`.
     """
 
     depth: int = 256
     height: int = 512
     resident: bool = True
+    spread: float = 0.85
 
 
 def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) -> Blocks:
@@ -70,7 +72,7 @@ def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) ->
     return Blocks(
         rows=alone.block_rows(k, group_size, most), columns=columns,
         cores=alone.block_cores(n, columns), resident=m * k * itemsize <= memory // 2,
-        depth=512 if tall else 256, height=256 if tall else 128,
+        depth=512 if tall else 256, height=256 if tall else 128, spread=0.75 if tall else 0.85,
     )  # fmt: skip
 
 
@@ -266,7 +268,7 @@ def _kernel(
         pieces = rounder.pieces()
         if s.steps == 1:
             pieces += rounder.pack()
-        emit(pieces, matmuls)
+        emit(pieces, matmuls, blocks.spread)
         if s.steps > 1:
 
             @pl.when(pl.program_id(2) == s.steps - 1)

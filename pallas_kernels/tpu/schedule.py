@@ -11,10 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_SPREAD = 0.85
-"""Of the pieces, those with matmuls between them. A matmul's results come long after its operands:
-without the last pieces to hide it, the vector unit would wait."""
-
 Piece = tuple[float, int, Callable[[], None]]
 """Work that a matmul may hide: its cost in vector operations, how many of the block's rows have
 codes after it, and what emits it."""
@@ -23,14 +19,16 @@ Matmul = tuple[int, Callable[[], None]]
 """How many rows must have codes before it, and what emits it."""
 
 
-def emit(pieces: list[Piece], matmuls: list[Matmul]) -> None:
-    """Emits both, the matmuls spread evenly over most of the cost of the pieces.
+def emit(pieces: list[Piece], matmuls: list[Matmul], spread: float = 1.0) -> None:
+    """Emits both, the matmuls spread evenly between the pieces.
 
     Args:
       pieces: in the order in which they depend on each other.
       matmuls: each as soon as its rows have codes.
+      spread: of the pieces, by cost, those with matmuls between them. A matmul's results come long
+        after its operands: without the last pieces to hide it, the vector unit would wait.
     """
-    total = _SPREAD * sum(cost for cost, _, _ in pieces)
+    total = spread * sum(cost for cost, _, _ in pieces)
     done, coded, emitted = 0.0, 0, 0
     for cost, rows, piece in pieces:
         while (
