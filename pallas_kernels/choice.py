@@ -179,15 +179,14 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
         return f"{runs} on a {needed.upper()}, this is a {target.platform.upper()}"
     facts: dict[str, Any] = {
         "k": problem.k, "n": problem.n, "bits": problem.bits, "group_size": problem.group_size,
-        "dtype": problem.dtype, "chip": target.chip,
+        "dtype": problem.dtype, "store_dtype": problem.store_dtype, "chip": target.chip,
     }  # fmt: skip
     if problem.kernel != "quantize_pack":
         facts["m"] = problem.m
     if problem.kernel != "packed_matmul":
         facts |= {
             "d_in": problem.d_in, "zero_point": problem.zero_point,
-            "store_dtype": problem.store_dtype, "shrinks": problem.shrinks, "rank": problem.rank,
-            "scaled": problem.scaled,
+            "shrinks": problem.shrinks, "rank": problem.rank, "scaled": problem.scaled,
         }  # fmt: skip
     if problem.kernel == "prefill_quantize":
         facts["quantized"] = problem.quantized

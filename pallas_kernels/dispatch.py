@@ -220,12 +220,15 @@ def _multiply_packed(
     """The grid's part of the product, by whoever is chosen for that many rows."""
     _, scales, zeros = stacks
     zero_point = "integer" if zeros is not None and zeros.dtype == jnp.uint8 else "float"
+    stored = {a.dtype for a in (scales, zeros) if a is not None} - {jnp.dtype(jnp.uint8)}
+    half = jnp.dtype(jnp.float16)
 
     def problem(m: int) -> Problem:
         return Problem(
             kernel="packed_matmul", m=m, d_in=d_in, k=x.shape[-1], n=scales.shape[-1], bits=bits,
             group_size=group_size, zero_point="none" if zeros is None else zero_point,
-            dtype=str(x.dtype), store_dtype=str(scales.dtype), rank=rank,
+            dtype=str(x.dtype), rank=rank,
+            store_dtype=str(half if half in stored else scales.dtype),
         )  # fmt: skip
 
     def call(stacks: Any, layer: Any, x: Any) -> jax.Array:

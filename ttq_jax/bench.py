@@ -280,7 +280,8 @@ def block_note(case: Case) -> Callable[[], str]:
             "m": case.m, "k": case.k, "n": case.n, "bits": case.bits,
             "group_size": case.group_size, "itemsize": jnp.dtype(case.dtype).itemsize,
         }  # fmt: skip
-        made = sizes(**{name: facts[name] for name in inspect.signature(sizes).parameters})
+        wanted = inspect.signature(sizes).parameters
+        made = sizes(**{name: value for name, value in facts.items() if name in wanted})
         return " ".join(f"{name}={value}" for name, value in vars(made).items())
 
     return note

@@ -133,7 +133,7 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int, itemsize: int 
 
 
 def refusal(
-    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, chip: str | None
+    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, chip: str | None, **_: Any
 ) -> str | None:
     """Why this kernel cannot serve a problem.
 

@@ -39,6 +39,7 @@ from pallas_kernels.tpu.activations import (
     write_sums,
 )
 from pallas_kernels.tpu.fetch import Planes
+from pallas_kernels.tpu.memory import chip_info
 from pallas_kernels.tpu.unpack import (
     RUN,
     Load,
@@ -81,14 +82,6 @@ class Blocks:
     width: int = 1024
 
 
-def _info() -> Any:
-    """The chip that is compiled for; a v5e where there is none, as in the interpreter."""
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
-
-
 def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blocks:
     """The heuristic.
 
@@ -106,7 +99,7 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     Returns:
       Sizes for the chip that is compiled for.
     """
-    info = _info()
+    info = chip_info()
     bytes_per_column = k * bits // 8 + 8 * (k // group_size)
     most = min(1024, info.vmem_capacity_bytes // 6 // bytes_per_column, n // (2 * info.num_cores))
     columns = max(LANES, most // LANES * LANES)
@@ -129,12 +122,13 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
 
 
 def _vmem_limit() -> int:
-    return _info().vmem_capacity_bytes * 7 // 8
+    return chip_info().vmem_capacity_bytes * 7 // 8
 
 
 def refusal(
-    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, **_: Any
-) -> str | None:
+    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any,
+    store_dtype: Any = jnp.bfloat16, **_: Any,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot serve; None if it can.
 
     Args:
@@ -144,11 +138,14 @@ def refusal(
       bits: width of a code.
       group_size: rows that share a scale.
       dtype: of x.
+      store_dtype: of scales and float zero points.
 
     Returns:
       The reason.
     """
     del m, n
+    if jnp.dtype(store_dtype) == jnp.float16:
+        return "scales or zero points are float16, no type of the vector unit; bfloat16 is"
     unit = unit_rows(k, bits)
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"x is {jnp.dtype(dtype).name}; the matrix unit multiplies bfloat16"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu import memory
 from pallas_kernels.tpu import quantize_pack as alone
 from pallas_kernels.tpu.fetch import Activations
 from pallas_kernels.tpu.rounding import LANES, SUBLANES, Rounder
@@ -25,9 +26,6 @@ from pallas_kernels.tpu.schedule import Matmul, emit
 
 _ALIGN = 16
 """Rows of x are padded to whole registers of bfloat16."""
-
-_ROWS = 4096
-"""Most rows of the weight in a block, if the fast memory is large."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +45,11 @@ class Blocks(alone.Blocks):
     spread: float = 0.85
 
 
-def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) -> Blocks:
-    """The heuristic.
+def default_blocks(
+    m: int, k: int, n: int, *, group_size: int, itemsize: int, w_itemsize: int = 2,
+    quantized: bool = False, chip: str | None = None, **kind: Any,
+) -> Blocks | None:  # fmt: skip
+    """The heuristic: x stays in fast memory, in blocks as large as `quantize_pack`'s, if it fits.
 
     Products are as small as lets the matrix unit load its next square of the weight while it works
     on one; the smaller they are, the more evenly the rounding spreads between them.
@@ -59,26 +60,37 @@ def default_blocks(m: int, k: int, n: int, *, group_size: int, itemsize: int) ->
       n: columns.
       group_size: rows that share a scale.
       itemsize: bytes of a number of x.
+      w_itemsize: bytes of a number of the weight.
+      quantized: the rounded weight is multiplied.
+      chip: short name; None is the one that is compiled for.
+      **kind: see `quantize_pack.shapes`.
 
     Returns:
-      Sizes for the chip that is compiled for.
+      Sizes, None if none fit.
     """
-    info = alone.chip_info()
-    memory = info.vmem_capacity_bytes
+    info = memory.chip_info(chip)
     tall = info.mxu_column_size > LANES
-    # Of a small fast memory, the sums of many rows of x leave little to the weight.
-    most = _ROWS if memory >= 2**26 else max(1024, min(_ROWS, _ROWS * 512 // m))
-    columns = 256 if n > LANES else LANES
-    return Blocks(
-        rows=alone.block_rows(k, group_size, most), columns=columns,
-        cores=alone.block_cores(n, columns), resident=m * k * itemsize <= memory // 2,
-        depth=512 if tall else 256, height=256 if tall else 128, spread=0.75 if tall else 0.85,
-    )  # fmt: skip
+
+    def choices() -> Iterator[tuple[Blocks, int]]:
+        for resident in (True, False):
+            for spec in alone.shapes(k, n, group_size=group_size, **kind):
+                blocks = Blocks(
+                    rows=spec.rows, columns=spec.columns, resident=resident,
+                    cores=alone.block_cores(n, spec.columns, info.num_cores),
+                    depth=512 if tall else 256, height=256 if tall else 128,
+                    spread=0.75 if tall else 0.85,
+                )  # fmt: skip
+                yield blocks, memory.needed(
+                    spec, w_itemsize=w_itemsize, m=m, itemsize=itemsize, resident=resident,
+                    quantized=quantized,
+                )  # fmt: skip
+
+    return memory.first_fitting(choices(), info)
 
 
 def refusal(
     *, m: int, k: int, n: int, group_size: int, dtype: Any, store_dtype: Any = jnp.float32,
-    rank: int = 0, **_: Any,
+    rank: int = 0, chip: str | None = None, d_in: int = 0, **kind: Any,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot serve; None if it can.
 
@@ -87,16 +99,28 @@ def refusal(
       k: rows of the codes.
       n: columns.
       group_size: rows that share a scale.
-      dtype: of the activations.
+      dtype: of the activations and the weight.
       store_dtype: of scales and float zero points.
       rank: of the low-rank part, 0 for none.
+      chip: short name; None is the one that is compiled for.
+      d_in: rows of the weight; does not matter.
+      **kind: see `default_blocks`.
 
     Returns:
       The reason.
     """
+    del d_in
     if m > 4096:
         return f"{m} rows of activations: the sums of at most 4096 fit into fast memory"
-    return alone.unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
+    why = alone.unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
+    if why is not None:
+        return why
+    itemsize = jnp.dtype(dtype).itemsize
+    blocks = default_blocks(
+        pl.cdiv(m, _ALIGN) * _ALIGN, k, n, group_size=group_size, itemsize=itemsize,
+        w_itemsize=itemsize, store_dtype=store_dtype, rank=rank, chip=chip, **kind,
+    )  # fmt: skip
+    return None if blocks else f"{m} rows of x beside it: {alone.too_large(k, chip)}"
 
 
 def _held(weight: jax.Array, token: jax.Array) -> jax.Array:
@@ -200,7 +224,13 @@ def prefill_quantize(
     n = w.shape[2]
     k = pl.cdiv(d_in, group_size) * group_size
     padded = pl.cdiv(m, _ALIGN) * _ALIGN
-    blocks = tiles or default_blocks(padded, k, n, group_size=group_size, itemsize=x.dtype.itemsize)
+    blocks = tiles or default_blocks(
+        padded, k, n, group_size=group_size, itemsize=x.dtype.itemsize, bits=bits,
+        w_itemsize=w.dtype.itemsize, zero_point=zero_point, store_dtype=store_dtype,
+        shrinks=len(shrinks), rank=0 if down is None else down.shape[1],
+        scaled=channel_scale is not None, quantized=quantized,
+    )  # fmt: skip
+    assert blocks is not None, "refused before"
     if quantized and channel_scale is not None:
         x = (x.astype(jnp.float32) / channel_scale.astype(jnp.float32)).astype(x.dtype)
     x = jnp.pad(x, ((0, padded - m), (0, k - d_in)))

@@ -8,6 +8,7 @@ they are complete, because a carrier holds codes from rows far apart.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
+from pallas_kernels.tpu import memory
 from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding
 from pallas_kernels.tpu.schedule import emit
 
@@ -40,14 +42,6 @@ class Blocks:
     cores: int
 
 
-def chip_info() -> Any:
-    """The chip that is compiled for; a v5e where there is none, as in the interpreter."""
-    try:
-        return pltpu.get_tpu_info()
-    except ValueError:
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
-
-
 def block_rows(k: int, group_size: int, most: int) -> int:
     """The most rows up to ``most``, if possible, that blocks of whole groups can have."""
     sizes = (
@@ -59,26 +53,66 @@ def block_rows(k: int, group_size: int, most: int) -> int:
     return next((rows for rows in fitting if rows <= most), fitting[-1])
 
 
-def block_cores(n: int, columns: int) -> int:
+def block_cores(n: int, columns: int, cores: int) -> int:
     """As many cores as the chip has, if they get equally many blocks of columns."""
-    cores = chip_info().num_cores
     return cores if pl.cdiv(n, columns) % cores == 0 else 1
 
 
-def default_blocks(k: int, n: int, *, group_size: int) -> Blocks:
-    """The heuristic: all rows up to 4096, 256 columns.
+def shapes(
+    k: int, n: int, *, group_size: int, bits: int = 8, zero_point: str = "float",
+    store_dtype: Any = jnp.float32, shrinks: int = 1, rank: int = 0, scaled: bool = True,
+) -> Iterator[Rounding]:  # fmt: skip
+    """Blocks in the order in which they are preferred: wide ones of many rows first.
 
     Args:
       k: rows of the codes.
       n: columns.
       group_size: rows that share a scale.
+      bits: width of a code.
+      zero_point: one of `grid.ZERO_POINTS`.
+      store_dtype: of scales and float zero points.
+      shrinks: how many factors on a group's range there are.
+      rank: of the low-rank part.
+      scaled: there is a channel scale.
+
+    Yields:
+      What is rounded, in such blocks.
+    """
+    for columns in (2 * LANES, LANES) if n > LANES else (LANES,):
+        for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1):
+            yield Rounding(
+                d_in=k, k=k, bits=bits, group_size=group_size, zero_point=zero_point,
+                store_dtype=jnp.dtype(store_dtype), shrinks=(1.0,) * shrinks, scaled=scaled,
+                weighed=shrinks > 1, rank=rank, rows=block_rows(k, group_size, most),
+                columns=columns,
+            )  # fmt: skip
+
+
+def default_blocks(
+    k: int, n: int, *, group_size: int, w_itemsize: int = 2, chip: str | None = None, **kind: Any
+) -> Blocks | None:
+    """The heuristic: all rows up to 4096, 256 columns, or less where the fast memory is small.
+
+    Args:
+      k: rows of the codes.
+      n: columns.
+      group_size: rows that share a scale.
+      w_itemsize: bytes of a number of the weight.
+      chip: short name; None is the one that is compiled for.
+      **kind: see `shapes`.
 
     Returns:
-      Sizes for the chip that is compiled for.
+      Sizes, None if none fit.
     """
-    rows = block_rows(k, group_size, _ROWS)
-    columns = 256 if n > LANES else LANES
-    return Blocks(rows=rows, columns=columns, cores=block_cores(n, columns))
+    info = memory.chip_info(chip)
+    spec = memory.first_fitting(
+        ((s, memory.needed(s, w_itemsize=w_itemsize))
+         for s in shapes(k, n, group_size=group_size, **kind)), info,
+    )  # fmt: skip
+    if spec is None:
+        return None
+    cores = block_cores(n, spec.columns, info.num_cores)
+    return Blocks(rows=spec.rows, columns=spec.columns, cores=cores)
 
 
 def unservable(
@@ -113,7 +147,7 @@ def unservable(
 
 def refusal(
     *, k: int, n: int, group_size: int, dtype: Any, store_dtype: Any = jnp.float32, rank: int = 0,
-    **_: Any,
+    chip: str | None = None, d_in: int = 0, **kind: Any,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot serve; None if it can.
 
@@ -124,11 +158,28 @@ def refusal(
       dtype: of the weight.
       store_dtype: of scales and float zero points.
       rank: of the low-rank part, 0 for none.
+      chip: short name; None is the one that is compiled for.
+      d_in: rows of the weight; does not matter.
+      **kind: see `shapes`.
 
     Returns:
       The reason.
     """
-    return unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
+    del d_in
+    why = unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
+    if why is not None:
+        return why
+    blocks = default_blocks(
+        k, n, group_size=group_size, store_dtype=store_dtype, rank=rank, chip=chip,
+        w_itemsize=jnp.dtype(dtype).itemsize, **kind,
+    )  # fmt: skip
+    return None if blocks else too_large(k, chip)
+
+
+def too_large(k: int, chip: str | None) -> str:
+    """The reason where no blocks fit."""
+    size = memory.limit(memory.chip_info(chip)) >> 20
+    return f"columns of {k} rows do not fit into {size} MiB of fast memory with what they need"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +316,7 @@ def compiler_params(**more: Any) -> pltpu.CompilerParams:
     """Cores work on columns of their own; nearly all of the fast memory may be used."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=chip_info().vmem_capacity_bytes * 15 // 16,
+        vmem_limit_bytes=memory.limit(memory.chip_info()),
         **more,
     )
 
@@ -308,7 +359,12 @@ def quantize_pack(
     """
     assert zero_point in grid.ZERO_POINTS
     k = pl.cdiv(w.shape[1], group_size) * group_size
-    blocks = tiles or default_blocks(k, w.shape[2], group_size=group_size)
+    blocks = tiles or default_blocks(
+        k, w.shape[2], group_size=group_size, w_itemsize=w.dtype.itemsize, bits=bits,
+        zero_point=zero_point, store_dtype=store_dtype, shrinks=len(shrinks),
+        rank=0 if down is None else down.shape[1], scaled=channel_scale is not None,
+    )  # fmt: skip
+    assert blocks is not None, "refused before"
     call = prepare(
         w, channel_scale, importance, down, up, blocks, bits=bits, group_size=group_size,
         zero_point=zero_point, store_dtype=jnp.dtype(store_dtype), shrinks=tuple(shrinks),

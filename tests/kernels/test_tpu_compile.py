@@ -104,6 +104,20 @@ def test_prefill_quantize(chip, k, n):
     assert calls(compiled.as_text())["prefill_quantize"] == 1
 
 
+# The chips with least fast memory; the others have twice as much.
+@pytest.mark.parametrize("chip", ["v4", "v5p", "tpu7x"])
+def test_the_longest_prompt_over_the_longest_columns(chip):
+    """What is not refused compiles: fast memory holds it, or the refusal says that it does not."""
+    kind = {"bits": 4, "group_size": 128, "zero_point": "float", "quantized": True}
+    compiled = compile_quantize(chip, 4096, 16384, 4096, **kind, implementation=None)
+    facts = {name: kind[name] for name in ("bits", "group_size", "zero_point", "quantized")}
+    with tracing_for(chip):
+        problem = Problem(kernel="prefill_quantize", m=4096, d_in=16384, k=16384, n=4096, shrinks=1,
+                          dtype="bfloat16", scaled=True, **facts)  # fmt: skip
+        chosen = choose(problem, current_target()).implementation
+    assert calls(compiled.as_text())["prefill_quantize"] == (chosen == "tpu")
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_small_groups_of_a_large_weight(bits):
     kind = {"bits": bits, "group_size": 32, "zero_point": "float"}
