@@ -144,12 +144,12 @@ def test_public_call(stacked):
 )
 def test_refusals_name_their_reason(module, change, reason):
     facts = {
-        "m": 16, "d_in": 96, "k": 96, "n": 128, "bits": 4, "group_size": 32, "dtype": "bfloat16",
+        "d_in": 96, "k": 96, "n": 128, "bits": 4, "group_size": 32, "dtype": "bfloat16",
         "store_dtype": "bfloat16", "rank": 0, "zero_point": "none", "shrinks": 1, "chip": None,
         "scaled": False,
     }  # fmt: skip
     if module is prefill:
-        facts["quantized"] = True
+        facts |= {"m": 16, "quantized": True}
     assert module.refusal(**facts) is None
     assert reason in module.refusal(**{**facts, **change})
 
@@ -173,3 +173,18 @@ def test_a_refused_public_call_says_why(n, change, reason):
             jnp.ones((3, 96), jnp.bfloat16), w, **kind, implementation="interpret"
         )
     assert reason in str(error.value)
+
+
+def test_a_column_that_does_not_fit_is_refused():
+    facts = {
+        "d_in": 0, "n": 4096, "bits": 4, "group_size": 128, "dtype": "bfloat16", "rank": 0,
+        "store_dtype": "bfloat16", "zero_point": "float", "shrinks": 1, "scaled": True,
+    }  # fmt: skip
+    assert kernel.refusal(k=2**18, chip="v4", **facts) == (
+        "columns of 262144 rows do not fit into 15 MiB of fast memory with what they need"
+    )
+    assert kernel.refusal(k=2**13, chip="v4", **facts) is None
+    why = prefill.refusal(m=4096, k=2**14, chip="v4", quantized=False, **facts)
+    assert why.startswith("4096 rows of x beside it: columns of 16384 rows do not fit")
+    for chip in ("v5e", "v5p", "v6e", "tpu7x"):
+        assert prefill.refusal(m=4096, k=2**14, chip=chip, quantized=True, **facts) is None
