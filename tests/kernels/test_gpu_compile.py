@@ -6,12 +6,12 @@ over the shapes so that each chip sees all of them with every kernel.
 """
 
 import dataclasses
-import importlib.util
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import needs_compilers
 
 import pallas_kernels
 from pallas_kernels.choice import KERNELS, Target
@@ -19,10 +19,7 @@ from pallas_kernels.layout import PLANES
 from ttq_jax.chips import compile_for
 from ttq_jax.released import RELEASED, projections, released_config
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="the CUDA compiler is not installed: jax-cuda13-plugin, jax-cuda13-pjrt",
-)
+pytestmark = needs_compilers
 
 TRITON = "__gpu$xla.gpu.triton"
 CHIPS = ("h100", "a100", "l4")

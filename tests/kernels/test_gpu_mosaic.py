@@ -1,6 +1,5 @@
 """Hopper's packed product on Mosaic GPU: simulated with its copies, and compiled to SASS."""
 
-import importlib.util
 import re
 from functools import partial
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import needs_compilers
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from packed_weights import EPS, oracle_weight, random_weight
@@ -112,10 +112,7 @@ def test_default_blocks_cover_the_problem(bits, group_size):
         assert slab % (t.depth * t.splits) == 0
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="the CUDA compiler is not installed: jax-cuda13-plugin, jax-cuda13-pjrt",
-)
+@needs_compilers
 @pytest.mark.parametrize(
     ("k", "n", "m", "bits", "group_size", "zero", "dtype"),
     [
