@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compilers import needs_compilers
+from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels.choice import Target, chip_of, current_target
 from ttq_jax.chips import CHIPS, ChipError, chip, compile_for, device, tracing_for
@@ -61,6 +62,29 @@ def test_jitted_functions_keep_their_static_arguments():
     fn = jax.jit(lambda a, *, scale: a * scale, static_argnames="scale")
     text = compile_for("v5e", fn, jax.ShapeDtypeStruct((8, 128), jnp.float32), scale=3.0).as_text()
     assert "constant(3)" in text
+
+
+@needs_compilers
+@pytest.mark.parametrize("name", ["v5e", "h100"])
+def test_the_persistent_cache_is_left_out(name, tmp_path):
+    """It can be written for an absent chip, but not read (jax 0.10.2), which warns every time."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {n: getattr(jax.config, n) for n in names}
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    try:
+        for n, value in zip(names, (str(tmp_path), 0.0), strict=True):
+            jax.config.update(n, value)
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            compile_for(name, lambda a: a * 2, shape)
+            jax.clear_caches()
+        assert not list(tmp_path.iterdir())
+        jax.jit(lambda a: a * 3)(jnp.ones(8))
+        assert list(tmp_path.iterdir()), "the cache works again afterwards"
+    finally:
+        for n, value in before.items():
+            jax.config.update(n, value)
+        compilation_cache.reset_cache()
 
 
 def test_chips_that_there_are_not():

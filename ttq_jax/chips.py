@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
@@ -205,6 +206,21 @@ def tracing_for(name: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _compiled_afresh() -> Iterator[None]:
+    """Keeps jax's persistent cache out: what a chip that is not here wrote cannot be loaded."""
+    option = "jax_enable_compilation_cache"
+    before = getattr(jax.config, option)
+    jax.config.update(option, False)
+    # jax decides once whether it uses the cache; a reset makes it decide again.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
+        compilation_cache.reset_cache()
+
+
 def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) -> Any:
     """Compiles a function for a chip that need not be there.
 
@@ -225,7 +241,7 @@ def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) 
         lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
     )
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-    with tracing_for(name):
+    with tracing_for(name), _compiled_afresh():
         traced = jitted.trace(*shapes, **static)
         return traced.lower(lowering_platforms=(CHIPS[name].platform,)).compile()
 
@@ -373,8 +389,6 @@ def _compile_and_leave(
             f"--xla_jf_dump_static_llo_profile_to={directory} "
             + os.environ.get("LIBTPU_INIT_ARGS", "")
         )
-        # A program out of the cache is not compiled, so it leaves no profile.
-        jax.config.update("jax_enable_compilation_cache", False)
         with tracing_for(name):
             say(note=note())
         compile_for(name, fn, *shapes)

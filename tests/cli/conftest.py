@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny_files import write_model
 
+from ttq_jax import commands
 from ttq_jax.cli import main
 
 
@@ -21,8 +22,10 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture
-def cli(capsys):
+def cli(capsys, monkeypatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
+    # A setting of the whole process, and other tests run in it; test_process sees it at work.
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda directory, progress: None)
 
     def run(*args):
         code = main([*map(str, args)])
