@@ -14,8 +14,8 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import decoded_shapes, last_hidden, prefill
 from ttq_jax.prompts import PromptError, bucket, pad_prompts
-from ttq_jax.quant.convert import quantize_params, replace_kernels, static_factors
 from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.tree import quantize_params, replace_kernels, static_factors
 from ttq_jax.sampling import Sampling, sample
 from ttq_jax.types import Offline, QuantizedLinear, effective_bits, kernels, stored_bytes
 
@@ -26,7 +26,7 @@ TTQ = preset("ttq", bits=4)
 
 def run(prompts, *, params=PARAMS, config=CONFIG, recipe=TTQ, offline=None, seed=0, limit=8,
         sampling=Sampling(), capacity=8, eos_ids=()):  # fmt: skip
-    out, counts = generate_tokens(
+    out, counts, _ = generate_tokens(
         params, prompts, offline or Offline(), jax.random.key(seed), jnp.asarray(limit, jnp.int32),
         config=config, recipe=recipe, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def run(prompts, *, params=PARAMS, config=CONFIG, recipe=TTQ, offline=None, seed
 @partial(jax.jit, static_argnames=("config", "recipe"))
 def read(params, prompts, config=CONFIG, recipe=TTQ, offline=None):
     cache = empty_cache(config, *prompts.tokens.shape, jnp.float32)
-    hidden, cache, packed = prefill(
+    hidden, cache, packed, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline or Offline()
     )
     return last_hidden(hidden, prompts), packed
@@ -231,7 +231,7 @@ def test_recipes_without_a_prompt_may_be_packed_ahead_or_in_the_program(name):
     if name == "awq":
         from ttq_jax.calibrate import observe_tokens
 
-        seen = observe_tokens(PARAMS, prompts.tokens[:, :20], config=CONFIG, powers=recipe.powers)
+        seen = observe_tokens(PARAMS, prompts.tokens[:, :20], config=CONFIG, reads=recipe.reads)
         offline = Offline(moments=seen)
     ahead = quantize_params(PARAMS, recipe, offline)
     np.testing.assert_array_equal(
@@ -245,7 +245,7 @@ def test_awq_on_the_prompts_own_moments_is_the_prompt_recipe():
 
     prompts = prompts_of(random_rows([32]), 32)
     closed = preset("ttq", bits=3, moments="corpus")
-    seen = observe_tokens(PARAMS, prompts.tokens, config=CONFIG, powers=closed.powers)
+    seen = observe_tokens(PARAMS, prompts.tokens, config=CONFIG, reads=closed.reads)
     _, ours = read(PARAMS, prompts, recipe=preset("ttq", bits=3))
     theirs = quantize_params(PARAMS, closed, Offline(moments=seen))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -23,7 +23,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.perplexity import Protocol, score_window
 from ttq_jax.prefill import prefill
-from ttq_jax.quant.convert import static_factors
+from ttq_jax.quant.tree import static_factors
 from ttq_jax.types import Offline, Prompts, kernels
 
 GROUP, ALPHA, LAM = 32, 0.5, 0.4
@@ -94,7 +94,7 @@ def jax_quantize_and_score(params, window, offline, *, config, recipe):
     """Ours: the matrices that the packed weights stand for, and the window's score."""
     cache = empty_cache(config, 1, len(window), jnp.float32)
     prompts = Prompts(window[None], jnp.ones((1, len(window)), bool))
-    _, _, packed = prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)
+    _, _, packed, _ = prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)
     nll = score_window(params, window, offline, config=config, recipe=recipe,
                        protocol=Protocol(kind="window", window=len(window)))  # fmt: skip
     return {n: dense_weight(k) for n, k in kernels(packed["layers"]).items()}, nll

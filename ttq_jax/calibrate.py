@@ -3,7 +3,6 @@
 AWQ is TTQ with the moments of a corpus in place of the prompt's; this is where they come from.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,16 +15,18 @@ from jaxtyping import Array, Int
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, plain
-from ttq_jax.quant.convert import quantize_params, static_factors
-from ttq_jax.quant.moments import observe
+from ttq_jax.models.decoder import forward
+from ttq_jax.prefill import observing
+from ttq_jax.prior import prior_from_weights
+from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import quantize_params, static_factors
 from ttq_jax.types import Moments, Offline, Params
 
 
-@partial(jax.jit, static_argnames=("config", "powers"))
+@partial(jax.jit, static_argnames=("config", "reads"))
 def observe_tokens(
-    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, powers: tuple[float, ...]
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, reads: Reads
 ) -> dict[str, Moments]:
     """Moments of what every linear layer sees when the model reads these tokens.
 
@@ -33,26 +34,22 @@ def observe_tokens(
       params: a dense tree; the moments are those of the unquantized model.
       tokens: without padding.
       config: the model's.
-      powers: exponents to observe, see `Recipe.powers`.
+      reads: what to observe, see `Recipe.reads`.
 
     Returns:
       Per site, moments stacked over the layers.
     """
-
-    def project(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict, Moments]:
-        return plain(site, x, weights)[0], observe(x, valid, powers)
-
     valid = jnp.ones(tokens.shape, bool)
     batch, length = tokens.shape
     cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
-    _, _, moments = forward(config, params, tokens, valid, cache, project=project)
+    _, _, moments = forward(config, params, tokens, valid, cache, project=observing(valid, reads))
     return moments
 
 
 def calibrate(
     model: Model,
     windows: np.ndarray,
-    powers: tuple[float, ...],
+    reads: Reads,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Moments]:
     """A corpus's moments: the sum over its windows.
@@ -60,7 +57,7 @@ def calibrate(
     Args:
       model: the unquantized model.
       windows: int32[n, W] token ids, n >= 1.
-      powers: exponents to observe, see `Recipe.powers`.
+      reads: what to observe, see `Recipe.reads`.
       progress: called with (windows done, windows in all).
 
     Returns:
@@ -74,7 +71,7 @@ def calibrate(
     total: dict[str, Moments] | None = None
     for i, window in enumerate(windows):
         seen = observe_tokens(
-            model.params, jnp.asarray(window)[None], config=model.config, powers=powers
+            model.params, jnp.asarray(window)[None], config=model.config, reads=reads
         )
         total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
         progress(i + 1, len(windows))
@@ -90,13 +87,13 @@ def prepare(
 ) -> Offline:
     """Everything that a recipe needs besides the prompt.
 
-    A recipe that looks at no prompt is quantized here, once; one that does gets its static
-    factors here and its weights at every prompt.
+    A recipe that looks at no prompt is quantized here, once; one that does gets its prior and its
+    static factors here and its weights at every prompt.
 
     Args:
       model: the unquantized model.
       recipe: how to quantize; None for not at all.
-      calibration: int32[n, W] token ids for a recipe whose moments are a corpus's.
+      calibration: int32[n, W] token ids for a recipe that reads a corpus's moments.
       progress: called with (windows done, windows in all) of the calibration.
 
     Returns:
@@ -107,15 +104,18 @@ def prepare(
     """
     if recipe is None:
         return Offline()
-    made = Offline(low_rank=static_factors(model.params, recipe))
-    if recipe.moments == "prompt":
-        return made
-    if recipe.moments == "corpus":
+    source, moments = recipe.source, {}
+    if source.reads_corpus:
         if calibration is None:
             raise ConfigError(
-                "this recipe's moments are a corpus's, but no calibration text was given; give "
-                "one (--calibration FILE on the command line) or use method 'ttq' or 'rtn'"
+                "this recipe reads a corpus's moments, but no calibration text was given; give "
+                "one (--calibration FILE on the command line) or use recipe 'ttq' or 'rtn', or a "
+                "prior from the weights"
             )
-        seen = calibrate(model, calibration, recipe.powers, progress)
-        made = dataclasses.replace(made, moments=seen)
+        moments = calibrate(model, calibration, recipe.reads, progress)
+    elif source.prior == "weights":
+        moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
+    made = Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
+    if source.of == "prompt":
+        return made
     return Offline(packed=quantize_params(model.params, recipe, made))

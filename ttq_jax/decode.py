@@ -1,8 +1,11 @@
 """Stage 5: the decode loop.
 
-Of the model's blocks it reads the packed weights and the cache, nothing else.
+Of the model's blocks it reads the packed weights and the cache, nothing else; only a refresh goes
+back to the unquantized ones.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,9 +14,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ModelConfig
-from ttq_jax.models.decoder import forward, logits, unstack
+from ttq_jax.models.decoder import forward, logits, plain, unstack
+from ttq_jax.prefill import observing
+from ttq_jax.quant.moments import Reads
 from ttq_jax.sampling import Sampling, sample
-from ttq_jax.types import Cache, Params, QuantizedLinear
+from ttq_jax.types import Cache, Moments, Params, QuantizedLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """Quantizing anew while decoding, for the moments of what was generated.
+
+    Attributes:
+      every: tokens between two times, >= 1.
+      reads: what is observed of the generated tokens.
+      moments: per site, of everything read before.
+      quantize: (moments, tree so far) -> the tree to go on with.
+    """
+
+    every: int
+    reads: Reads
+    moments: dict[str, Moments]
+    quantize: Callable[[dict[str, Moments], Params], Params]
 
 
 def decode(
@@ -27,7 +49,8 @@ def decode(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, "B"]]:
+    refresh: Refresh | None = None,
+) -> tuple[Int[Array, "B capacity"], Int[Array, "B"], dict[str, Moments]]:
     """Generates until every row ended or reached the limit.
 
     Args:
@@ -40,18 +63,23 @@ def decode(
       sampling: how tokens are chosen.
       capacity: columns of the output.
       eos_ids: tokens that end a row.
+      refresh: quantizes the weights anew now and then; None for never.
 
     Returns:
-      Tokens, and per row how many of them count: up to the end token, which does not.
+      Tokens; per row how many of them count: up to the end token, which does not; and the moments
+      of everything read, {} without a refresh.
     """
-    run = partial(_loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids)
+    run = partial(
+        _loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
+        refresh=refresh,
+    )  # fmt: skip
     kinds = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QuantizedLinear))
     if any(isinstance(w, QuantizedLinear) for w in kinds):
         return run(params, cache, hidden, key, limit)
 
     # An unquantized tree is decoded at the speed of memory, where a CPU gains from `unstack`;
     # packed layers are small enough for the scan, which compiles much faster.
-    def apart(params: Params, *rest: Any) -> tuple[Array, Array]:
+    def apart(params: Params, *rest: Any) -> tuple[Array, Array, dict[str, Moments]]:
         return run(unstack(params), *rest)
 
     return jax.lax.platform_dependent(params, cache, hidden, key, limit, cpu=apart, default=run)
@@ -60,7 +88,8 @@ def decode(
 def _loop(
     params: Params, cache: Cache, hidden: Array, key: Array, limit: Array, *,
     config: ModelConfig, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
-) -> tuple[Array, Array]:  # fmt: skip
+    refresh: Refresh | None,
+) -> tuple[Array, Array, dict[str, Moments]]:  # fmt: skip
     """The loop itself."""
     batch = hidden.shape[0]
     ends = jnp.asarray(eos_ids, jnp.int32)
@@ -75,18 +104,50 @@ def _loop(
         step, _, _, _, done, _ = state
         return (step < limit) & ~jnp.all(done)
 
-    def one_token(state: tuple) -> tuple:
+    def one_token(tree: Params, state: tuple) -> tuple[tuple, dict[str, Any]]:
         step, token, cache, out, done, counts = state
         valid = jnp.ones((batch, 1), bool)
-        hidden, cache, _ = forward(config, params, token[:, None], valid, cache)
+        # What follows a row's end is computed and never looked at.
+        project = observing(~done[:, None], refresh.reads) if refresh else plain
+        hidden, cache, seen = forward(config, tree, token[:, None], valid, cache, project=project)
         token = choose(step, hidden[:, 0])
         done = done | is_end(token)
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
-        return step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32)
+        return (step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32)), seen
 
     first = choose(jnp.zeros((), jnp.int32), hidden)
     done = is_end(first)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first)
-    state = (jnp.ones((), jnp.int32), first, cache, out, done, (~done).astype(jnp.int32))
-    _, _, _, out, _, counts = jax.lax.while_loop(running, one_token, state)
-    return out, counts
+    state: tuple = (jnp.ones((), jnp.int32), first, cache, out, done, (~done).astype(jnp.int32))
+    moments: dict[str, Moments] = {}
+    if refresh is None:
+        state = jax.lax.while_loop(running, lambda s: one_token(params, s)[0], state)
+    else:
+        state, moments = _refreshed(params, refresh, running, one_token, state)
+    return state[3], state[5], moments
+
+
+def _refreshed(
+    params: Params, refresh: Refresh, running: Callable[[tuple], Array],
+    one_token: Callable[[Params, tuple], tuple[tuple, dict[str, Any]]], state: tuple,
+) -> tuple[tuple, dict[str, Moments]]:  # fmt: skip
+    """The loop in stretches of `refresh.every` tokens, the weights quantized anew between them."""
+
+    def stretch(carry: tuple) -> tuple:
+        tree, moments, state = carry
+        end = state[0] + refresh.every
+
+        def step(inner: tuple) -> tuple:
+            state, moments = inner
+            state, seen = one_token(tree, state)
+            return state, jax.tree.map(jnp.add, moments, seen)
+
+        state, moments = jax.lax.while_loop(
+            lambda inner: running(inner[0]) & (inner[0][0] < end), step, (state, moments)
+        )
+        tree = jax.lax.cond(running(state), refresh.quantize, lambda _, tree: tree, moments, tree)
+        return tree, moments, state
+
+    carry = (params, refresh.moments, state)
+    _, moments, state = jax.lax.while_loop(lambda carry: running(carry[2]), stretch, carry)
+    return state, moments

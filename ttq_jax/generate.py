@@ -4,6 +4,7 @@
 stands around it: tokenizer, padding, timing.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -15,14 +16,14 @@ from jaxtyping import Array, Int
 from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.decode import decode
+from ttq_jax.decode import Refresh, decode
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.prefill import decoded_shapes, last_hidden, prefill
+from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.timing import compile_time
-from ttq_jax.types import Generation, Offline, Params, Prompts, effective_bits
+from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
 
@@ -31,18 +32,24 @@ def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
     config: ModelConfig, recipe: Recipe | None, sampling: Sampling, capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array, dict[str, Moments]]:  # fmt: skip
     """Prompts that share one quantized tree."""
     batch, length = prompts.tokens.shape
     dtype = params["embed"]["embedding"].dtype
     cache = empty_cache(config, batch, length + capacity, dtype)
-    hidden, cache, packed = prefill(
+    hidden, cache, packed, moments = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
-    return decode(
+    refresh = None
+    if recipe is not None and recipe.source.refresh:
+        again = lambda seen, _: requantize(params, seen, recipe, offline)  # noqa: E731
+        refresh = Refresh(recipe.source.refresh, recipe.reads, moments, again)
+    out, counts, grown = decode(
         packed, cache, last_hidden(hidden, prompts), key, limit,
-        config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
+        config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids, refresh=refresh,
     )  # fmt: skip
+    carried = recipe is not None and recipe.source.decay > 0
+    return out, counts, (grown or moments) if carried else {}
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -58,7 +65,7 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, "B"]]:
+) -> tuple[Int[Array, "B capacity"], Int[Array, "B"], dict[str, Moments]]:
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:
@@ -74,7 +81,8 @@ def generate_tokens(
       eos_ids: tokens that end a row.
 
     Returns:
-      New tokens, and per row how many of them count.
+      New tokens; per row how many of them count; and the moments for a conversation's next turn,
+      {} for recipes without a decay.
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
@@ -84,8 +92,8 @@ def generate_tokens(
         return run(params, prompts, offline, key, limit)
     rows = jax.tree.map(lambda x: x[:, None], prompts)
     keys = jax.random.split(key, prompts.tokens.shape[0])
-    out, counts = jax.vmap(lambda row, k: run(params, row, offline, k, limit))(rows, keys)
-    return out[:, 0], counts[:, 0]
+    out, counts, _ = jax.vmap(lambda row, k: run(params, row, offline, k, limit))(rows, keys)
+    return out[:, 0], counts[:, 0], {}
 
 
 def generate(
@@ -105,7 +113,8 @@ def generate(
       model: from `load`.
       texts: the prompts, one batch.
       recipe: how to quantize, see `preset`; None for the unquantized model.
-      offline: from `prepare`; None makes it here, which a corpus recipe does not allow.
+      offline: from `prepare`; None makes it here, which a corpus recipe does not allow. A
+        conversation's next turn puts `Generation.moments` of the last one into its `carried`.
       max_new_tokens: most new tokens per prompt, >= 1.
       sampling: how tokens are chosen.
       seed: of the sampling.
@@ -127,13 +136,16 @@ def generate(
     )
     if offline is None:
         offline = prepare(model, recipe)
+    if recipe is not None and recipe.source.decay and not offline.carried:
+        begin = first_turn(model.params, model.config, recipe)
+        offline = dataclasses.replace(offline, carried=begin)
     run = partial(
         generate_tokens, model.params, prompts, offline, jax.random.key(seed),
         config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
         eos_ids=model.eos_ids,
     )  # fmt: skip
 
-    def timed(limit: int) -> tuple[tuple[Array, Array], float]:
+    def timed(limit: int) -> tuple[tuple[Array, Array, dict[str, Moments]], float]:
         start = time.perf_counter()
         out = jax.block_until_ready(run(jnp.asarray(limit, jnp.int32)))
         return out, time.perf_counter() - start
@@ -145,7 +157,7 @@ def generate(
         if compiling.seconds:
             _, first = timed(1)
         seconds = {"compile": compiling.seconds, "prefill_and_quantize": first}
-    (tokens, counts), total = timed(max_new_tokens)
+    (tokens, counts, moments), total = timed(max_new_tokens)
     if measure:
         seconds["decode"] = max(total - first, 0.0)
     seconds["total"] = total
@@ -156,4 +168,5 @@ def generate(
         prompt_tokens=[len(row) for row in rows],
         effective_bits=effective_bits(decoded_shapes(model.params, model.config, recipe, offline)),
         seconds=seconds,
+        moments=moments,
     )

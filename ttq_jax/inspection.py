@@ -15,10 +15,17 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.options import check_selection, load_model, recipe_of
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.progress import Progress
-from ttq_jax.quant.convert import static_factors
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import static_factors
 from ttq_jax.report import describe_method, head, megabytes, print_json, print_text, table
-from ttq_jax.types import Offline, Params, QuantizedLinear, effective_bits, stored_bytes
+from ttq_jax.types import (
+    MixedLinear,
+    Offline,
+    Params,
+    QuantizedLinear,
+    effective_bits,
+    stored_bytes,
+)
 
 
 def packed_shapes(model: Model, recipe: Recipe | None) -> Params:
@@ -31,17 +38,18 @@ def packed_shapes(model: Model, recipe: Recipe | None) -> Params:
     Returns:
       A tree of `jax.ShapeDtypeStruct`.
     """
-    factors = jax.eval_shape(partial(static_factors, recipe=recipe), model.params)
-    if recipe is not None and recipe.moments == "corpus":
+    if recipe is not None and recipe.reads_offline:
         # The shapes do not depend on whose moments they are, and the prompt's need no corpus.
-        recipe = dataclasses.replace(recipe, moments="prompt")
+        low_rank = dataclasses.replace(recipe.low_rank, weighted=False)
+        recipe = dataclasses.replace(recipe, moments="prompt", low_rank=low_rank)
+    factors = jax.eval_shape(partial(static_factors, recipe=recipe), model.params)
     return decoded_shapes(model.params, model.config, recipe, Offline(low_rank=factors))
 
 
 def _paths(tree: Params) -> dict[str, Any]:
     """{"layers/q/kernel": leaf}, a packed weight being one leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedLinear)
+        tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedLinear | MixedLinear)
     )
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
 
@@ -66,7 +74,7 @@ def parameter_groups(before: Params, after: Params) -> list[dict[str, Any]]:
             "dtype": str(leaf.dtype),
             "parameters": count,
             "bytes": stored_bytes(leaf),
-            "quantized": isinstance(stored[path], QuantizedLinear),
+            "quantized": isinstance(stored[path], QuantizedLinear | MixedLinear),
             "stored_bytes": size,
             "bits": round(8 * size / count, 4),
         })

@@ -12,7 +12,9 @@ from ttq_jax.chips import CHIPS
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.options import load_model, recipe_of
 from ttq_jax.progress import Progress
-from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.clip import ClipSearch
+from ttq_jax.quant.grid import Nearest
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.released import RELEASED, projections, released_config
 from ttq_jax.report import print_json, print_text, table, versions
@@ -42,40 +44,55 @@ def listing(
       dtype: of the activations.
 
     Returns:
-      Rows of projection, kernel, m, k, n, implementation, reason and fallback.
+      Rows of projection, kernel, bits, m, k, n, implementation, reason and fallback.
 
     Raises:
       ConfigError: the recipe selects no projection.
     """
     rows = []
-    grid = recipe.grid
     # A recipe without a prompt is packed ahead: no product beside it.
-    ahead = recipe.moments != "prompt"
+    ahead = recipe.source.of != "prompt"
     pooled = batch if recipe.batch == "pooled" else 1
     quantizer, quantizer_rows = ("quantize_pack", 0) if ahead else (
         "prefill_quantize", pooled * prompt_tokens,
     )  # fmt: skip
+    rounding = recipe.rounding
+    # 0: a rounding that no kernel does.
+    shrinks = len(rounding.shrinks) if isinstance(rounding, Nearest | ClipSearch) else 0
     for name, (d_in, d_out) in projections(config).items():
         if not recipe.selects(name):
             continue
-        group = grid.rows_per_group(d_in)
-        for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", pooled)):
-            quantizes = kernel != "packed_matmul"
-            problem = Problem(
-                kernel=kernel, m=m, d_in=d_in, k=-(-d_in // group) * group, n=d_out,
-                bits=grid.bits, group_size=group,
-                zero_point="none" if grid.symmetric else grid.zero_point, dtype=dtype,
-                store_dtype=grid.store_dtype, rank=recipe.low_rank.rank,
-                shrinks=len(recipe.rounding.shrinks) if quantizes else 0,
-                quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
-                scaled=not isinstance(recipe.scale, NoScale),
-            )  # fmt: skip
-            choice = choose(problem, target)
-            rows.append({
-                "projection": name, "kernel": kernel, "m": m, "k": problem.k, "n": d_out,
-                "implementation": choice.implementation, "reason": choice.reason,
-                "fallback": choice.fallback,
-            })  # fmt: skip
+        for grid in dict.fromkeys(recipe.grids(name, config.n_layers)):
+            group = grid.rows_per_group(d_in)
+            for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", pooled)):
+                quantizes = kernel != "packed_matmul"
+                row: dict[str, Any] = {
+                    "projection": name, "kernel": kernel, "bits": grid.bits, "m": m,
+                    "k": -(-d_in // group) * group, "n": d_out,
+                }  # fmt: skip
+                if quantizes and shrinks == 0:
+                    reason = f"no kernel does {RULE_NAMES[type(rounding)]} rounding"
+                    rows.append({
+                        **row,
+                        "implementation": "xla",
+                        "reason": reason,
+                        "fallback": True,
+                    })
+                    continue
+                problem = Problem(
+                    kernel=kernel, m=m, d_in=d_in, k=row["k"], n=d_out,
+                    bits=grid.bits, group_size=group, zero_point=grid.kind, dtype=dtype,
+                    store_dtype=grid.store_dtype,
+                    rank=recipe.low_rank.rank if quantizes else recipe.low_rank.total,
+                    shrinks=shrinks if quantizes else 0,
+                    quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
+                    scaled=not isinstance(recipe.scale, NoScale),
+                )  # fmt: skip
+                choice = choose(problem, target)
+                rows.append({
+                    **row, "implementation": choice.implementation, "reason": choice.reason,
+                    "fallback": choice.fallback,
+                })  # fmt: skip
     if not rows:
         paths = ", ".join(f"layers/{name}" for name in projections(config))
         raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
@@ -114,10 +131,10 @@ def run_kernels(args: argparse.Namespace, progress: Progress) -> None:
             "versions": versions(), "kernels": rows,
         })  # fmt: skip
         return
-    cells = [["projection", "kernel", "rows", "shape", "", "why"]]
+    cells = [["projection", "kernel", "bits", "rows", "shape", "", "why"]]
     cells += [
-        [r["projection"], r["kernel"], str(r["m"]), f"{r['k']}x{r['n']}",
+        [r["projection"], r["kernel"], str(r["bits"]), str(r["m"]), f"{r['k']}x{r['n']}",
          r["implementation"] + (" (fallback)" if r["fallback"] else ""), r["reason"]]
         for r in rows
     ]  # fmt: skip
-    print_text(f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=6)}")
+    print_text(f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}")

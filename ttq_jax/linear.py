@@ -1,15 +1,18 @@
 """The single dispatch on what a weight is: all that a model ever multiplies goes through here."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import dequantize, packed_matmul
-from ttq_jax.types import QuantizedLinear, Stacked
+from ttq_jax.types import MixedLinear, QuantizedLinear, Stacked
 
 
 def linear(
     x: Float[Array, "*batch d_in"],
-    w: Float[Array, "d_in d_out"] | Stacked | QuantizedLinear,
+    w: Float[Array, "d_in d_out"] | Stacked | QuantizedLinear | MixedLinear,
     bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """Y = x·W (+ bias), whatever W is stored as; accumulated in float32, returned in x's dtype.
@@ -25,16 +28,28 @@ def linear(
     Returns:
       The layer's output.
     """
+    if isinstance(w, MixedLinear):
+        return _mixed(x, w, bias)
     if isinstance(w, QuantizedLinear):
         y = packed_matmul(
             x, w.planes, w.scales, w.zeros, w.channel_scale,
-            None if w.low_rank is None else (w.low_rank.down, w.low_rank.up),
+            None if w.low_rank is None else w.low_rank.factors(),
             bits=w.bits, group_size=w.group_size, layer=w.layer,
         )  # fmt: skip
     else:
         kernel = w.kernel if isinstance(w, Stacked) else w
         y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return add_bias(y, bias).astype(x.dtype)
+
+
+def _mixed(x: Array, w: MixedLinear, bias: Array | None) -> Array:
+    """The product with the stack that holds this layer."""
+
+    def with_stack(stack: QuantizedLinear, x: Array, slot: Array) -> Array:
+        return linear(x, stack.at(slot), bias)
+
+    branches = [partial(with_stack, stack) for stack in w.stacks]
+    return jax.lax.switch(w.which[w.layer], branches, x, w.slot[w.layer])
 
 
 def add_bias(
@@ -58,6 +73,6 @@ def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:
     if w.channel_scale is not None:
         dense = dense / w.channel_scale.astype(jnp.float32)[..., :, None]
     if w.low_rank is not None:
-        down = w.low_rank.down.astype(jnp.float32)
-        dense = dense + jnp.matmul(down, w.low_rank.up.astype(jnp.float32))
+        down, up = (factor.astype(jnp.float32) for factor in w.low_rank.factors())
+        dense = dense + jnp.matmul(down, up)
     return dense

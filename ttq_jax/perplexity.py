@@ -24,9 +24,9 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
-from ttq_jax.prefill import decoded_shapes, prefill
+from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import Offline, Params, Prompts, effective_bits
+from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,11 @@ def score_window(
     length = protocol.prompt_tokens if protocol.kind == "causal" else protocol.window
     read = tokens[None, :length]
     prompts = Prompts(read, jnp.ones(read.shape, bool))
-    cache = empty_cache(config, 1, protocol.window, params["embed"]["embedding"].dtype)
-    hidden, filled, packed = prefill(
+    # The last stretch between two refreshes is padded to its full length.
+    every = 0 if recipe is None else recipe.source.refresh
+    dtype = params["embed"]["embedding"].dtype
+    cache = empty_cache(config, 1, protocol.window + every, dtype)
+    hidden, filled, packed, seen = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     if protocol.kind == "window":
@@ -136,10 +139,37 @@ def score_window(
         return _nll(config, packed, hidden[0, :-1], tokens[1:])
     # As in generation, the first token after the prompt is predicted by the prompt's last state.
     hidden, rest = hidden[0, -1:], tokens[None, length:-1]
-    if rest.size:
+    if rest.size and recipe is not None and every:
+        again = lambda m: requantize(params, m, recipe, offline)  # noqa: E731
+        after = _read_refreshing(config, recipe, packed, rest[0], filled, seen, again)
+        hidden = jnp.concatenate([hidden, after])
+    elif rest.size:
         after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
         hidden = jnp.concatenate([hidden, after[0]])
     return _nll(config, packed, hidden, tokens[length:])
+
+
+def _read_refreshing(
+    config: ModelConfig, recipe: Recipe, packed: Params, tokens: Int[Array, "T"], cache: Cache,
+    moments: dict[str, Moments], again: Callable[[dict[str, Moments]], Params],
+) -> Float[Array, "T D"]:  # fmt: skip
+    """Hidden states of tokens read as a refreshing decode loop would have generated them."""
+    every, length = recipe.source.refresh, len(tokens)
+    padding = -length % every
+    stretches = jnp.pad(tokens, (0, padding)).reshape(-1, 1, every)
+    real = (jnp.arange(length + padding) < length).reshape(-1, 1, every)
+
+    def stretch(carry: tuple, at: tuple) -> tuple[tuple, Array]:
+        tree, cache, moments = carry
+        read, valid = at
+        hidden, cache, seen = forward(
+            config, tree, read, valid, cache, project=observing(valid, recipe.reads)
+        )
+        moments = jax.tree.map(jnp.add, moments, seen)
+        return (again(moments), cache, moments), hidden[0]
+
+    _, hidden = jax.lax.scan(stretch, (packed, cache, moments), (stretches, real))
+    return hidden.reshape(-1, hidden.shape[-1])[:length]
 
 
 def stream(

@@ -1,24 +1,27 @@
 """Stages 2 to 4: read the prompt; per layer observe, scale, quantize.
 
-Everything happens inside the scan over the layers, so only one layer's activations and
-unpacked codes are alive at a time; and each weight is read once, for both the prompt's product
-and its codes.
+Everything happens inside the scan over the layers, so only one layer's activations, Gram matrix
+and unpacked codes are alive at a time; and each weight is read once, for both the prompt's product
+and its codes, where a kernel can round it.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.linear import add_bias, linear
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward
-from ttq_jax.quant.convert import quantize_and_multiply, replace_kernels
-from ttq_jax.quant.moments import observe
+from ttq_jax.models.decoder import forward, plain
+from ttq_jax.quant.moments import Reads, observe
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import Cache, Offline, Params, Prompts, QuantizedLinear
+from ttq_jax.quant.source import Source, blend
+from ttq_jax.quant.tree import gather_widths, quantize_layer, quantize_tree, replace_kernels
+from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, Stacked
 
 
 def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
@@ -26,6 +29,17 @@ def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array,
     length = prompts.valid.shape[1]
     last = length - 1 - jnp.argmax(prompts.valid[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def observing(valid: Bool[Array, "B T"], reads: Reads) -> Callable[..., Any]:
+    """The `Project` that multiplies and keeps the moments of what each site saw."""
+
+    def project(
+        site: str, x: Array, weights: dict[str, Params]
+    ) -> tuple[dict[str, Array], Moments]:
+        return plain(site, x, weights)[0], observe(x, valid, reads)
+
+    return project
 
 
 def prefill(
@@ -36,7 +50,7 @@ def prefill(
     config: ModelConfig,
     recipe: Recipe | None,
     offline: Offline,
-) -> tuple[Float[Array, "B T D"], Cache, Params]:
+) -> tuple[Float[Array, "B T D"], Cache, Params, dict[str, Moments]]:
     """Reads the prompts and quantizes the weights on the way.
 
     Args:
@@ -48,7 +62,8 @@ def prefill(
       offline: what the recipe needs besides the prompt.
 
     Returns:
-      Final hidden states, the cache, and the tree to decode from.
+      Final hidden states, the cache, the tree to decode from, and per site the moments so far,
+      stacked over the layers, without the prior ({} unless `recipe.source.keeps`).
 
     Raises:
       ValueError: the tree is packed already.
@@ -62,31 +77,68 @@ def prefill(
         packed = params if offline.packed is None else offline.packed
         reader = params if recipe is None or recipe.prefill == "full" else packed
         hidden, cache, _ = read(reader)
-        return hidden, cache, packed
+        return hidden, cache, packed, {}
+    source = recipe.source
 
     def project(
         site: str, x: Array, weights: dict[str, Params], layer: Offline
-    ) -> tuple[dict[str, Array], dict[str, QuantizedLinear]]:
-        moments = layer.moments.get(site)
-        if recipe.moments == "prompt":
-            moments = observe(x, prompts.valid, recipe.powers)
-        ys, packed = {}, {}
+    ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None]]:
+        seen, moments = None, layer.moments.get(site)
+        if source.of == "prompt":
+            seen = observe(x, prompts.valid, recipe.reads)
+            if site in layer.carried:
+                seen = seen + layer.carried[site].scaled(source.decay)
+            moments = blend(seen, moments, source)
+        stacks, at = _dense({n: w["kernel"] for n, w in weights.items() if recipe.selects(n)})
+        ys: dict[str, Array] = {}
+        packed: dict[str, Any] = {}
+        if stacks:
+            ys, packed = quantize_layer(stacks, moments, recipe, layer.low_rank, layer=at, x=x)
         for name, w in weights.items():
-            kernel, bias = w["kernel"], w.get("bias")
-            if isinstance(kernel, QuantizedLinear):
-                raise ValueError(f"{name} is packed already; prefill quantizes a dense tree")
-            if not recipe.selects(name):
-                ys[name] = linear(x, kernel, bias)
-                continue
-            y, packed[name] = quantize_and_multiply(
-                x, kernel.kernels, moments, recipe, layer.low_rank.get(name), layer=kernel.layer
-            )
-            ys[name] = add_bias(y, bias).astype(x.dtype)
-        return ys, packed
+            if name in ys:
+                ys[name] = add_bias(ys[name], w.get("bias")).astype(x.dtype)
+            else:
+                ys[name] = linear(x, w["kernel"], w.get("bias"))
+        return ys, (packed, seen if source.keeps else None)
 
     hidden, cache, kept = read(params, project=project, per_layer=offline)
-    packed = {name: kernel for site in kept.values() for name, kernel in site.items()}
-    return hidden, cache, replace_kernels(params, packed)
+    packed = {name: kernel for site, _ in kept.values() for name, kernel in site.items()}
+    moments = {site: seen for site, (_, seen) in kept.items() if seen is not None}
+    return hidden, cache, replace_kernels(params, gather_widths(packed, recipe)), moments
+
+
+def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
+    """The stacks of a site's dense kernels, and the layer that is meant.
+
+    Raises:
+      ValueError: one is packed.
+    """
+    for name, kernel in kernels.items():
+        if not isinstance(kernel, Stacked):
+            raise ValueError(f"{name} is packed already; prefill quantizes a dense tree")
+    layer = next((kernel.layer for kernel in kernels.values()), None)
+    return {name: kernel.kernels for name, kernel in kernels.items()}, layer
+
+
+def requantize(
+    params: Params, seen: dict[str, Moments], recipe: Recipe, offline: Offline
+) -> Params:
+    """The tree to decode from, made anew from moments that have grown since the prompt.
+
+    Args:
+      params: the dense tree.
+      seen: per site, stacked over the layers, without the prior.
+      recipe: how to quantize.
+      offline: what the recipe needs besides.
+
+    Returns:
+      The tree with packed kernels.
+    """
+    moments = {
+        site: jax.vmap(lambda s, p: blend(s, p, recipe.source))(one, offline.moments.get(site))
+        for site, one in seen.items()
+    }
+    return quantize_tree(params, recipe, moments, offline.low_rank)
 
 
 def decoded_shapes(
@@ -103,10 +155,37 @@ def decoded_shapes(
     Returns:
       A tree of `jax.ShapeDtypeStruct`; `effective_bits` and `stored_bytes` take it.
     """
+    return _shapes(params, config, recipe, offline)[2]
 
-    def tree(params: Params, offline: Offline) -> Params:
+
+def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str, Moments]:
+    """The moments of a conversation that has not begun: zeros.
+
+    Args:
+      params: the dense tree, or its shapes.
+      config: the model's.
+      recipe: with a decay.
+
+    Returns:
+      Per site, stacked over the layers; what `Offline.carried` takes.
+    """
+    # Factors and priors change no moment's shape.
+    plain_recipe = dataclasses.replace(
+        recipe, low_rank=dataclasses.replace(recipe.low_rank, rank=0, weighted=False),
+        moments=Source(decay=1.0),
+    )  # fmt: skip
+    shapes = _shapes(params, config, plain_recipe, Offline())[3]
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _shapes(
+    params: Params, config: ModelConfig, recipe: Recipe | None, offline: Offline
+) -> tuple[Any, Any, Params, dict[str, Moments]]:
+    """What `prefill` returns, as shapes."""
+
+    def run(params: Params, offline: Offline) -> tuple[Any, Any, Params, dict[str, Moments]]:
         cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
         prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
-        return prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)[2]
+        return prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)
 
-    return jax.eval_shape(tree, params, offline)
+    return jax.eval_shape(run, params, offline)

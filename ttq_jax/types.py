@@ -51,36 +51,45 @@ class Prompts:
 class Moments:
     """Power sums of a linear layer's input channels: a commutative monoid under `+`.
 
-    A corpus, a prompt, a batch and a conversation are all sums of these. The identity is
-    `Moments.zero`.
+    A corpus, a prompt, a batch and a conversation are all sums of these. Any `scaled(0)` is the
+    identity.
 
     Attributes:
       sums: float32[P, d_in]; row j is Σ |x|^powers[j] over the observed tokens.
       count: float32[]; number of observed tokens.
+      gram: float32[n_block, b, b] or None; Σ x xᵀ within each of n_block runs of b consecutive
+        channels, the last one padded with zeros. One block is the whole Gram matrix.
       powers: the P exponents, each > 0.
     """
 
     sums: Leaf
     count: Leaf
-    powers: tuple[float, ...] = struct.field(pytree_node=False)
-
-    @classmethod
-    def zero(cls, d_in: int, powers: tuple[float, ...]) -> "Moments":
-        """The moments of no token."""
-        return cls(jnp.zeros((len(powers), d_in)), jnp.zeros(()), powers)
+    gram: Leaf = None
+    powers: tuple[float, ...] = struct.field(pytree_node=False, kw_only=True)
 
     def __add__(self, other: "Moments") -> "Moments":
         """Moments of both sets of tokens together.
 
         Raises:
-          ValueError: the two were taken with different powers.
+          ValueError: the two do not hold the same powers and Gram blocks.
         """
-        if self.powers != other.powers:
+        if self.holds() != other.holds():
             raise ValueError(
-                f"cannot add moments of powers {self.powers} and {other.powers}; "
-                "observe both with the powers of one recipe (Recipe.powers)"
+                f"cannot add moments that hold {self.holds()} and {other.holds()}; "
+                "observe both for one recipe (Recipe.reads)"
             )
-        return Moments(self.sums + other.sums, self.count + other.count, self.powers)
+        return jax.tree.map(jnp.add, self, other)
+
+    def holds(self) -> str:
+        """What was observed, in words."""
+        blocks = "no Gram matrix"
+        if self.gram is not None:
+            blocks = "Gram blocks of {1}x{2}".format(*self.gram.shape[-3:])
+        return f"powers {self.powers} and {blocks}"
+
+    def scaled(self, factor: jax.Array | float) -> "Moments":
+        """The moments of every token `factor` times, factor >= 0."""
+        return jax.tree.map(lambda a: a * factor, self)
 
     def mean_power(self, p: float) -> jax.Array:
         """E[|x|^p] per channel.
@@ -102,30 +111,44 @@ class Moments:
 
 @struct.dataclass
 class LowRank:
-    """Factors of a correction: it stands for the matrix `down @ up`.
+    """Factors of a correction: it stands for the matrix `down @ up` of its `factors()`.
 
     In the method's symbols (y = W x with W[d_out, d_in]), `down` is Aᵀ and `up` is Bᵀ.
 
     Attributes:
       down: [d_in, r].
       up: [r, d_out].
+      down_scale: [r] if `down` is int8, a factor of each column; None if it is floating.
+      up_scale: [r] if `up` is int8, a factor of each row; None if it is floating.
     """
 
     down: Leaf
     up: Leaf
+    down_scale: Leaf = None
+    up_scale: Leaf = None
+
+    def factors(self) -> tuple[jax.Array, jax.Array]:
+        """(down, up) in floating point."""
+        if self.down_scale is None:
+            return self.down, self.up
+        dtype = self.down_scale.dtype
+        down = self.down.astype(dtype) * self.down_scale[..., None, :]
+        return down, self.up.astype(dtype) * self.up_scale[..., :, None]
 
 
 @struct.dataclass
 class Offline:
-    """What a recipe needs besides the prompt, made once per model and stacked over the layers.
+    """What a recipe needs besides the prompt, stacked over the layers.
 
     Attributes:
-      moments: per site, a corpus's moments; {} for recipes that use none or the prompt's.
+      moments: per site, a corpus's moments or a prior's; {} for recipes that read neither.
+      carried: per site, the moments of a conversation so far; {} at its first turn.
       low_rank: per projection, static factors; {} for none.
       packed: the whole tree, already quantized: prefill then quantizes nothing; None otherwise.
     """
 
     moments: dict[str, Leaf] = struct.field(default_factory=dict)
+    carried: dict[str, Leaf] = struct.field(default_factory=dict)
     low_rank: dict[str, Leaf] = struct.field(default_factory=dict)
     packed: Leaf = None
 
@@ -137,7 +160,7 @@ class QuantizedLinear:
     It stands for exactly this matrix, W[d_in, d_out]:
 
         W[i, j] = scales[g, j] · (codes[i, j] − zeros[g, j]) / channel_scale[i]
-                  + (low_rank.down @ low_rank.up)[i, j],          g = i // group_size
+                  + (A B)[i, j],   (A, B) = low_rank.factors(),   g = i // group_size
 
     where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
     scale is 1 if None and the low-rank term 0 if None. Rows from d_in up to the padded width
@@ -167,6 +190,35 @@ class QuantizedLinear:
     group_size: int = struct.field(pytree_node=False, kw_only=True)
     d_in: int = struct.field(pytree_node=False, kw_only=True)
     d_out: int = struct.field(pytree_node=False, kw_only=True)
+
+    def at(self, layer: jax.Array) -> "QuantizedLinear":
+        """One layer of a stack: what is large stays in it, to be indexed by a kernel.
+
+        Args:
+          layer: int32[], which one.
+
+        Returns:
+          The same stack with `layer` set; channel scale and factors are sliced.
+        """
+        small = jax.tree.map(lambda a: _at(a, layer), (self.channel_scale, self.low_rank))
+        return dataclasses.replace(self, channel_scale=small[0], low_rank=small[1], layer=layer)
+
+
+@struct.dataclass
+class MixedLinear:
+    """A projection whose layers do not all share a width: a stack for each width.
+
+    Attributes:
+      stacks: packed weights, each stacked over the layers that have its width.
+      which: int32[L]; per layer, its stack's number.
+      slot: int32[L]; per layer, its place in that stack.
+      layer: None; or int32[], the layer that is meant.
+    """
+
+    stacks: tuple[QuantizedLinear, ...]
+    which: Leaf
+    slot: Leaf
+    layer: Leaf = None
 
 
 @struct.dataclass
@@ -221,17 +273,18 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
       layer: int32[], which one.
 
     Returns:
-      The layer's tree, with `Stacked` for dense kernels and `QuantizedLinear.layer` set.
+      The layer's tree, with `Stacked` for dense kernels and `layer` set in the others.
     """
 
     def sliced(tree: Any) -> Any:
         return jax.tree.map(lambda a: _at(a, layer), tree)
 
     def one(kernel: Any) -> Any:
-        if not isinstance(kernel, QuantizedLinear):
-            return Stacked(kernel, layer)
-        small = sliced((kernel.channel_scale, kernel.low_rank))
-        return dataclasses.replace(kernel, channel_scale=small[0], low_rank=small[1], layer=layer)
+        if isinstance(kernel, QuantizedLinear):
+            return kernel.at(layer)
+        if isinstance(kernel, MixedLinear):
+            return dataclasses.replace(kernel, layer=layer)
+        return Stacked(kernel, layer)
 
     return {
         name: {k: one(a) if k == "kernel" else sliced(a) for k, a in leaf.items()}
@@ -242,6 +295,8 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
 def _leaf_sizes(leaf: Any) -> tuple[int, int]:
     """(stored bytes, weights it stands for) of one kernel, dense or packed."""
     stored = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
+    if isinstance(leaf, MixedLinear):
+        return stored, sum(_leaf_sizes(stack)[1] for stack in leaf.stacks)
     if isinstance(leaf, QuantizedLinear):
         layers = math.prod(leaf.scales.shape[:-2])
         return stored, layers * leaf.d_in * leaf.d_out
@@ -292,6 +347,7 @@ class Generation:
       prompt_tokens: per prompt, its length in tokens.
       effective_bits: of the weights that were decoded from.
       seconds: "compile", "prefill_and_quantize" and "decode", wall clock; see `generate`.
+      moments: per site, what the next turn of a conversation starts from; {} without a decay.
     """
 
     tokens: list[list[int]]
@@ -299,3 +355,4 @@ class Generation:
     prompt_tokens: list[int]
     effective_bits: float
     seconds: dict[str, float]
+    moments: dict[str, Moments] = dataclasses.field(default_factory=dict)

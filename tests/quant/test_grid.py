@@ -21,7 +21,7 @@ def weight(d_in=100, d_out=9, seed=0):
 
 def moments_of(x, powers=(1.0, 2.0)):
     sums = np.stack([(np.abs(x) ** p).sum(0) for p in powers]).astype(np.float32)
-    return Moments(jnp.asarray(sums), jnp.asarray(float(len(x)), jnp.float32), powers)
+    return Moments(jnp.asarray(sums), jnp.asarray(float(len(x)), jnp.float32), powers=powers)
 
 
 def rtn(**grid):
@@ -92,7 +92,7 @@ def clipping(rounding, **grid):
 
 def moments_with(h):
     """Moments whose E[x²] is h."""
-    return Moments(jnp.asarray(h, jnp.float32)[None], jnp.ones(()), (2.0,))
+    return Moments(jnp.asarray(h, jnp.float32)[None], jnp.ones(()), powers=(2.0,))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -199,9 +199,9 @@ def test_dead_channels_and_silent_prompts_stay_finite(name):
         ({"group_size": 20}, "got 20"),
         ({"zero_point": "half"}, "zero point"),
         ({"store_dtype": "int4"}, "store dtype"),
-        ({"rank": -1}, "rank: expected 0"),
-        ({"moments": "mine"}, "moments: expected one of none, corpus, prompt"),
-        ({"moments": "none"}, "set moments to 'prompt' or 'corpus'"),
+        ({"rank": -1}, "rank: expected rank and error_rank of 0"),
+        ({"moments": "mine"}, "moments.of: expected one of none, corpus, prompt"),
+        ({"moments": "none"}, "set moments.of to 'prompt' or 'corpus'"),
         ({"select": "("}, "select: not a regular expression"),
     ],
 )
@@ -211,8 +211,8 @@ def test_bad_choices_are_refused(change, message):
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match="expected one of none, rtn, awq, ttq, got 'gptq'"):
-        preset("gptq")
+    with pytest.raises(ConfigError, match="expected one of none, rtn, .*, got 'gtpq'"):
+        preset("gtpq")
 
 
 def test_recipes_are_values():
@@ -220,6 +220,6 @@ def test_recipes_are_values():
     assert hash(preset("awq", rank=4)) == hash(preset("awq", rank=4))
     assert SearchedAlpha() != PowerLaw()
     described = preset("ttq", bits=3, rank=16).describe()
-    assert described["scale"] == {"rule": "PowerLaw", "alpha": 0.5, "lam": 0.4, "p": 2.0}
+    assert described["scale"] == {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
     assert described["grid"]["bits"] == 3
-    assert described["low_rank"] == {"rank": 16}
+    assert described["low_rank"]["rank"] == 16

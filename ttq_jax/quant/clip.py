@@ -7,8 +7,35 @@ search never does worse than none.
 """
 
 import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.quant.grid import Grid, decode, encode, fit_range
+
+
+def shrink_factors(steps: int, smallest: float) -> tuple[float, ...]:
+    """Evenly spaced factors on a group's range, from 1 down.
+
+    Args:
+      steps: how many, >= 1.
+      smallest: the last one, in (0, 1].
+
+    Returns:
+      The factors; (1,) for one step.
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
+    if steps < 1 or not 0 < smallest <= 1:
+        raise ConfigError(
+            f"clip search: expected steps >= 1 and 0 < smallest <= 1, got {steps} and {smallest}"
+        )
+    step = (1.0 - smallest) / max(steps - 1, 1)
+    return tuple(1.0 - i * step for i in range(steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,21 +49,45 @@ class ClipSearch:
 
     steps: int = 10
     smallest: float = 0.55
+    powers: ClassVar[tuple[float, ...]] = (2.0,)  # weighs the error
+    span: ClassVar[int] = 0
 
     def __post_init__(self):
-        if self.steps < 1 or not 0 < self.smallest <= 1:
-            raise ConfigError(
-                f"clip search: expected steps >= 1 and 0 < smallest <= 1, "
-                f"got {self.steps} and {self.smallest}"
-            )
-
-    @property
-    def powers(self) -> tuple[float, ...]:
-        """The moment that weighs the error."""
-        return (2.0,)
+        shrink_factors(self.steps, self.smallest)
 
     @property
     def shrinks(self) -> tuple[float, ...]:
         """The factors on a group's range that are tried, the whole range first."""
-        step = (1.0 - self.smallest) / max(self.steps - 1, 1)
-        return tuple(1.0 - i * step for i in range(self.steps))
+        return shrink_factors(self.steps, self.smallest)
+
+
+def search_ranges(
+    groups: Float[Array, "n_group rows n"],
+    importance: Float[Array, "n_group rows"],
+    grid: Grid,
+    shrinks: tuple[float, ...],
+) -> tuple[Float[Array, "n_group n"], Float[Array, "n_group n"]]:
+    """The search as plain JAX, for roundings that no kernel does.
+
+    Args:
+      groups: scaled weights, float32.
+      importance: h, what a squared error costs.
+      grid: the codes' grid.
+      shrinks: factors on a group's range; the first of equally good ones wins.
+
+    Returns:
+      (scales, zeros), float32 with the values that are stored.
+    """
+    low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
+    if len(shrinks) == 1:
+        return fit_range(low * shrinks[0], high * shrinks[0], grid)
+
+    def error(shrink: Array) -> Array:
+        scales, zeros = fit_range(low * shrink, high * shrink, grid)
+        wrong = groups - decode(encode(groups, scales, zeros, grid), scales, zeros)
+        return jnp.einsum("gr,grn->gn", importance, jnp.square(wrong))
+
+    # Mapped, not vmapped: one candidate's temporaries at a time.
+    factors = jnp.asarray(shrinks, jnp.float32)
+    best = factors[jnp.argmin(jax.lax.map(error, factors), axis=0)]
+    return fit_range(low * best, high * best, grid)

@@ -6,55 +6,220 @@ Q = round(D · R)           group-wise, on the grid
 Ŵ = Q / D + BA             arXiv:2603.19296; the division is done on the activation
 """
 
-from functools import partial
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import prefill_quantize, quantize_pack
-from ttq_jax.quant.grid import decode, encode, fit, split_groups, store
-from ttq_jax.quant.lowrank import factor_layers
-from ttq_jax.quant.recipe import Recipe
+from pallas_kernels import pack, prefill_quantize, quantize_pack
+from ttq_jax.linear import dense_weight, linear
+from ttq_jax.quant.clip import ClipSearch
+from ttq_jax.quant.grid import Grid, Nearest, decode, encode, fit, split_groups, store, store_zeros
+from ttq_jax.quant.half_quadratic import HalfQuadratic
+from ttq_jax.quant.lowrank import LowRankRule, error_factors, joined, stored_factors
+from ttq_jax.quant.moments import Reads, gram_blocks
+from ttq_jax.quant.recipe import KernelRounding, Recipe
 from ttq_jax.quant.scaling import NoScale
-from ttq_jax.types import SITE_OF, LowRank, Moments, Offline, Params, QuantizedLinear
+from ttq_jax.quant.second_order import SecondOrder
+from ttq_jax.types import LowRank, Moments, QuantizedLinear, Stacked
 
 
-def _ingredients(
-    w: Array, moments: Moments | None, recipe: Recipe, low_rank: LowRank | None, layer: Any
-) -> tuple[Array | None, Array | None, LowRank | None]:
-    """D as stored, the weight of each row's squared error, and the factors as stored."""
-    grid, rows = recipe.grid, recipe.grid.rows_per_group(w.shape[-2])
-    if low_rank is not None:
-        low_rank = jax.tree.map(partial(store, grid=grid), low_rank)
-    second = moments.mean_power(2.0) if moments and 2.0 in moments.powers else None
-    if isinstance(recipe.scale, NoScale):
-        return None, second, low_rank
-    assert moments is not None, "Recipe refuses a scale without moments"
-    residual = _residual(w, low_rank, layer)
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """One projection, everything decided but its codes.
 
-    def trial(d: Array) -> Array:
-        assert second is not None, "a scale that is searched reads the second moment"
-        groups = split_groups(residual * d[:, None], rows)
-        scales, zeros = fit(groups, grid)
-        error = jnp.square(groups - decode(encode(groups, scales, zeros, grid), scales, zeros))
-        return jnp.einsum("gr,grn->", split_groups(second / jnp.square(d), rows), error)
+    Attributes:
+      stack: the weight as it came, maybe stacked.
+      layer: which one of the stack, or None.
+      factors: the static ones as stored, or None.
+      scale: D as stored, [d_in], or None.
+      grid: the codes' grid.
+    """
 
-    channel_scale = store(recipe.scale(moments, trial), grid)
-    if second is not None:
-        second = second / jnp.square(channel_scale.astype(jnp.float32))
-    return channel_scale, second, low_rank
+    stack: Array
+    layer: Any
+    factors: LowRank | None
+    scale: Array | None
+    grid: Grid
 
-
-def _residual(w: Array, low_rank: LowRank | None, layer: Any) -> Float[Array, "d_in d_out"]:
-    """W − BA of one layer, float32."""
-    if layer is not None:
-        w = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
-    if low_rank is None:
+    @property
+    def weight(self) -> Float[Array, "d_in d_out"]:
+        """W, float32."""
+        w = self.stack
+        if self.layer is not None:
+            w = jax.lax.dynamic_index_in_dim(w, self.layer, keepdims=False)
         return w.astype(jnp.float32)
-    down, up = (factor.astype(jnp.float32) for factor in (low_rank.down, low_rank.up))
-    return w.astype(jnp.float32) - down @ up
+
+    @property
+    def residual(self) -> Float[Array, "d_in d_out"]:
+        """W − BA, float32."""
+        if self.factors is None:
+            return self.weight
+        down, up = (factor.astype(jnp.float32) for factor in self.factors.factors())
+        return self.weight - down @ up
+
+    @property
+    def divisor(self) -> Float[Array, "d_in"]:
+        """D in float32, ones if there is none."""
+        if self.scale is None:
+            return jnp.ones(self.stack.shape[-2])
+        return self.scale.astype(jnp.float32)
+
+
+def _second(moments: Moments | None) -> Float[Array, "d_in"] | None:
+    return moments.mean_power(2.0) if moments and 2.0 in moments.powers else None
+
+
+def _trial(ready: _Ready, second: Array | None, d: Array) -> Float[Array, ""]:
+    """The activation-weighted error that nearest rounding with D = d would leave."""
+    assert second is not None, "a scale that is searched reads the second moment"
+    rows = ready.grid.rows_per_group(len(d))
+    groups = split_groups(ready.residual * d[:, None], rows)
+    scales, zeros = fit(groups, ready.grid)
+    codes = encode(groups, scales, zeros, ready.grid)
+    error = jnp.square(groups - decode(codes, scales, zeros))
+    return jnp.einsum("gr,grn->", split_groups(second / jnp.square(d), rows), error)
+
+
+def _scaled(ready: dict[str, _Ready], moments: Moments | None, recipe: Recipe) -> dict[str, _Ready]:
+    """The projections of a site with their D; one D for all if the rule says so."""
+    rule = recipe.scale
+    if isinstance(rule, NoScale):
+        return ready
+    assert moments is not None, "Recipe refuses a scale without moments"
+    second = _second(moments)
+
+    def of(group: list[_Ready]) -> Array:
+        def trial(d: Array) -> Array:
+            return sum((_trial(one, second, d) for one in group), jnp.zeros(()))
+
+        return store(rule(moments, trial), recipe.grid)
+
+    if rule.shared:
+        d = of(list(ready.values()))
+        return {n: dataclasses.replace(one, scale=d) for n, one in ready.items()}
+    return {n: dataclasses.replace(one, scale=of([one])) for n, one in ready.items()}
+
+
+def _round_by_kernel(
+    ready: _Ready, moments: Moments | None, rule: KernelRounding, x: Array | None, quantized: bool
+) -> tuple[Array | None, QuantizedLinear]:
+    """Nearest rounding and clip search: one read of the weight, for the product too."""
+    second, scale = _second(moments), ready.scale
+    if second is not None and scale is not None:
+        second = second / jnp.square(ready.divisor)
+    factors = None if ready.factors is None else ready.factors.factors()
+    how: dict[str, Any] = {
+        **ready.grid.packing(ready.stack.shape[-2]),
+        "shrinks": rule.shrinks,
+        "layer": ready.layer,
+    }
+    if x is None:
+        return None, _assembled(quantize_pack(ready.stack, scale, second, factors, **how), ready)
+    y, packed = prefill_quantize(x, ready.stack, scale, second, factors, **how, quantized=quantized)
+    return y, _assembled(packed, ready)
+
+
+def _round_together(
+    ready: list[_Ready], moments: Moments | None, rule: SecondOrder | HalfQuadratic
+) -> list[QuantizedLinear]:
+    """Roundings that no kernel does; projections of one input, D and grid are one wide weight."""
+    first, gram = ready[0], None
+    d_in = first.stack.shape[-2]
+    if rule.span:
+        assert moments is not None, "Recipe refuses such a rounding without moments"
+        block = Reads(span=rule.span).block(d_in)
+        d = split_groups(first.divisor, block)
+        gram = gram_blocks(moments, block) / jnp.where(d > 0, d, 1.0)[:, :, None]
+        gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
+    wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
+    codes, scales, zeros = rule.round(wide, gram, first.grid)
+    ends = np.cumsum([one.stack.shape[-1] for one in ready])[:-1].tolist()
+    made = []
+    for one, q, s, z in zip(
+        ready, *(jnp.split(a, ends, axis=1) for a in (codes, scales, zeros)), strict=True
+    ):
+        planes = pack(q, bits=one.grid.bits)
+        made.append(_assembled((planes, store(s, one.grid), store_zeros(z, one.grid)), one))
+    return made
+
+
+def _corrected(
+    packed: QuantizedLinear, ready: _Ready, moments: Moments | None, rule: LowRankRule
+) -> QuantizedLinear:
+    """The packed weight with the part of its error that the inputs see most."""
+    assert moments is not None, "Recipe refuses an error part without moments"
+    error = ready.weight - dense_weight(packed)
+    d_in = len(error)
+    gram = gram_blocks(moments, Reads(span=-1).block(d_in))[0, :d_in, :d_in]
+    found = stored_factors(error_factors(error, gram, rule), rule, ready.grid.store_dtype)
+    return dataclasses.replace(packed, low_rank=joined(ready.factors, found))
+
+
+def quantize_site(
+    weights: dict[str, Array],
+    moments: Moments | None,
+    recipe: Recipe,
+    low_rank: dict[str, LowRank],
+    *,
+    grids: dict[str, Grid] | None = None,
+    layer: Array | int | None = None,
+    x: Array | None = None,
+) -> tuple[dict[str, Array], dict[str, QuantizedLinear]]:
+    """Quantizes the projections that read one input; pure and jittable.
+
+    Args:
+      weights: by projection, [d_in, d_out]; with a leading axis over layers if `layer` is given.
+      moments: of the input, with what `recipe.reads` says; None if the recipe reads nothing.
+      recipe: how; its `prefill` says which weight `x` meets, the given or the quantized one.
+      low_rank: static factors of BA by projection, where there are any.
+      grids: by projection; None for the recipe's.
+      layer: which one of stacked weights; moments and factors are its own. None: not stacked.
+      x: activations [..., d_in] to multiply on the way, or None.
+
+    Returns:
+      ({projection: x·W without a bias} or {} without x, {projection: packed weight of one layer}).
+    """
+    rule, dtype = recipe.low_rank, recipe.grid.store_dtype
+    ready = {}
+    for name, w in weights.items():
+        factors = low_rank.get(name)
+        kept = None if factors is None else stored_factors(factors, rule, dtype)
+        ready[name] = _Ready(w, layer, kept, None, grids[name] if grids else recipe.grid)
+    ready = _scaled(ready, moments, recipe)
+    ys: dict[str, Array] = {}
+    packed: dict[str, QuantizedLinear] = {}
+    rounding, quantized = recipe.rounding, recipe.prefill == "quantized"
+    if isinstance(rounding, Nearest | ClipSearch):
+        for name, one in ready.items():
+            y, packed[name] = _round_by_kernel(one, moments, rounding, x, quantized)
+            if y is not None:
+                ys[name] = y
+    else:
+        for names in _alike(ready, recipe):
+            made = _round_together([ready[n] for n in names], moments, rounding)
+            packed |= dict(zip(names, made, strict=True))
+    if rule.error_rank:
+        packed = {n: _corrected(p, ready[n], moments, rule) for n, p in packed.items()}
+    if x is None:
+        return {}, packed
+    for name, one in ready.items():
+        if quantized and (rule.error_rank or name not in ys):
+            ys[name] = linear(x, packed[name])
+        elif name not in ys:
+            ys[name] = linear(x, one.stack if layer is None else Stacked(one.stack, layer))
+    return ys, packed
+
+
+def _alike(ready: dict[str, _Ready], recipe: Recipe) -> list[list[str]]:
+    """Projections that can be rounded as one wide weight: the same D and the same grid."""
+    if not recipe.scale.shared:
+        return [[name] for name in ready]
+    grids = dict.fromkeys(one.grid for one in ready.values())
+    return [[n for n, one in ready.items() if one.grid == grid] for grid in grids]
 
 
 def quantize(
@@ -65,133 +230,34 @@ def quantize(
     *,
     layer: Array | int | None = None,
 ) -> QuantizedLinear:
-    """Quantizes one weight; pure and jittable.
+    """Quantizes one weight, see `quantize_site`.
 
     Args:
       w: the weight; with a leading axis over layers if `layer` is given.
-      moments: of the layer's inputs, with `recipe.powers`; None if the recipe reads none.
+      moments: of the layer's inputs.
       recipe: how.
       low_rank: factors of BA, or None.
-      layer: which one of stacked weights; moments and factors are its own. None: not stacked.
+      layer: which one of stacked weights.
 
     Returns:
       The packed weight, of one layer.
     """
-    channel_scale, importance, low_rank = _ingredients(w, moments, recipe, low_rank, layer)
-    packed = quantize_pack(
-        w, channel_scale, importance, _factors(low_rank), **recipe.grid.packing(w.shape[-2]),
-        shrinks=recipe.rounding.shrinks, layer=layer,
-    )  # fmt: skip
-    return _assembled(packed, channel_scale, low_rank, recipe, w)
+    factors = {} if low_rank is None else {"w": low_rank}
+    return quantize_site({"w": w}, moments, recipe, factors, layer=layer)[1]["w"]
 
 
-def quantize_and_multiply(
-    x: Float[Array, "*batch d_in"],
-    w: Float[Array, "*L d_in d_out"],
-    moments: Moments | None,
-    recipe: Recipe,
-    low_rank: LowRank | None = None,
-    *,
-    layer: Array | int | None = None,
-) -> tuple[Float[Array, "*batch d_out"], QuantizedLinear]:
-    """The prompt's product with a weight, and the weight quantized, from one read of it.
-
-    Args:
-      x: activations.
-      w: see `quantize`, as the arguments after it.
-      moments: see `quantize`.
-      recipe: how; its `prefill` says which weight is multiplied, the given or the quantized one.
-      low_rank: see `quantize`.
-      layer: see `quantize`.
-
-    Returns:
-      (x·W without a bias in x's dtype, the packed weight of one layer).
-    """
-    channel_scale, importance, low_rank = _ingredients(w, moments, recipe, low_rank, layer)
-    y, packed = prefill_quantize(
-        x, w, channel_scale, importance, _factors(low_rank), **recipe.grid.packing(w.shape[-2]),
-        shrinks=recipe.rounding.shrinks, quantized=recipe.prefill == "quantized", layer=layer,
-    )  # fmt: skip
-    return y, _assembled(packed, channel_scale, low_rank, recipe, w)
-
-
-def _factors(low_rank: LowRank | None) -> tuple[Array, Array] | None:
-    return None if low_rank is None else (low_rank.down, low_rank.up)
-
-
-def _assembled(
-    packed: Any, channel_scale: Array | None, low_rank: LowRank | None, recipe: Recipe, w: Array
-) -> QuantizedLinear:
-    """The kernels' arrays, and what it takes to read them."""
-    planes, scales, zeros = packed
-    d_in, d_out = w.shape[-2:]
+def _assembled(arrays: Any, ready: _Ready) -> QuantizedLinear:
+    """Packed arrays, and what it takes to read them."""
+    planes, scales, zeros = arrays
+    d_in, d_out = ready.stack.shape[-2:]
     return QuantizedLinear(
         planes=planes,
         scales=scales,
         zeros=zeros,
-        channel_scale=channel_scale,
-        low_rank=low_rank,
-        bits=recipe.grid.bits,
-        group_size=recipe.grid.rows_per_group(d_in),
+        channel_scale=ready.scale,
+        low_rank=ready.factors,
+        bits=ready.grid.bits,
+        group_size=ready.grid.rows_per_group(d_in),
         d_in=d_in,
         d_out=d_out,
     )
-
-
-def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
-    """The tree with some projections' kernels replaced; everything else is shared."""
-    layers = params["layers"]
-    new = {name: {**layers[name], "kernel": kernel} for name, kernel in packed.items()}
-    return {**params, "layers": {**layers, **new}}
-
-
-def static_factors(params: Params, recipe: Recipe | None) -> dict[str, LowRank]:
-    """The low-rank factors that a recipe keeps, computed once per model.
-
-    Args:
-      params: a dense tree.
-      recipe: its rank and selection are used.
-
-    Returns:
-      Per selected projection, factors stacked over the layers; {} at rank 0.
-    """
-    if recipe is None or not recipe.low_rank.rank:
-        return {}
-    return {
-        name: factor_layers(leaf["kernel"], recipe.low_rank.rank)
-        for name, leaf in params["layers"].items()
-        if "kernel" in leaf and recipe.selects(name)
-    }
-
-
-@partial(jax.jit, static_argnames="recipe")
-def quantize_params(params: Params, recipe: Recipe, offline: Offline) -> Params:
-    """Quantizes a whole tree ahead of any prompt, one layer at a time.
-
-    Args:
-      params: a dense tree.
-      recipe: its moments must not be the prompt's.
-      offline: the corpus's moments and the static factors that the recipe reads.
-
-    Returns:
-      The tree with packed kernels.
-
-    Raises:
-      ValueError: the recipe needs a prompt.
-    """
-    if recipe.moments == "prompt":
-        raise ValueError(
-            "this recipe's moments are the prompt's: use generate(…, recipe=…), which quantizes "
-            "during prefill, or a recipe with moments 'corpus' or 'none'"
-        )
-
-    packed: dict[str, Any] = {}
-    for name, leaf in params["layers"].items():
-        if "kernel" in leaf and recipe.selects(name):
-            stack = leaf["kernel"]
-            moments = offline.moments[SITE_OF[name]] if recipe.powers else None
-            packed[name] = jax.lax.map(
-                lambda at, stack=stack: quantize(stack, at[1], recipe, at[2], layer=at[0]),
-                (jnp.arange(stack.shape[0]), moments, offline.low_rank.get(name)),
-            )
-    return replace_kernels(params, packed)

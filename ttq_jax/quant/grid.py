@@ -1,7 +1,7 @@
 """The grid: which codes there are. The arithmetic is the kernels', `pallas_kernels.grid`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -94,22 +94,36 @@ def store(x: Array, grid: Grid) -> Array:
     return x.astype(grid.store_dtype)
 
 
-def fit(
-    groups: Float[Array, "n_group rows d_out"], grid: Grid
+def store_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Array | None:
+    """Zero points as they are kept: floating, uint8, or None for a symmetric grid."""
+    if grid.symmetric:
+        return None
+    return zeros.astype(jnp.uint8) if grid.kind == "integer" else store(zeros, grid)
+
+
+def fit_range(
+    low: Float[Array, "n_group d_out"], high: Float[Array, "n_group d_out"], grid: Grid
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
-    """Scales and zero points of each group's range.
+    """Scales and zero points of ranges.
 
     Args:
-      groups: weights, float32.
+      low: smallest weight of each group, float32.
+      high: largest.
       grid: the grid.
 
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
     return formula.fit(
-        jnp.min(groups, axis=1), jnp.max(groups, axis=1),
-        bits=grid.bits, zero_point=grid.kind, store_dtype=grid.store_dtype,
-    )  # fmt: skip
+        low, high, bits=grid.bits, zero_point=grid.kind, store_dtype=grid.store_dtype
+    )
+
+
+def fit(
+    groups: Float[Array, "n_group rows d_out"], grid: Grid
+) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
+    """Scales and zero points of each group's whole range, see `fit_range`."""
+    return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid)
 
 
 def encode(
@@ -145,12 +159,6 @@ def decode(
 class Nearest:
     """Round to nearest over each group's full range."""
 
-    @property
-    def powers(self) -> tuple[float, ...]:
-        """No moments are read."""
-        return ()
-
-    @property
-    def shrinks(self) -> tuple[float, ...]:
-        """The factors on a group's range that are tried: none but the whole."""
-        return (1.0,)
+    powers: ClassVar[tuple[float, ...]] = ()
+    span: ClassVar[int] = 0
+    shrinks: ClassVar[tuple[float, ...]] = (1.0,)  # the whole range

@@ -1,7 +1,8 @@
-"""Static low rank: the top-r part of a weight is kept in full precision, the rest is quantized.
+"""Which low rank: a part of the weight kept beside the codes, Ŵ = Q((W − BA) D) D⁻¹ + BA.
 
-Ŵ = Q((W − BA) D) D⁻¹ + BA with BA the truncated SVD of W (arXiv:2603.19296): it depends on the
-weight alone, so it is computed once per model and handed to every prompt.
+Static: BA is the truncated SVD of W (arXiv:2603.19296), or of W with its rows weighed by the
+activations they meet; known before any prompt. Error: after rounding, the part of W − Ŵ that the
+prompt's own inputs see most, E U Uᵀ with U the top output directions of Xᵀ E; known after it.
 """
 
 import dataclasses
@@ -14,46 +15,169 @@ from jaxtyping import Array, Float
 from ttq_jax.config import ConfigError
 from ttq_jax.types import LowRank
 
+_STORES = ("float", "int8")
+
+# More directions than asked for make the iteration converge faster (Halko et al., 2011).
+_OVERSAMPLING = 8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StaticLowRank:
-    """The top-r singular triplets of W.
+class LowRankRule:
+    """What is kept beside the codes. A rank above a weight's smaller side keeps all of it.
 
     Attributes:
-      rank: r >= 0; 0 keeps nothing. A rank above a weight's smaller side keeps all of it.
+      rank: of the static part, >= 0; 0 for none.
+      weighted: the static part is the best one for inputs of the corpus's (or prior's) power per
+        channel, instead of for white ones.
+      error_rank: of the correction of the rounding error, >= 0; 0 for none.
+      iterations: of the subspace iteration that finds it, >= 1.
+      store: "float" (the grid's store dtype) or "int8" with a scale per rank.
+
+    Raises:
+      ConfigError: a value outside its range.
     """
 
     rank: int = 0
+    weighted: bool = False
+    error_rank: int = 0
+    iterations: int = 2
+    store: str = "float"
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise ConfigError(f"rank: expected 0 (none) or more, got {self.rank}")
+        if self.rank < 0 or self.error_rank < 0 or self.iterations < 1:
+            raise ConfigError(
+                "rank: expected rank and error_rank of 0 (none) or more and iterations >= 1, got "
+                f"{self.rank}, {self.error_rank} and {self.iterations}"
+            )
+        if self.store not in _STORES:
+            raise ConfigError(
+                f"low_rank.store: expected one of {', '.join(_STORES)}, got {self.store!r}"
+            )
+        if self.weighted and not self.rank:
+            raise ConfigError("low_rank.weighted weighs the static part: give it a rank above 0")
+
+    @property
+    def total(self) -> int:
+        """The rank of both parts together."""
+        return self.rank + self.error_rank
+
+    @property
+    def span(self) -> int:
+        """The Gram matrix that is read: all of it for the error part."""
+        return -1 if self.error_rank else 0
 
 
-def truncated_svd(w: Float[Array, "d_in d_out"], rank: int) -> LowRank:
-    """The best rank-r approximation of W in the Frobenius norm (Eckart & Young, 1936).
+def stored_factors(factors: LowRank, rule: LowRankRule, dtype: str) -> LowRank:
+    """Factors as they are kept.
+
+    Args:
+      factors: float32.
+      rule: says how.
+      dtype: of floating factors.
+
+    Returns:
+      The factors, each rounded to nearest; the same object if they are stored already.
+    """
+    if factors.down_scale is not None:
+        return factors
+    if rule.store == "float":
+        return LowRank(factors.down.astype(dtype), factors.up.astype(dtype))
+
+    def eight_bits(a: Array, axis: int) -> tuple[Array, Array]:
+        scale = jnp.max(jnp.abs(a), axis=axis) / 127.0
+        scale = jnp.where(scale > 0, scale, 1.0).astype(dtype)
+        unit = a / jnp.expand_dims(scale.astype(jnp.float32), axis)
+        return jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8), scale
+
+    down, down_scale = eight_bits(factors.down.astype(jnp.float32), -2)
+    up, up_scale = eight_bits(factors.up.astype(jnp.float32), -1)
+    return LowRank(down, up, down_scale, up_scale)
+
+
+def joined(first: LowRank | None, second: LowRank) -> LowRank:
+    """Both corrections as one: their ranks side by side."""
+    if first is None:
+        return second
+    scales: list[Array | None] = [None, None]
+    if first.down_scale is not None:
+        scales = [
+            jnp.concatenate([first.down_scale, second.down_scale], axis=-1),
+            jnp.concatenate([first.up_scale, second.up_scale], axis=-1),
+        ]
+    return LowRank(
+        jnp.concatenate([first.down, second.down], axis=-1),
+        jnp.concatenate([first.up, second.up], axis=-2),
+        *scales,
+    )
+
+
+def truncated_svd(
+    w: Float[Array, "d_in d_out"], rank: int, power: Float[Array, "d_in"] | None = None
+) -> LowRank:
+    """The best rank-r approximation of W for inputs with this power per channel.
 
     Args:
       w: a weight.
       rank: r >= 1.
+      power: E[x²]; None weighs all channels alike (Eckart & Young, 1936).
 
     Returns:
       float32 factors; the singular values are split evenly between the two.
     """
-    u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+    weight = jnp.ones(len(w)) if power is None else jnp.sqrt(power)
+    # A channel that was never excited keeps a little weight, so that it can be divided out.
+    weight = jnp.maximum(weight, 1e-3 * jnp.max(weight))[:, None]
+    weight = jnp.where(weight > 0, weight, 1.0)
+    u, s, vt = jnp.linalg.svd(w.astype(jnp.float32) * weight, full_matrices=False)
     root = jnp.sqrt(s[:rank])
-    return LowRank(u[:, :rank] * root, root[:, None] * vt[:rank])
+    return LowRank(u[:, :rank] * root / weight, root[:, None] * vt[:rank])
 
 
 @partial(jax.jit, static_argnames="rank")
-def factor_layers(kernel: Float[Array, "L d_in d_out"], rank: int) -> LowRank:
+def factor_layers(
+    kernel: Float[Array, "L d_in d_out"], rank: int, power: Float[Array, "L d_in"] | None = None
+) -> LowRank:
     """`truncated_svd` of every layer, one layer at a time.
 
     Args:
       kernel: a projection's weights, stacked.
       rank: r >= 1.
+      power: per layer, see `truncated_svd`.
 
     Returns:
       Factors stacked over the layers.
     """
-    return jax.lax.map(lambda w: truncated_svd(w, rank), kernel)
+    return jax.lax.map(lambda at: truncated_svd(at[0], rank, at[1]), (kernel, power))
+
+
+def error_factors(
+    error: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"], rule: LowRankRule
+) -> LowRank:
+    """The part of an error that the inputs see most, by randomized subspace iteration.
+
+    Args:
+      error: W − Ŵ.
+      gram: E[x xᵀ] of the inputs.
+      rule: its error rank and iterations.
+
+    Returns:
+      float32 factors of E U Uᵀ, U the top eigenvectors of Eᵀ E[x xᵀ] E.
+    """
+    d_out = error.shape[1]
+    rank = min(rule.error_rank, *error.shape)
+    width = min(rank + _OVERSAMPLING, d_out)
+
+    def seen(v: Array) -> Array:
+        return error.T @ (gram @ (error @ v))
+
+    def orthonormal(v: Array) -> Array:
+        return jnp.linalg.qr(v)[0]
+
+    # A fixed key: the same prompt gives the same weights.
+    start = jax.random.normal(jax.random.key(0), (d_out, width))
+    basis = jax.lax.fori_loop(
+        0, rule.iterations, lambda _, v: orthonormal(seen(v)), orthonormal(seen(start))
+    )
+    _, vectors = jnp.linalg.eigh(basis.T @ seen(basis))
+    top = basis @ vectors[:, ::-1][:, :rank]
+    return LowRank(error @ top, top.T)

@@ -1,8 +1,10 @@
-"""Observation: what a linear layer saw, reduced to power sums per input channel.
+"""Observation: what a linear layer saw, reduced to sums over tokens.
 
-TTQ (arXiv:2603.19296) reads them from the prompt, AWQ (Lin et al., 2023) from a calibration
-corpus; nothing else distinguishes the two.
+TTQ (arXiv:2603.19296) reads them from the prompt, AWQ (Lin et al., 2023) and GPTQ (Frantar et al.,
+2022) from a calibration corpus; nothing else distinguishes the two.
 """
+
+import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -10,24 +12,48 @@ from jaxtyping import Array, Bool, Float
 from ttq_jax.types import Moments
 
 
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What a recipe wants to know of a layer's inputs.
+
+    Attributes:
+      powers: exponents p > 0 of Σ |x|^p, ascending.
+      span: channels per block of the Gram matrix Σ x xᵀ: 0 for none of it, -1 for all of it.
+    """
+
+    powers: tuple[float, ...] = ()
+    span: int = 0
+
+    def block(self, d_in: int) -> int:
+        """Channels per Gram block for a width, 0 for none: never more than the (padded) row."""
+        whole = -(-d_in // 8) * 8
+        return whole if self.span == -1 else min(self.span, whole)
+
+
 def observe(
-    x: Float[Array, "*batch T d_in"], valid: Bool[Array, "*batch T"], powers: tuple[float, ...]
+    x: Float[Array, "*batch T d_in"], valid: Bool[Array, "*batch T"], reads: Reads
 ) -> Moments:
-    """Power sums of the real tokens' activations; padding never enters.
+    """Sums over the real tokens' activations; padding never enters.
 
     Args:
       x: activations entering a linear layer.
       valid: True where a token is real.
-      powers: exponents p > 0 of Σ |x|^p.
+      reads: what is summed.
 
     Returns:
       float32 moments over all leading axes.
     """
+    d_in, block = x.shape[-1], reads.block(x.shape[-1])
     # Selected, not multiplied: 0 · inf in a padding row would be NaN.
-    magnitude = jnp.where(valid[..., None], jnp.abs(x.astype(jnp.float32)), 0.0)
-    axes = tuple(range(x.ndim - 1))
-    rows = [jnp.sum(jnp.square(magnitude) if p == 2 else magnitude**p, axis=axes) for p in powers]
-    return Moments(jnp.stack(rows), jnp.sum(valid, dtype=jnp.float32), powers)
+    seen = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0).reshape(-1, d_in)
+    size = jnp.abs(seen)
+    rows = [jnp.sum(jnp.square(seen) if p == 2 else size**p, axis=0) for p in reads.powers]
+    sums = jnp.stack(rows) if rows else jnp.zeros((0, d_in))
+    gram = None
+    if block:
+        blocks = jnp.pad(seen, ((0, 0), (0, -d_in % block))).reshape(len(seen), -1, block)
+        gram = jnp.einsum("tbi,tbj->bij", blocks, blocks, preferred_element_type=jnp.float32)
+    return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, powers=reads.powers)
 
 
 def p_mean(moments: Moments, p: float) -> Float[Array, "d_in"]:
@@ -41,3 +67,26 @@ def p_mean(moments: Moments, p: float) -> Float[Array, "d_in"]:
       float32[d_in], >= 0; zeros if nothing was observed.
     """
     return moments.mean_power(p) ** (1.0 / p)
+
+
+def gram_blocks(moments: Moments, block: int) -> Float[Array, "n_block block block"]:
+    """E[x xᵀ] within runs of `block` channels.
+
+    Args:
+      moments: with Gram blocks of this size, or with the whole matrix.
+      block: channels per block.
+
+    Returns:
+      float32; rows of channels beyond the layer's width are zeros.
+
+    Raises:
+      ValueError: these moments hold neither.
+    """
+    gram = moments.gram
+    if gram is not None and gram.shape[-3] == 1 and gram.shape[-1] > block:
+        whole = jnp.pad(gram[0], [(0, -gram.shape[-1] % block)] * 2)
+        n = whole.shape[0] // block
+        gram = jnp.einsum("ibic->ibc", whole.reshape(n, block, n, block))
+    if gram is None or gram.shape[-1] != block:
+        raise ValueError(f"expected Gram blocks of {block}, got moments with {moments.holds()}")
+    return gram / jnp.maximum(moments.count, 1.0)

@@ -11,16 +11,18 @@ from typing import Any
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Grid, Nearest
-from ttq_jax.quant.lowrank import StaticLowRank
+from ttq_jax.quant.half_quadratic import HalfQuadratic
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.scaling import NoScale, PowerLaw, ScaleRule, SearchedAlpha
+from ttq_jax.quant.second_order import SecondOrder
+from ttq_jax.quant.source import Source
+from ttq_jax.quant.widths import Width, grids_of
 
-Rounding = Nearest | ClipSearch
+KernelRounding = Nearest | ClipSearch
+Rounding = KernelRounding | SecondOrder | HalfQuadratic
 
-_CHOICES = {
-    "moments": ("none", "corpus", "prompt"),
-    "prefill": ("full", "quantized"),
-    "batch": ("pooled", "per_prompt"),
-}
+_CHOICES = {"prefill": ("full", "quantized"), "batch": ("pooled", "per_prompt")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +30,12 @@ class Recipe:
     """How weights are quantized.
 
     Attributes:
-      moments: whose activations are looked at: nobody's, a calibration corpus's, this prompt's.
+      moments: whose activations are looked at; a plain string stands for `Source(of=…)`.
       scale: which channel scale.
       rounding: which rounding.
-      low_rank: what is kept in full precision.
+      low_rank: what is kept beside the codes.
       grid: bits, groups and storage.
+      widths: rules that change the grid of some projections or layers, the last match counts.
       prefill: "full": the prompt is read by the unquantized weights; "quantized": each layer's
         output already uses its quantized weight, so later layers see its error (the paper's).
       batch: "pooled": one weight tree from the moments of all prompts of a batch; "per_prompt":
@@ -41,76 +44,198 @@ class Recipe:
         fully. The embedding and the head are never quantized.
 
     Raises:
-      ConfigError: a value outside its range, or choices that need moments without any.
+      ConfigError: a value outside its range, or choices that do not go together.
     """
 
-    moments: str = "prompt"
+    moments: Source | str = Source()
     scale: ScaleRule = PowerLaw()
     rounding: Rounding = Nearest()
-    low_rank: StaticLowRank = StaticLowRank()
+    low_rank: LowRankRule = LowRankRule()
     grid: Grid = Grid()
+    widths: tuple[Width, ...] = ()
     prefill: str = "full"
     batch: str = "pooled"
     select: str = "layers/.*"
 
     def __post_init__(self):
+        if isinstance(self.moments, str):
+            object.__setattr__(self, "moments", Source(of=self.moments))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        if self.moments == "none" and self.scale.powers:
-            raise ConfigError(
-                f"a {type(self.scale).__name__} scale reads activation moments, but this recipe "
-                "has none; set moments to 'prompt' or 'corpus', or the scale to NoScale()"
-            )
+        self._check_moments()
         try:
             re.compile(self.select)
         except re.error as e:
             raise ConfigError(f"select: not a regular expression: {self.select!r} ({e})") from e
 
+    def _check_moments(self) -> None:
+        """Refuses choices that read moments which this recipe does not have.
+
+        Raises:
+          ConfigError: they do.
+        """
+        source = self.source
+        readers = {
+            f"a {type(self.scale).__name__} scale": bool(self.scale.powers),
+            "second-order rounding": bool(self.rounding.span),
+            "an error part of the low rank": bool(self.low_rank.error_rank),
+        }
+        for what, reads in readers.items():
+            if source.of == "none" and reads:
+                raise ConfigError(
+                    f"{what} reads activation moments, but this recipe has none; set moments.of to "
+                    "'prompt' or 'corpus', or choose a rule that reads none"
+                )
+        if self.low_rank.weighted and not self.reads_offline:
+            raise ConfigError(
+                "weighted static factors are made ahead of any prompt, from a corpus's or a "
+                "prior's moments; set moments.of to 'corpus', or moments.prior"
+            )
+        if source.decay and self.batch != "pooled":
+            raise ConfigError(
+                "a conversation has one set of moments: moments.decay needs batch = 'pooled'"
+            )
+
     @property
-    def powers(self) -> tuple[float, ...]:
-        """The moments that the scale and the rounding read, ascending."""
-        if self.moments == "none":
-            return ()
-        return tuple(sorted({*self.scale.powers, *self.rounding.powers}))
+    def source(self) -> Source:
+        """Whose moments."""
+        assert isinstance(self.moments, Source)
+        return self.moments
+
+    @property
+    def reads_offline(self) -> bool:
+        """Whether moments are needed that were made ahead of any prompt."""
+        return self.source.of == "corpus" or self.source.prior != "none"
+
+    @property
+    def reads(self) -> Reads:
+        """What the scale, the rounding and the low rank want to know of the moments."""
+        if self.source.of == "none":
+            return Reads()
+        second = {2.0} if self.low_rank.weighted else set()
+        spans = {self.rounding.span, self.low_rank.span}
+        return Reads(
+            powers=tuple(sorted({*self.scale.powers, *self.rounding.powers, *second})),
+            span=-1 if -1 in spans else max(spans),
+        )
 
     def selects(self, projection: str) -> bool:
         """Whether a projection ("q", "down", …) is quantized."""
         return re.fullmatch(self.select, f"layers/{projection}") is not None
+
+    def grids(self, projection: str, n_layers: int) -> tuple[Grid, ...]:
+        """The projection's grid in every layer."""
+        return grids_of(self.grid, self.widths, projection, n_layers)
 
     def describe(self) -> dict[str, Any]:
         """Every choice as plain JSON data, each axis with the name of its rule."""
         out: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                rule = {} if field.name in {"grid", "low_rank"} else {"rule": type(value).__name__}
+            if isinstance(value, tuple):
+                value = [dataclasses.asdict(rule) for rule in value]
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                rule = {"rule": RULE_NAMES[type(value)]} if type(value) in RULE_NAMES else {}
                 value = {**rule, **dataclasses.asdict(value)}
             out[field.name] = value
         return out
 
 
-PRESETS: dict[str, Recipe | None] = {
-    "none": None,
-    "rtn": Recipe(moments="none", scale=NoScale()),
-    "awq": Recipe(moments="corpus", scale=SearchedAlpha()),
-    "ttq": Recipe(),
+RULES: dict[str, dict[str, type]] = {
+    "scale": {"none": NoScale, "power_law": PowerLaw, "searched": SearchedAlpha},
+    "rounding": {
+        "nearest": Nearest,
+        "clip": ClipSearch,
+        "second_order": SecondOrder,
+        "half_quadratic": HalfQuadratic,
+    },
+}
+"""The axes that choose between rules, each with its own knobs."""
+
+RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named recipe.
+
+    Attributes:
+      recipe: None quantizes nothing.
+      about: what it is.
+      cost: beyond reading the prompt.
+      use: when to choose it.
+    """
+
+    recipe: Recipe | None
+    about: str
+    cost: str
+    use: str
+
+
+PRESETS: dict[str, Preset] = {
+    "none": Preset(
+        recipe=None,
+        about="the unquantized model",
+        cost="none",
+        use="the baseline",
+    ),
+    "rtn": Preset(
+        recipe=Recipe(moments="none", scale=NoScale()),
+        about="round to nearest",
+        cost="once per model",
+        use="the baseline without activations",
+    ),
+    "hqq": Preset(
+        recipe=Recipe(moments="none", scale=NoScale(), rounding=HalfQuadratic()),
+        about="half-quadratic zero points (Badri & Shaji, 2023)",
+        cost="once per model",
+        use="the best baseline without activations",
+    ),
+    "awq": Preset(
+        recipe=Recipe(moments="corpus", scale=SearchedAlpha()),
+        about="scale searched on a corpus (Lin et al., 2023)",
+        cost="calibration, once per model",
+        use="the offline baseline; needs --calibration",
+    ),
+    "gptq": Preset(
+        recipe=Recipe(
+            moments="corpus",
+            scale=NoScale(),
+            rounding=SecondOrder(steps=1, smallest=1.0, damping=0.01, static_groups=False),
+        ),
+        about="second-order rounding on a corpus (Frantar et al., 2022)",
+        cost="calibration, once per model",
+        use="the second offline baseline; needs --calibration",
+    ),
+    "paper": Preset(
+        recipe=Recipe(prefill="quantized"),
+        about="TTQ as published (arXiv:2603.19296); --rank 16 for its other variant",
+        cost="one read of the weights, fused with the prompt's product",
+        use="to compare with the paper",
+    ),
+    "ttq": Preset(
+        recipe=Recipe(),
+        about="TTQ, the prompt read by the unquantized weights",
+        cost="one read of the weights, fused with the prompt's product",
+        use="the cheapest per-prompt recipe",
+    ),
 }
 
 
 def preset(
     name: str,
     *,
-    bits: int = 4,
-    group_size: int = 32,
-    rank: int = 0,
-    symmetric: bool = False,
+    bits: int | None = None,
+    group_size: int | None = None,
+    rank: int | None = None,
+    symmetric: bool | None = None,
     clip: bool = False,
     **choices: Any,
 ) -> Recipe | None:
-    """A named recipe, with the usual knobs applied.
+    """A named recipe, with the usual knobs applied; what is not given stays as the preset has it.
 
     Args:
       name: a key of `PRESETS`.
@@ -128,16 +253,16 @@ def preset(
       ConfigError: an unknown name or a value outside its range.
     """
     if name not in PRESETS:
-        raise ConfigError(f"method: expected one of {', '.join(PRESETS)}, got {name!r}")
+        raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
+    base = PRESETS[name].recipe
+    given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     of_grid = {f.name for f in dataclasses.fields(Grid)}
-    grid = Grid(
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        **{k: choices.pop(k) for k in list(choices) if k in of_grid},
-    )
-    low_rank = StaticLowRank(rank=rank)
-    base = PRESETS[name]
+    given |= {k: choices.pop(k) for k in list(choices) if k in of_grid}
+    given = {k: v for k, v in given.items() if v is not None}
+    grid = dataclasses.replace(base.grid if base else Grid(), **given)
+    low_rank = base.low_rank if base else LowRankRule()
+    if rank is not None:
+        low_rank = dataclasses.replace(low_rank, rank=rank)
     if base is None:
         return None
     if clip:

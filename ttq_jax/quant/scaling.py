@@ -1,13 +1,15 @@
 """Which scale: one positive number D per input channel, from the moments.
 
 Scaling a channel up before rounding makes its relative error smaller; D divides the activation
-at decoding, so the product is unchanged. Each rule is a frozen value with two members: `powers`,
+at decoding, so the product is unchanged. Each rule is a frozen value with three members: `powers`,
 the moments it reads, and a call `(moments, trial) -> D`, where `trial(D)` is the
-activation-weighted error that quantizing with D would leave.
+activation-weighted error that quantizing with D would leave; and `shared`, whether the
+projections that read one input get one D.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,8 @@ def _relative(moments: Moments, p: float) -> Float[Array, "d_in"]:
 class NoScale:
     """D = 1: plain round-to-nearest."""
 
+    shared: ClassVar[bool] = True
+
     @property
     def powers(self) -> tuple[float, ...]:
         """No moments are read."""
@@ -56,6 +60,7 @@ class PowerLaw:
     alpha: float = 0.5
     lam: float = 0.4
     p: float = 2.0
+    shared: ClassVar[bool] = True  # D follows from the moments alone
 
     def __post_init__(self):
         if not (0 <= self.alpha <= 2 and self.lam >= 0 and self.p > 0):
@@ -87,10 +92,12 @@ class SearchedAlpha:
     Attributes:
       steps: candidates, >= 1.
       p: exponent of the moment, > 0.
+      shared: one α for all projections that read the same input, by the sum of their errors.
     """
 
     steps: int = 20
     p: float = 1.0
+    shared: bool = False
 
     def __post_init__(self):
         if self.steps < 1 or self.p <= 0:

@@ -1,0 +1,86 @@
+"""A prior without data: what a layer's inputs look like, judged by the model's own weights.
+
+A normed vector has power g² per channel, g the norm's scale. White noise of that power, sent
+through the block's own weights, gives the power of the values that attention mixes and of the
+gated units. Only the profile over the channels is meant: `quant.source.blend` puts it into the
+prompt's unit. It says less than a corpus and costs nothing to obtain.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ttq_jax.config import ModelConfig
+from ttq_jax.models.layers import ACTIVATIONS
+from ttq_jax.quant.moments import Reads
+from ttq_jax.types import Moments, Params
+
+
+@partial(jax.jit, static_argnames=("config", "reads"))
+def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> dict[str, Moments]:
+    """The profile of every site's inputs, as moments of one token.
+
+    Args:
+      params: a dense tree.
+      config: the model's.
+      reads: what the recipe reads; of a Gram matrix only the diagonal is estimated.
+
+    Returns:
+      Per site, moments stacked over the layers.
+    """
+    layers = params["layers"]
+    norms = {name: _norm_power(config, layers[f"{name}_norm"]) for name in ("attn", "mlp")}
+    attn_in, mlp_in = norms["attn"], norms["mlp"]
+    if config.norm_placement == "post":
+        # Normed at its end: attention reads what the layer before has normed last.
+        attn_in, mlp_in = jnp.roll(norms["mlp"], 1, axis=0), norms["attn"]
+    values = _through(attn_in, layers["v"])
+    heads = values.reshape(len(values), config.n_kv_heads, -1)
+    attn_out = jnp.repeat(heads, config.n_heads // config.n_kv_heads, axis=1)
+    mlp_out = _through(mlp_in, layers["up"])
+    if config.gated:
+        mlp_out = mlp_out * _activated(config, _through(mlp_in, layers["gate"]))
+    else:
+        mlp_out = _activated(config, mlp_out)
+    power = {
+        "attn_in": attn_in,
+        "attn_out": attn_out.reshape(len(values), -1),
+        "mlp_in": mlp_in,
+        "mlp_out": mlp_out,
+    }
+    return {site: jax.vmap(partial(_moments, reads=reads))(p) for site, p in power.items()}
+
+
+def _norm_power(config: ModelConfig, norm: Params) -> Float[Array, "L D"]:
+    scale = norm["scale"].astype(jnp.float32)
+    power = jnp.square(1.0 + scale if config.norm == "rms_plus_one" else scale)
+    return power + jnp.square(norm["bias"].astype(jnp.float32)) if "bias" in norm else power
+
+
+def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L d_out"]:
+    """The power of white noise after a projection."""
+    kernel = jnp.square(leaf["kernel"].astype(jnp.float32))
+    out = jnp.einsum("li,lio->lo", power, kernel)
+    return out + jnp.square(leaf["bias"].astype(jnp.float32)) if "bias" in leaf else out
+
+
+def _activated(config: ModelConfig, power: Float[Array, "L F"]) -> Float[Array, "L F"]:
+    """E[act(z)²] of z ~ N(0, power), by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(9)
+    z = jnp.sqrt(power)[..., None] * jnp.asarray(nodes, jnp.float32)
+    mean = jnp.asarray(weights / weights.sum(), jnp.float32)
+    return jnp.square(ACTIVATIONS[config.activation](z)) @ mean
+
+
+def _moments(power: Float[Array, "d_in"], *, reads: Reads) -> Moments:
+    """Moments of one token with this power per channel."""
+    rows = [power ** (p / 2) for p in reads.powers]
+    sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)))
+    gram, block = None, reads.block(len(power))
+    if block:
+        blocks = jnp.pad(power, (0, -len(power) % block)).reshape(-1, block)
+        gram = jax.vmap(jnp.diag)(blocks)
+    return Moments(sums, jnp.ones(()), gram, powers=reads.powers)

@@ -1,0 +1,238 @@
+"""Second-order rounding: each row's rounding error is made good by the rows after it.
+
+The output error of a column is eᵀ H e with H = E[x xᵀ], not a sum of squares. With H = U D Uᵀ, U
+unit upper triangular, it is Σ_k D_k (e_k + Σ_{j<k} U_jk e_j)²: rounding w_k + Σ_{j<k} U_jk e_j to
+nearest instead of w_k minimizes each term in turn. That is GPTQ (Frantar et al., 2022) in the form
+of LDLQ (Chee et al., 2023), which proved the two equal; this form needs one factorization and no
+inverse. GPTQ takes H from a corpus. Taken from the prompt, H has fewer tokens than channels and is
+singular; damping is the regularizer, an order of magnitude larger than GPTQ's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from ttq_jax.config import ConfigError
+from ttq_jax.quant.clip import search_ranges, shrink_factors
+from ttq_jax.quant.grid import Grid, decode, encode, split_groups
+
+Refit = Callable[[Float[Array, "rows n"], Int[Array, ""]], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SecondOrder:
+    """GPTQ-style rounding, after a search over the groups' ranges.
+
+    Attributes:
+      steps: factors on a group's range that are tried first, as in `ClipSearch`; 1 for none.
+      smallest: the last factor tried, in (0, 1].
+      damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
+      shrinkage: how far H is moved toward its own diagonal, in [0, 1].
+      span: how many consecutive channels exchange errors: -1 for all of a row; a multiple of 8
+        reads only blocks of that size of the Gram matrix, which costs much less.
+      act_order: round the channels with the largest H_ii first.
+      static_groups: scales come from the weights as given; otherwise each group's are fitted when
+        its turn comes, to the weights with the errors fed back (GPTQ's default).
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
+
+    steps: int = 10
+    smallest: float = 0.55
+    damping: float = 0.3
+    shrinkage: float = 0.0
+    span: int = -1
+    act_order: bool = False
+    static_groups: bool = True
+    powers: ClassVar[tuple[float, ...]] = ()  # the Gram matrix has the second on its diagonal
+
+    def __post_init__(self):
+        shrink_factors(self.steps, self.smallest)
+        if not (self.damping > 0 and 0 <= self.shrinkage <= 1):
+            raise ConfigError(
+                "second-order rounding: expected damping > 0 and 0 <= shrinkage <= 1, got "
+                f"{self.damping} and {self.shrinkage}"
+            )
+        if self.span != -1 and (self.span < 8 or self.span % 8):
+            raise ConfigError(
+                "second-order rounding: expected a span of -1 (all of a row) or a positive "
+                f"multiple of 8, got {self.span}"
+            )
+        if self.act_order and not self.static_groups:
+            raise ConfigError(
+                "second-order rounding: act_order visits the rows of a group at different times, "
+                "so its scale cannot be fitted on arrival; set static_groups to true"
+            )
+
+    def round(
+        self, w: Float[Array, "d_in n"], gram: Float[Array, "n_block b b"] | None, grid: Grid
+    ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
+        """Codes of a scaled weight.
+
+        Args:
+          w: D · W; its columns may be those of several projections with one input.
+          gram: E[x xᵀ] of x / D in blocks of consecutive channels, the last padded with zeros.
+          grid: the codes' grid.
+
+        Returns:
+          (codes, scales, zeros), k the width padded to whole groups; the small ones float32 with
+          the values that are stored.
+        """
+        assert gram is not None, "Recipe refuses this rounding without moments"
+        rows, b = grid.rows_per_group(w.shape[0]), gram.shape[-1]
+        groups = split_groups(w, rows)
+        n_group, k = len(groups), len(groups) * rows
+        # A whole Gram matrix grows with the padding, of which blocks make a whole number more.
+        if len(gram) == 1:
+            gram, b = jnp.pad(gram, ((0, 0), (0, k - b), (0, k - b))), k
+        else:
+            gram = jnp.pad(gram, ((0, -(-k // b) - len(gram)), (0, 0), (0, 0)))
+        total = len(gram) * b
+        weight = jnp.pad(w, ((0, total - w.shape[0]), (0, 0)))
+        importance = jnp.diagonal(gram, axis1=1, axis2=2).reshape(-1)
+        h = importance[:k].reshape(n_group, rows)
+        shrinks = shrink_factors(self.steps, self.smallest)
+        scales, zeros = search_ranges(groups, h, grid, shrinks)
+        group_of = jnp.minimum(jnp.arange(total) // rows, n_group - 1)
+        matrix = regularized(gram, self)
+        refit = None
+        if not self.static_groups and n_group > 1:
+            refit = lambda t, g: jax.tree.map(  # noqa: E731
+                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
+            )
+        if not self.act_order:
+            codes, scales, zeros = round_rows(
+                weight, feedback(matrix), scales, zeros, group_of, grid, refit
+            )
+            return codes[:k], scales, zeros
+        order = _largest_first(importance.reshape(len(gram), b))
+        matrix = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
+        order = order.reshape(-1)
+        codes, scales, zeros = round_rows(
+            weight[order], feedback(matrix), scales, zeros, group_of[order], grid
+        )
+        return jnp.zeros_like(codes).at[order].set(codes)[:k], scales, zeros
+
+
+def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block b"]:
+    """The rows of each block, the most important first; a block's rows stay in it."""
+    first = jnp.arange(len(importance))[:, None] * importance.shape[1]
+    return first + jnp.argsort(-importance, axis=1)
+
+
+def regularized(
+    gram: Float[Array, "n_block b b"], rule: SecondOrder
+) -> Float[Array, "n_block b b"]:
+    """H: the Gram matrix with shrinkage and damping, positive definite.
+
+    Args:
+      gram: E[x xᵀ] in blocks.
+      rule: its damping is relative to the mean of the whole diagonal.
+
+    Returns:
+      float32.
+    """
+    eye = jnp.eye(gram.shape[-1])
+    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
+    mean = jnp.mean(diagonal)
+    # If nothing was observed, every direction is worth the same.
+    added = rule.shrinkage * diagonal + rule.damping * jnp.where(mean > 0, mean, 1.0)
+    return (1 - rule.shrinkage) * gram + added[..., None] * eye
+
+
+def feedback(h: Float[Array, "n_block b b"]) -> Float[Array, "n_block b b"]:
+    """The strictly upper part of U in H = U D Uᵀ: how much of row j's error row k takes over.
+
+    Args:
+      h: positive definite.
+
+    Returns:
+      float32, zeros on and below the diagonal.
+    """
+    # Cholesky gives a lower factor; of the matrix read backwards, that is an upper one.
+    factor = jnp.linalg.cholesky(h[:, ::-1, ::-1])[:, ::-1, ::-1]
+    return jnp.triu(factor / jnp.diagonal(factor, axis1=1, axis2=2)[:, None, :], 1)
+
+
+def round_rows(
+    w: Float[Array, "k n"],
+    u: Float[Array, "n_block b b"],
+    scales: Float[Array, "n_group n"],
+    zeros: Float[Array, "n_group n"],
+    group_of: Int[Array, "k"],
+    grid: Grid,
+    refit: Refit | None = None,
+) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
+    """Rounds row after row, feeding errors forward.
+
+    Rows are taken a few at a time: the errors of all earlier ones arrive by matrix products, those
+    among the few as each row's turn comes.
+
+    Args:
+      w: scaled weights in the order of rounding, k = n_block · b.
+      u: from `feedback`, in the same order.
+      scales: of the groups.
+      zeros: of the groups.
+      group_of: per row, its group.
+      grid: the codes' grid.
+      refit: fits a group's scale when its turn comes, (weights with errors fed back, its number)
+        -> (scale, zero); groups are then whole and in order. None keeps the scales given.
+
+    Returns:
+      (codes, scales, zeros), the codes in the order of rounding.
+    """
+    (k, n), b = w.shape, u.shape[-1]
+    rows = k // scales.shape[0]
+    step = math.gcd(rows, b) if refit else math.gcd(rows, b, 32)
+    # Later rows have no errors yet: the product stops after the panel that holds this step.
+    panel = b // max(i for i in range(1, 9) if b % (i * step) == 0)
+
+    def take(i: Array, state: tuple) -> tuple:
+        codes, errors, scales, zeros = state
+        start = i * step
+        block, local = start // b, start % b
+        columns = jax.lax.dynamic_slice(u, (block, 0, local), (1, b, step))[0]
+        given = jax.lax.dynamic_slice(w, (start, 0), (step, n))
+
+        def earlier(p: Array, target: Array) -> Array:
+            by = jax.lax.dynamic_slice(columns, (p * panel, 0), (panel, step))
+            of = jax.lax.dynamic_slice(errors, (block * b + p * panel, 0), (panel, n))
+            return target + by.T @ of
+
+        target = jax.lax.fori_loop(0, (local + panel - 1) // panel, earlier, given)
+        groups = jax.lax.dynamic_slice(group_of, (start,), (step,))
+        if refit is not None:
+            scale, zero = refit(target, groups[0])
+            scales, zeros = scales.at[groups[0]].set(scale), zeros.at[groups[0]].set(zero)
+        code, error = _round_few(
+            given, target, jax.lax.dynamic_slice(columns, (local, 0), (step, step)),
+            scales[groups], zeros[groups], grid,
+        )  # fmt: skip
+        codes = jax.lax.dynamic_update_slice(codes, code, (start, 0))
+        return codes, jax.lax.dynamic_update_slice(errors, error, (start, 0)), scales, zeros
+
+    state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n)), scales, zeros)
+    codes, _, scales, zeros = jax.lax.fori_loop(0, k // step, take, state)
+    return codes, scales, zeros
+
+
+def _round_few(
+    given: Array, target: Array, u: Array, scales: Array, zeros: Array, grid: Grid
+) -> tuple[Array, Array]:
+    """Codes and errors of a few rows, one after the other."""
+
+    def one(j: Array, state: tuple) -> tuple:
+        codes, errors = state
+        s, z = scales[j][None], zeros[j][None]
+        q = encode((target[j] + u[:, j] @ errors)[None, None], s, z, grid)
+        errors = errors.at[j].set(given[j] - decode(q, s, z)[0, 0])
+        return codes.at[j].set(q[0, 0].astype(jnp.uint8)), errors
+
+    state = (jnp.zeros(given.shape, jnp.uint8), jnp.zeros_like(given))
+    return jax.lax.fori_loop(0, len(given), one, state)

@@ -1,0 +1,111 @@
+"""Whose moments: nobody's, a corpus's, this prompt's, a blend, a conversation's.
+
+Moments are sums over tokens, so every one of these is a weighted sum. A prior worth n tokens is a
+prior scaled to count n; with n = 0 a blend is TTQ (arXiv:2603.19296), with n = ∞ it is AWQ (Lin et
+al., 2023). A short prompt needs one: 16 tokens say little about a channel.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from ttq_jax.config import ConfigError
+from ttq_jax.types import Moments
+
+_OF = ("none", "corpus", "prompt")
+_PRIORS = ("none", "corpus", "weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Whose activations are looked at.
+
+    Attributes:
+      of: "none", "corpus" (of a calibration corpus, ahead of any prompt) or "prompt".
+      prior: what a prompt's moments are blended with: "none", "corpus", or "weights" (estimated
+        from the model's own norms and weights, no data).
+      prior_tokens: n >= 0; the prior counts like n tokens of the prompt; inf: the prior alone.
+      decay: what a conversation's earlier turns still count at the next one, in [0, 1]; 0 starts
+        afresh at every prompt.
+      refresh: after every so many generated tokens they are added to the moments and the weights
+        quantized anew; 0 for never.
+
+    Raises:
+      ConfigError: a value outside its range, or one that only a prompt's moments have.
+    """
+
+    of: str = "prompt"
+    prior: str = "none"
+    prior_tokens: float = 0.0
+    decay: float = 0.0
+    refresh: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (("of", _OF), ("prior", _PRIORS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"moments.{name}: expected one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if not self.prior_tokens >= 0 or not 0 <= self.decay <= 1 or self.refresh < 0:
+            raise ConfigError(
+                "moments: expected prior_tokens >= 0, 0 <= decay <= 1, refresh >= 0; got "
+                f"{self.prior_tokens}, {self.decay}, {self.refresh}"
+            )
+        if (self.prior == "none") != (self.prior_tokens == 0):
+            raise ConfigError(
+                "moments: a prior and its prior_tokens go together, got "
+                f"prior={self.prior!r} and prior_tokens={self.prior_tokens}"
+            )
+        of_prompt = (self.prior_tokens, self.decay, self.refresh)
+        if self.of != "prompt" and any(of_prompt):
+            raise ConfigError(
+                f"moments: prior, decay and refresh belong to a prompt's moments, not to "
+                f"{self.of!r}; set moments.of to 'prompt'"
+            )
+
+    @property
+    def reads_corpus(self) -> bool:
+        """Whether a calibration corpus is needed."""
+        return "corpus" in {self.of, self.prior}
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the moments are needed after the prompt was read."""
+        return self.decay > 0 or self.refresh > 0
+
+
+def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
+    """A prompt's moments and the prior's together.
+
+    Args:
+      seen: the prompt's.
+      prior: a corpus's, with its count; or a profile estimated from the weights, whose unit says
+        nothing: it is scaled to the prompt's mean power. None without a prior.
+      source: says what the prior is worth.
+
+    Returns:
+      Moments of `seen.count + n` tokens, or of one token of the prior for n = ∞.
+    """
+    if prior is None or source.prior == "none":
+        return seen
+    one = prior.scaled(1.0 / jnp.maximum(prior.count, 1.0))
+    if source.prior == "weights":
+        one = _to_the_power_of(one, seen)
+    if math.isinf(source.prior_tokens):
+        return one
+    return seen + one.scaled(source.prior_tokens)
+
+
+def _to_the_power_of(profile: Moments, seen: Moments) -> Moments:
+    """The profile in the prompt's unit: the same mean of each power over the channels."""
+    per_token = seen.scaled(1.0 / jnp.maximum(seen.count, 1.0))
+    have = jnp.mean(profile.sums, axis=1)
+    factor = jnp.where(have > 0, jnp.mean(per_token.sums, axis=1) / jnp.where(have > 0, have, 1), 0)
+    gram = profile.gram
+    if gram is not None:
+        trace = jnp.trace(gram, axis1=1, axis2=2).sum()
+        ours = jnp.trace(per_token.gram, axis1=1, axis2=2).sum()
+        gram = gram * jnp.where(trace > 0, ours / jnp.where(trace > 0, trace, 1.0), 0.0)
+    return dataclasses.replace(profile, sums=profile.sums * factor[:, None], gram=gram)

@@ -1,0 +1,213 @@
+"""Whole trees: each layer's projections at their widths, and quantization ahead of any prompt.
+
+Layers are scanned, so every layer of a stack has one shape. A projection whose layers differ in
+width is computed by a `lax.switch` over its widths; each step of the scan gives one result per
+width, zeros but for the right one, and afterwards each width keeps its own layers. That costs
+temporary memory, the stacks of all widths at once, and no time.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ttq_jax.quant.convert import quantize_site
+from ttq_jax.quant.grid import Grid
+from ttq_jax.quant.lowrank import factor_layers
+from ttq_jax.quant.moments import Reads
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.types import SITE_OF, SITES, LowRank, MixedLinear, Moments, Offline, Params
+
+
+def quantize_layer(
+    stacks: dict[str, Array],
+    moments: Moments | None,
+    recipe: Recipe,
+    low_rank: dict[str, LowRank],
+    *,
+    layer: Array,
+    x: Array | None = None,
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """One layer's projections of a site, each at the width that the recipe gives it there.
+
+    Args:
+      stacks: by projection, weights stacked over the layers.
+      moments: see `quantize_site`.
+      recipe: how.
+      low_rank: this layer's static factors by projection.
+      layer: which layer.
+      x: see `quantize_site`.
+
+    Returns:
+      What `quantize_site` returns; a projection of several widths as a tuple, one result per
+      width, for `gather_widths`.
+    """
+    plans = {name: recipe.grids(name, len(stack)) for name, stack in stacks.items()}
+    uniform = {name: plan[0] for name, plan in plans.items() if len(set(plan)) == 1}
+    ys, packed = quantize_site(
+        {name: stacks[name] for name in uniform}, moments, recipe, low_rank,
+        grids=uniform, layer=layer, x=x,
+    )  # fmt: skip
+    made: dict[str, Any] = dict(packed)
+    for name in stacks:
+        if name not in uniform:
+            run = partial(
+                quantize_site, {name: stacks[name]}, moments, recipe, low_rank, layer=layer, x=x
+            )
+            y, made[name] = _at_its_width(name, plans[name], run, layer)
+            ys |= y
+    return ys, made
+
+
+def _used(plan: tuple[Grid, ...]) -> tuple[list[Grid], np.ndarray]:
+    """The grids of a projection, and per layer the number of its grid."""
+    grids = list(dict.fromkeys(plan))
+    return grids, np.array([grids.index(grid) for grid in plan], np.int32)
+
+
+def _at_its_width(
+    name: str, plan: tuple[Grid, ...], run: Any, layer: Array
+) -> tuple[dict[str, Array], tuple[Any, ...]]:
+    """The product and, per grid, the packed weight: zeros but for the layer's own grid."""
+    grids, which = _used(plan)
+    of_grid = [partial(run, grids={name: grid}) for grid in grids]
+    shapes = [jax.eval_shape(one)[1][name] for one in of_grid]
+
+    def branch(i: int) -> tuple[dict[str, Array], tuple[Any, ...]]:
+        ys, packed = of_grid[i]()
+        zeros = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape) for shape in shapes]
+        return ys, tuple(packed[name] if j == i else zero for j, zero in enumerate(zeros))
+
+    branches = [partial(branch, i) for i in range(len(grids))]
+    return jax.lax.switch(jnp.asarray(which)[layer], branches)
+
+
+def gather_widths(packed: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Stacked results of `quantize_layer` with each width's layers together.
+
+    Args:
+      packed: by projection, stacked over the layers.
+      recipe: that made them.
+
+    Returns:
+      The same with a `MixedLinear` for each projection of several widths.
+    """
+    out = dict(packed)
+    for name, results in packed.items():
+        if isinstance(results, tuple):
+            n_layers = results[0].scales.shape[0]
+            _, which = _used(recipe.grids(name, n_layers))
+            members = [np.flatnonzero(which == i) for i in range(len(results))]
+            slot = np.zeros_like(which)
+            for layers in members:
+                slot[layers] = np.arange(len(layers))
+            stacks = [
+                jax.tree.map(lambda a, at=at: a[at], result)
+                for result, at in zip(results, members, strict=True)
+            ]
+            out[name] = MixedLinear(tuple(stacks), jnp.asarray(which), jnp.asarray(slot))
+    return out
+
+
+def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
+    """The tree with some projections' kernels replaced; everything else is shared."""
+    layers = params["layers"]
+    new = {name: {**layers[name], "kernel": kernel} for name, kernel in packed.items()}
+    return {**params, "layers": {**layers, **new}}
+
+
+def _selected(params: Params, recipe: Recipe) -> dict[str, Array]:
+    """The dense kernels that the recipe quantizes, stacked over the layers."""
+    return {
+        name: leaf["kernel"]
+        for name, leaf in params["layers"].items()
+        if "kernel" in leaf and recipe.selects(name)
+    }
+
+
+def static_factors(
+    params: Params, recipe: Recipe | None, moments: dict[str, Moments] | None = None
+) -> dict[str, LowRank]:
+    """The low-rank factors that a recipe keeps, computed once per model.
+
+    Args:
+      params: a dense tree.
+      recipe: its low rank and selection are used.
+      moments: per site, stacked over the layers, of the corpus or prior that weighs the rows; read
+        only if the recipe says so.
+
+    Returns:
+      Per selected projection, factors stacked over the layers; {} at rank 0.
+
+    Raises:
+      ValueError: weighted factors without moments.
+    """
+    if recipe is None or not recipe.low_rank.rank:
+        return {}
+    if recipe.low_rank.weighted and not moments:
+        raise ValueError("weighted static factors need moments; make them with prepare()")
+    factors = {}
+    for name, stack in _selected(params, recipe).items():
+        power = None
+        if recipe.low_rank.weighted and moments:
+            power = jax.vmap(lambda m: m.mean_power(2.0))(moments[SITE_OF[name]])
+        factors[name] = factor_layers(stack, recipe.low_rank.rank, power)
+    return factors
+
+
+def quantize_tree(
+    params: Params, recipe: Recipe, moments: dict[str, Moments], low_rank: dict[str, LowRank]
+) -> Params:
+    """Quantizes a whole tree from given moments, one layer at a time; pure and jittable.
+
+    Args:
+      params: a dense tree.
+      recipe: how.
+      moments: per site, stacked over the layers; {} if the recipe reads none.
+      low_rank: static factors, stacked over the layers.
+
+    Returns:
+      The tree with packed kernels.
+    """
+    selected = _selected(params, recipe)
+    packed: dict[str, Any] = {}
+    for site, names in SITES.items():
+        stacks = {name: selected[name] for name in names if name in selected}
+        if not stacks:
+            continue
+        factors = {name: low_rank[name] for name in stacks if name in low_rank}
+
+        def one(at: tuple, stacks: dict[str, Array] = stacks) -> dict[str, Any]:
+            return quantize_layer(stacks, at[1], recipe, at[2], layer=at[0])[1]
+
+        n_layers = len(next(iter(stacks.values())))
+        per_layer = (jnp.arange(n_layers), moments.get(site), factors)
+        packed |= jax.lax.map(one, per_layer)
+    return replace_kernels(params, gather_widths(packed, recipe))
+
+
+@partial(jax.jit, static_argnames="recipe")
+def quantize_params(params: Params, recipe: Recipe, offline: Offline) -> Params:
+    """Quantizes a whole tree ahead of any prompt.
+
+    Args:
+      params: a dense tree.
+      recipe: its moments must not be the prompt's.
+      offline: the corpus's moments and the static factors that the recipe reads.
+
+    Returns:
+      The tree with packed kernels.
+
+    Raises:
+      ValueError: the recipe needs a prompt.
+    """
+    if recipe.source.of == "prompt":
+        raise ValueError(
+            "this recipe's moments are the prompt's: use generate(…, recipe=…), which quantizes "
+            "during prefill, or a recipe with moments 'corpus' or 'none'"
+        )
+    moments = offline.moments if recipe.reads != Reads() else {}
+    return quantize_tree(params, recipe, moments, offline.low_rank)
