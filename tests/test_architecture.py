@@ -25,7 +25,7 @@ ORDER = [
     ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.corpora"),
     ("ttq_jax.prefill", "ttq_jax.decode"),
     ("ttq_jax.prior",),
-    ("ttq_jax.calibrate",),
+    ("ttq_jax.calibrate", "ttq_jax.allocate"),
     ("ttq_jax.generate", "ttq_jax.perplexity"),
     ("ttq_jax",),
 ]

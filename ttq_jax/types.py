@@ -303,6 +303,12 @@ def _leaf_sizes(leaf: Any) -> tuple[int, int]:
     return stored, math.prod(leaf.shape)
 
 
+def leaf_bits(kernel: Any) -> float:
+    """Stored bits per weight of one projection, dense or packed, everything counted."""
+    stored, weights = _leaf_sizes(kernel)
+    return 8 * stored / weights
+
+
 def kernels(layers: Params) -> dict[str, Any]:
     """The linear layers' weights of a (stacked) block tree, by name.
 

@@ -1,0 +1,288 @@
+"""How much of the unquantized model each recipe keeps, at how many bits, in how much time.
+
+Claim     what the README says of `fast`, `best` and the default recipe, and the frontier picture.
+Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
+              --corpus python --recipe paper-3 --recipe best-3 … --windows 40
+              --out experiments/results/quality_smollm2.jsonl
+          python experiments/quality.py report experiments/results/quality_*.jsonl
+              --picture experiments/results/frontier.png
+Cost      SmolLM2-135M on 2 cores: 1 s per window unquantized, 2 s with `ttq`, 5 s with second
+          order; a corpus of 40 windows and ten recipes is about 20 minutes. A run that was cut goes
+          on where it stopped: finished (recipe, corpus) pairs are skipped, more windows are added.
+Expect    experiments/results/quality_*.jsonl and the table that `report` prints from them.
+
+The protocol is the causal one: weights from the first P tokens, the rest of the window scored.
+The gap is perplexity over the unquantized one, minus 1; its mean is over corpora, its interval a
+bootstrap over windows, drawn alike for all recipes. Corpora are given by path, NAME=FILE: UTF-8
+text, or JSON lines of which every string field is read; `python` is the standard library's source.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ttq_jax as ttq
+from ttq_jax.calibrate import prepare
+from ttq_jax.corpora import calibration_windows, sha256
+from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.prefill import decoded_shapes
+from ttq_jax.quant.recipe import PRESETS, Recipe
+from ttq_jax.report import device, table, versions
+from ttq_jax.types import Offline, effective_bits
+
+CALIBRATION_TOKENS = 8192
+
+
+def recipe_named(name: str) -> Recipe | None:
+    """`paper-3`, `best-4-g64`, `paper-3-r16`: preset, bits, then group size and rank."""
+    base, *rest = name.split("@")[0].split("-")
+    given: dict[str, int] = {}
+    for part in rest:
+        key = {"g": "group_size", "r": "rank"}.get(part[0], "bits")
+        given[key] = int(part.lstrip("gr"))
+    if base not in PRESETS:
+        raise SystemExit(f"recipe {name!r}: expected PRESET[-BITS][-gGROUP][-rRANK][@CORPUS], "
+                         f"PRESET one of {', '.join(PRESETS)}")  # fmt: skip
+    return ttq.preset(base, **given)
+
+
+def corpus_text(spec: str) -> tuple[str, str]:
+    """(name, text) of NAME=FILE or `python`."""
+    if spec == "python":
+        files = sorted(Path(os.__file__).parent.glob("*.py"))[:80]
+        return spec, "\n".join(f.read_text("utf-8") for f in files)
+    name, _, path = spec.partition("=")
+    if not path:
+        raise SystemExit(f"corpus {spec!r}: expected NAME=FILE, or python")
+    if not path.endswith(".jsonl"):
+        return name, ttq.read_corpus(path)
+    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    return name, "\n\n".join("\n".join(v for v in r.values() if isinstance(v, str)) for r in rows)
+
+
+@dataclasses.dataclass
+class Results:
+    """The rows of a file, one per (recipe, corpus); later rows of a pair replace earlier ones."""
+
+    path: Path
+
+    def read(self) -> dict[tuple[str, str], dict]:
+        """All whole rows; a last line cut short is ignored."""
+        rows = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                print("ignoring a line that was cut short", file=sys.stderr)
+                continue
+            rows[row["recipe_name"], row["corpus"]] = row
+        return rows
+
+    def write(self, rows: dict[tuple[str, str], dict]) -> None:
+        """Replaces the file in one step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".part")
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        new.replace(self.path)
+
+
+def spread(windows: np.ndarray, count: int) -> np.ndarray:
+    """`count` windows spread evenly over a text, in an order whose beginning is spread too."""
+    at = np.linspace(0, len(windows) - 1, count).astype(int)
+    order = np.argsort((np.arange(count) * 0.6180339887) % 1.0, kind="stable")
+    return windows[at[order]]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Scores every recipe on every corpus and writes the rows as they come."""
+    model = ttq.load(args.model)
+    protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
+    texts = dict(map(corpus_text, args.corpus))
+    calibration = dict(map(corpus_text, args.calibration))
+    windows = {
+        name: spread(ttq.cut_windows(model.tokenizer, text, protocol.window), args.windows)
+        for name, text in texts.items()
+    }
+    store, prepared = Results(args.out), {}
+    for name in ["none", *args.recipe]:
+        recipe = recipe_named(name)
+        for corpus, cut in windows.items():
+            rows = store.read()
+            row = rows.get((name, corpus), {"nll": [], "seconds": []})
+            described = None if recipe is None else recipe.describe()
+            same = row.get("recipe", described) == described
+            if not same or row.get("protocol", protocol_data(protocol)) != protocol_data(protocol):
+                raise SystemExit(
+                    f"{args.out} has {name} on {corpus} by another recipe or protocol; choose "
+                    "another --out"
+                )
+            missing = cut[len(row["nll"]) :]
+            if not len(missing):
+                continue
+            if name not in prepared:
+                prepared = {name: offline_of(model, name, recipe, calibration)}
+            offline = prepared[name]
+            for i, tokens in enumerate(missing):
+                start = time.perf_counter()
+                nll = float(score_window(
+                    model.params, jnp.asarray(tokens), offline, config=model.config,
+                    recipe=recipe, protocol=protocol,
+                ))  # fmt: skip
+                row["nll"].append(nll)
+                if i:
+                    row["seconds"].append(round(time.perf_counter() - start, 4))
+            shapes = decoded_shapes(model.params, model.config, recipe, offline)
+            rows = store.read()
+            rows[name, corpus] = {
+                "model": args.model, "recipe_name": name, "corpus": corpus,
+                "corpus_sha256": sha256(texts[corpus]), "protocol": protocol_data(protocol),
+                "scored": protocol.scored, "effective_bits": round(effective_bits(shapes), 4),
+                "recipe": described, "nll": row["nll"], "seconds": row["seconds"],
+                "device": device(), "versions": versions(),
+            }  # fmt: skip
+            store.write(rows)
+            mean = np.exp(np.sum(row["nll"]) / len(row["nll"]) / protocol.scored)
+            print(
+                f"{args.model} {name} {corpus}: {mean:.3f}, {len(row['nll'])} windows", flush=True
+            )
+        jax.clear_caches()
+
+
+def protocol_data(protocol: Protocol) -> dict:
+    return dataclasses.asdict(protocol)
+
+
+def offline_of(
+    model: ttq.Model, name: str, recipe: Recipe | None, calibration: dict[str, str]
+) -> Offline:
+    """What a recipe needs; `awq-3@c4` is calibrated on the --calibration text named c4."""
+    cut = None
+    if recipe is not None and recipe.source.reads_corpus:
+        corpus = name.partition("@")[2]
+        if corpus not in calibration:
+            raise SystemExit(f"{name}: expected PRESET…@NAME of a --calibration NAME=FILE")
+        cut = calibration_windows(
+            model.tokenizer, calibration[corpus], tokens=CALIBRATION_TOKENS, window=512
+        )
+    return prepare(model, recipe, cut)
+
+
+def nll_of(row: dict) -> np.ndarray:
+    """Nats per scored token, by window."""
+    return np.array(row["nll"]) / row["scored"]
+
+
+def gaps(rows: dict[tuple[str, str], dict], draws: int = 1000) -> dict[str, dict]:
+    """Per recipe: the mean gap over corpora, draws of it, bits and seconds beyond `none`."""
+    corpora = sorted({corpus for name, corpus in rows if name == "none"})
+    rng = np.random.default_rng(0)
+    n = min(len(rows["none", corpus]["nll"]) for corpus in corpora)
+    picks = [np.arange(n), *rng.integers(0, n, (draws, n))]
+    out = {}
+    for name in dict.fromkeys(name for name, _ in rows):
+        have = [c for c in corpora if (name, c) in rows]
+        if len(have) < len(corpora) or min(len(rows[name, c]["nll"]) for c in have) < n:
+            print(f"leaving out {name}: not measured on all corpora and windows", file=sys.stderr)
+            continue
+        excess = {c: nll_of(rows[name, c])[:n] - nll_of(rows["none", c])[:n] for c in corpora}
+        drawn = [[float(np.exp(excess[c][pick].mean()) - 1) for c in corpora] for pick in picks]
+        seconds = [
+            np.median(rows[name, c]["seconds"]) - np.median(rows["none", c]["seconds"])
+            for c in corpora
+        ]
+        out[name] = {
+            "gap": np.array(drawn).mean(1), "by_corpus": dict(zip(corpora, drawn[0], strict=True)),
+            "bits": rows[name, corpora[0]]["effective_bits"], "seconds": float(np.mean(seconds)),
+            "windows": n,
+        }  # fmt: skip
+    return out
+
+
+def interval(draws: np.ndarray) -> str:
+    """The value and its 95 % bootstrap interval."""
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return f"{draws[0]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints a table per model and draws the frontier."""
+    found = {}
+    for path in args.results:
+        rows = Results(path).read()
+        model = next(iter(rows.values()))["model"]
+        found[model] = gaps(rows)
+        reference = found[model].get(args.reference)
+        corpora = next(iter(found[model].values()))["by_corpus"]
+        cells = [["recipe", "bits", "gap", f"over {args.reference}", "extra s", *corpora]]
+        for name, one in sorted(found[model].items(), key=lambda kv: kv[1]["bits"]):
+            ratio = interval(one["gap"] / reference["gap"]) if reference and one["gap"][0] else ""
+            cells.append([
+                name, f"{one['bits']:.2f}", interval(one["gap"]), ratio, f"{one['seconds']:.2f}",
+                *(f"{v:.3f}" for v in one["by_corpus"].values()),
+            ])  # fmt: skip
+        windows = next(iter(found[model].values()))["windows"]
+        print(f"{model}, {windows} windows per corpus\n\n{table(cells)}\n")
+    if args.picture:
+        draw(found, args.picture)
+
+
+def draw(found: dict[str, dict], path: Path) -> None:
+    """Gap against effective bits, a panel per model, recipes of one preset joined."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.2), squeeze=False)
+    for axis, (model, recipes) in zip(axes[0], found.items(), strict=True):
+        families: dict[str, list] = {}
+        for name, one in recipes.items():
+            if name != "none":
+                families.setdefault(name.split("-")[0], []).append((one["bits"], one["gap"]))
+        for family, points in families.items():
+            points.sort(key=lambda p: p[0])
+            bits, draws = zip(*points, strict=True)
+            values = np.array([d[0] for d in draws])
+            bars = np.abs(np.array([np.percentile(d[1:], [2.5, 97.5]) for d in draws]).T - values)
+            axis.errorbar(bits, values, yerr=bars, marker="o", capsize=2, label=family)
+        axis.set(title=model, xlabel="stored bits per weight, everything counted",
+                 ylabel="perplexity over unquantized, minus 1", yscale="log")  # fmt: skip
+        axis.grid(visible=True, which="both", alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure", help="score recipes, window by window")
+    one.add_argument("--model", required=True)
+    one.add_argument("--corpus", action="append", required=True, metavar="NAME=FILE")
+    one.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
+    one.add_argument("--recipe", action="append", default=[], metavar="NAME",
+                     help="PRESET[-BITS][-gGROUP][-rRANK][@CALIBRATION]")  # fmt: skip
+    one.add_argument("--windows", type=int, default=40, help="per corpus, default: %(default)s")
+    one.add_argument("--window", type=int, default=512)
+    one.add_argument("--prompt-tokens", type=int, default=256)
+    one.add_argument("--out", type=Path, required=True)
+    one.set_defaults(run=measure)
+    two = commands.add_parser("report", help="the table and the picture of measured rows")
+    two.add_argument("results", nargs="+", type=Path)
+    two.add_argument("--reference", default="paper-3", help="default: %(default)s")
+    two.add_argument("--picture", type=Path)
+    two.set_defaults(run=report)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
