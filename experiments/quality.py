@@ -42,15 +42,18 @@ CALIBRATION_TOKENS = 8192
 
 
 def recipe_named(name: str) -> Recipe | None:
-    """`paper-3`, `best-4-g64`, `paper-3-r16`: preset, bits, then group size and rank."""
+    """`paper-3-r16`, `best-4-g192-sym`: preset, bits, group size, rank, no zero points."""
     base, *rest = name.split("@")[0].split("-")
     given: dict[str, int] = {}
     for part in rest:
-        key = {"g": "group_size", "r": "rank"}.get(part[0], "bits")
-        given[key] = int(part.lstrip("gr"))
-    if base not in PRESETS:
-        raise SystemExit(f"recipe {name!r}: expected PRESET[-BITS][-gGROUP][-rRANK][@CORPUS], "
-                         f"PRESET one of {', '.join(PRESETS)}")  # fmt: skip
+        key = {"g": "group_size", "r": "rank", "s": "symmetric"}.get(part[0], "bits")
+        number = part.lstrip("gr")
+        if base not in PRESETS or not (number.isdigit() or part == "sym"):
+            raise SystemExit(
+                f"recipe {name!r}: expected PRESET[-BITS][-gGROUP][-rRANK][-sym][@CORPUS], "
+                f"PRESET one of {', '.join(PRESETS)}"
+            )
+        given[key] = part == "sym" or int(number)
     return ttq.preset(base, **given)
 
 
@@ -94,11 +97,13 @@ class Results:
         new.replace(self.path)
 
 
-def spread(windows: np.ndarray, count: int) -> np.ndarray:
-    """`count` windows spread evenly over a text, in an order whose beginning is spread too."""
-    at = np.linspace(0, len(windows) - 1, count).astype(int)
-    order = np.argsort((np.arange(count) * 0.6180339887) % 1.0, kind="stable")
-    return windows[at[order]]
+def spread(total: int, count: int) -> list[int]:
+    """`count` of `total` windows spread over a text; a larger count only adds to a smaller one."""
+    golden, picked, i = (5**0.5 - 1) / 2, dict[int, None](), 0
+    while len(picked) < min(count, total):
+        picked[int(i * golden % 1.0 * total)] = None
+        i += 1
+    return list(picked)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -107,14 +112,12 @@ def measure(args: argparse.Namespace) -> None:
     protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
     texts = dict(map(corpus_text, args.corpus))
     calibration = dict(map(corpus_text, args.calibration))
-    windows = {
-        name: spread(ttq.cut_windows(model.tokenizer, text, protocol.window), args.windows)
-        for name, text in texts.items()
-    }
+    windows = {n: ttq.cut_windows(model.tokenizer, t, protocol.window) for n, t in texts.items()}
+    picked = {n: spread(len(cut), args.windows) for n, cut in windows.items()}
     store, prepared = Results(args.out), {}
     for name in ["none", *args.recipe]:
         recipe = recipe_named(name)
-        for corpus, cut in windows.items():
+        for corpus, at in picked.items():
             rows = store.read()
             row = rows.get((name, corpus), {"nll": [], "seconds": []})
             described = None if recipe is None else recipe.describe()
@@ -124,7 +127,7 @@ def measure(args: argparse.Namespace) -> None:
                     f"{args.out} has {name} on {corpus} by another recipe or protocol; choose "
                     "another --out"
                 )
-            missing = cut[len(row["nll"]) :]
+            missing = windows[corpus][at[len(row["nll"]) :]]
             if not len(missing):
                 continue
             if name not in prepared:
@@ -145,7 +148,8 @@ def measure(args: argparse.Namespace) -> None:
                 "model": args.model, "recipe_name": name, "corpus": corpus,
                 "corpus_sha256": sha256(texts[corpus]), "protocol": protocol_data(protocol),
                 "scored": protocol.scored, "effective_bits": round(effective_bits(shapes), 4),
-                "recipe": described, "nll": row["nll"], "seconds": row["seconds"],
+                "recipe": described, "windows": at[: len(row["nll"])],
+                "nll": row["nll"], "seconds": row["seconds"],
                 "device": device(), "versions": versions(),
             }  # fmt: skip
             store.write(rows)
@@ -269,7 +273,7 @@ def main() -> None:
     one.add_argument("--corpus", action="append", required=True, metavar="NAME=FILE")
     one.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
     one.add_argument("--recipe", action="append", default=[], metavar="NAME",
-                     help="PRESET[-BITS][-gGROUP][-rRANK][@CALIBRATION]")  # fmt: skip
+                     help="PRESET[-BITS][-gGROUP][-rRANK][-sym][@CALIBRATION]")  # fmt: skip
     one.add_argument("--windows", type=int, default=40, help="per corpus, default: %(default)s")
     one.add_argument("--window", type=int, default=512)
     one.add_argument("--prompt-tokens", type=int, default=256)

@@ -222,6 +222,18 @@ PRESETS: dict[str, Preset] = {
         cost="one read of the weights, fused with the prompt's product",
         use="the cheapest per-prompt recipe",
     ),
+    "fast": Preset(
+        recipe=Recipe(rounding=ClipSearch()),
+        about="ttq, and a search over each group's range",
+        cost="as ttq, with more arithmetic in the same read",
+        use="when the first token must not wait",
+    ),
+    "best": Preset(
+        recipe=Recipe(rounding=SecondOrder(act_order=True)),
+        about="second-order rounding by the prompt's own Gram matrix",
+        cost="several times the prefill of a short prompt",
+        use="when the answer is long or its quality matters most",
+    ),
 }
 
 
