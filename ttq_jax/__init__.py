@@ -25,44 +25,95 @@ from ttq_jax._version import __version__
 if TYPE_CHECKING:
     from ttq_jax.calibrate import calibrate, prepare
     from ttq_jax.checkpoint import Model, load
+    from ttq_jax.checkpoint.store import (
+        load_conversation,
+        load_offline,
+        save_conversation,
+        save_offline,
+    )
     from ttq_jax.corpora import cut_windows, read_corpus
     from ttq_jax.generate import generate
     from ttq_jax.perplexity import Protocol, perplexity
+    from ttq_jax.quant.clip import ClipSearch
+    from ttq_jax.quant.grid import Grid, Nearest
+    from ttq_jax.quant.half_quadratic import HalfQuadratic
+    from ttq_jax.quant.lowrank import LowRankRule
     from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+    from ttq_jax.quant.recipe_text import load_recipe, save_recipe, with_settings
+    from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
+    from ttq_jax.quant.second_order import SecondOrder
+    from ttq_jax.quant.source import Source
+    from ttq_jax.quant.widths import Width
     from ttq_jax.sampling import Sampling
 
 __all__ = [
     "PRESETS",
+    "ClipSearch",
+    "Grid",
+    "HalfQuadratic",
+    "LowRankRule",
     "Model",
+    "Nearest",
+    "NoScale",
+    "PowerLaw",
     "Protocol",
     "Recipe",
     "Sampling",
+    "SearchedAlpha",
+    "SecondOrder",
+    "Source",
+    "Width",
     "__version__",
     "calibrate",
     "cut_windows",
     "generate",
     "load",
+    "load_conversation",
+    "load_offline",
+    "load_recipe",
     "perplexity",
     "prepare",
     "preset",
     "read_corpus",
+    "save_conversation",
+    "save_offline",
+    "save_recipe",
+    "with_settings",
 ]
 
 # Imported at first use: `ttq --help` and a mistyped option must not wait for jax.
 _HOME = {
     "PRESETS": "ttq_jax.quant.recipe",
+    "ClipSearch": "ttq_jax.quant.clip",
+    "Grid": "ttq_jax.quant.grid",
+    "HalfQuadratic": "ttq_jax.quant.half_quadratic",
+    "LowRankRule": "ttq_jax.quant.lowrank",
     "Model": "ttq_jax.checkpoint",
+    "Nearest": "ttq_jax.quant.grid",
+    "NoScale": "ttq_jax.quant.scaling",
+    "PowerLaw": "ttq_jax.quant.scaling",
     "Protocol": "ttq_jax.perplexity",
     "Recipe": "ttq_jax.quant.recipe",
     "Sampling": "ttq_jax.sampling",
+    "SearchedAlpha": "ttq_jax.quant.scaling",
+    "SecondOrder": "ttq_jax.quant.second_order",
+    "Source": "ttq_jax.quant.source",
+    "Width": "ttq_jax.quant.widths",
     "calibrate": "ttq_jax.calibrate",
     "cut_windows": "ttq_jax.corpora",
     "generate": "ttq_jax.generate",
     "load": "ttq_jax.checkpoint",
+    "load_conversation": "ttq_jax.checkpoint.store",
+    "load_offline": "ttq_jax.checkpoint.store",
+    "load_recipe": "ttq_jax.quant.recipe_text",
     "perplexity": "ttq_jax.perplexity",
     "prepare": "ttq_jax.calibrate",
     "preset": "ttq_jax.quant.recipe",
     "read_corpus": "ttq_jax.corpora",
+    "save_conversation": "ttq_jax.checkpoint.store",
+    "save_offline": "ttq_jax.checkpoint.store",
+    "save_recipe": "ttq_jax.quant.recipe_text",
+    "with_settings": "ttq_jax.quant.recipe_text",
 }
 
 

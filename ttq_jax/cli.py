@@ -1,13 +1,15 @@
 """The command line: options, exit codes, and how a command ends.
 
 Nothing here imports jax: `--help` and a mistyped option answer at once. What the commands do is
-in `commands` (generate, perplexity), `inspection`, `kernel_list`, `bench_command` and `demo`.
+in `commands` (generate, perplexity), `prepare_command`, `recipes_command`, `inspection`,
+`kernel_list`, `bench_command` and `demo`.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
 130 after Ctrl-C; 141 when the reader of stdout is gone.
 """
 
 import argparse
+import difflib
 import os
 import sys
 import threading
@@ -17,7 +19,8 @@ from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
 
-METHODS = ("none", "rtn", "awq", "ttq")
+METHODS = ("none", "rtn", "hqq", "awq", "gptq", "paper", "ttq", "fast", "best")
+DEFAULT = "ttq"
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
 MEASURED = ("gpu", "cpu")
 COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
@@ -67,41 +70,92 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _recipe_name(text: str) -> str:
+    """A preset's name or a file's.
+
+    Raises:
+      ArgumentTypeError: neither.
+    """
+    if text not in METHODS and not text.endswith(".toml"):
+        close = difflib.get_close_matches(text, METHODS, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(METHODS)}, or a FILE.toml, got {text!r}{meant}"
+        )
+    return text
+
+
+def _recipe_file(text: str) -> str:
+    """A file that --recipe will take.
+
+    Raises:
+      ArgumentTypeError: another ending.
+    """
+    if not text.endswith(".toml"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .toml, got {text!r}")
+    return text
+
+
+def _add_set(parser: Any) -> None:
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="AXIS.KEY=VALUE",
+        help="change any other choice, as in scale=searched or rounding.damping=0.3; may be "
+        "repeated, and counts after the options above",
+    )  # fmt: skip
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("quantization")
+    group = parser.add_argument_group(
+        "quantization", "What is not given is as the recipe has it; ttq recipes lists the recipes, "
+        "ttq recipes NAME prints one with all its choices."
+    )  # fmt: skip
     add = group.add_argument
-    add("--method", default="ttq", choices=METHODS, help="default: %(default)s")
-    add("--bits", type=int, default=4, help="2, 3, 4, 5 or 8 (default: %(default)s)")
-    add("--group-size", type=int, default=32, metavar="N",
-        help="weights of a column that share a scale: a multiple of 8, or -1 for all of them "
-        "(default: %(default)s)")  # fmt: skip
-    add("--rank", type=int, default=0, metavar="R",
-        help="keep each weight's best rank-R part unquantized (default: %(default)s)")  # fmt: skip
-    add("--symmetric", action="store_true", help="no zero points")
-    add("--clip", action="store_true", help="search each group's range before rounding")
-    add("--alpha", type=float, help="ttq: exponent of the channel scale (default: 0.5)")
+    add("--recipe", "--method", dest="method", type=_recipe_name, default=DEFAULT,
+        metavar="NAME|FILE.toml",
+        help=f"{', '.join(METHODS)}, or a file (default: %(default)s)")  # fmt: skip
+    add("--bits", type=int, metavar="B", help="2, 3, 4, 5 or 8")
+    add("--group-size", type=int, metavar="N",
+        help="weights of a column that share a scale: a multiple of 8, or -1 for all of them"
+        )  # fmt: skip
+    add("--rank", type=int, metavar="R", help="keep each weight's best rank-R part; 0 for none")
+    add("--symmetric", action=argparse.BooleanOptionalAction, help="no zero points, or with them")
+    add("--clip", action="store_true",
+        help="search each group's range before rounding to nearest")  # fmt: skip
+    add("--alpha", type=float, help="power-law scale: exponent of the channel scale")
     add("--lam", type=float, metavar="LAMBDA",
-        help="ttq: added to the relative moment (default: 0.4)")  # fmt: skip
-    add("--p", type=float, help="ttq: exponent of the activation moment (default: 2)")
+        help="power-law scale: added to the relative moment")  # fmt: skip
+    add("--p", type=float, help="power-law scale: exponent of the activation moment")
     add("--prefill", choices=("full", "quantized"),
         help="full: the prompt is read by the unquantized weights; quantized: by the ones made "
-        "from it, layer by layer, as in the paper (default: full)")  # fmt: skip
+        "from it, layer by layer, as in the paper")  # fmt: skip
     add("--select", metavar="REGEX",
-        help="which projections are quantized, by path (default: layers/.*)")  # fmt: skip
-    add("--zero-point", choices=("integer", "float"),
-        help="how zero points are stored (default: float)")  # fmt: skip
+        help="which projections are quantized, by path, as in layers/(q|down)")  # fmt: skip
+    add("--zero-point", choices=("integer", "float"), help="how zero points are stored")
     add("--store-dtype", choices=("bfloat16", "float16", "float32"),
-        help="of scales, zero points and low-rank factors (default: bfloat16)")  # fmt: skip
+        help="of scales, zero points and low-rank factors")  # fmt: skip
+    _add_set(group)
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("calibration (awq)")
+    group = parser.add_argument_group("calibration (for recipes that read a corpus: awq, gptq)")
     group.add_argument(
-        "--calibration", metavar="FILE", help="text file or hf:NAME whose activations awq uses"
-    )
+        "--calibration", metavar="FILE",
+        help="text file or hf:NAME whose activations such a recipe uses",
+    )  # fmt: skip
     group.add_argument(
         "--calibration-tokens", type=int, default=8192, metavar="N",
         help="read its first N tokens (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_prepared(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is kept")
+    group.add_argument(
+        "--prepared", metavar="DIR", help="from ttq prepare, with the same model and recipe"
+    )
+    group.add_argument(
+        "--save-recipe", type=_recipe_file, metavar="FILE.toml",
+        help="write the recipe that is used, all options applied",
     )  # fmt: skip
 
 
@@ -124,6 +178,11 @@ def _generate_parser(commands: Any) -> None:
         help="prompts read together; they share one set of quantized weights unless --per-prompt "
         "(default: %(default)s)")  # fmt: skip
     add("--per-prompt", action="store_true", help="in a batch, quantize for each prompt apart")
+    add("--conversation", metavar="DIR",
+        help="the prompts are turns of one conversation: of an earlier turn not the text but the "
+        "activations count for the next one's weights, kept here between calls; needs "
+        "moments.decay above 0, what a turn still counts at the next one")  # fmt: skip
+    _add_prepared(parser)
     _add_recipe(parser)
     _add_calibration(parser)
     _add_common(parser)
@@ -144,8 +203,33 @@ def _perplexity_parser(commands: Any) -> None:
         help="causal: tokens read before scoring (default: %(default)s)")  # fmt: skip
     add("--max-windows", type=int, metavar="N", help="score only the first N windows")
     add("--with-baseline", action="store_true", help="score the unquantized model too")
+    _add_prepared(parser)
     _add_recipe(parser)
     _add_calibration(parser)
+    _add_common(parser)
+
+
+def _prepare_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare", help="make and save what a recipe needs besides the prompt"
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR",
+        help="where it is saved, for --prepared; what an earlier prepare left there is replaced",
+    )  # fmt: skip
+    _add_recipe(parser)
+    _add_calibration(parser)
+    _add_common(parser)
+
+
+def _recipes_parser(commands: Any) -> None:
+    parser = commands.add_parser("recipes", help="which recipes there are, what one consists of")
+    parser.add_argument(
+        "recipe", nargs="?", type=_recipe_name, metavar="NAME|FILE.toml",
+        help="print this one as TOML, to be edited and given to --recipe",
+    )  # fmt: skip
+    _add_set(parser)
     _add_common(parser)
 
 
@@ -217,10 +301,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(demo)
     _generate_parser(commands)
     _perplexity_parser(commands)
+    _prepare_parser(commands)
     inspect = commands.add_parser("inspect", help="what is in a model, and what would be quantized")
     _add_model(inspect)
     _add_recipe(inspect)
     _add_common(inspect)
+    _recipes_parser(commands)
     _kernels_parser(commands)
     _bench_parser(commands)
     return parser

@@ -1,6 +1,7 @@
 """What `ttq generate` and `ttq perplexity` do, and how a command is chosen."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint import CheckpointError, Model
+from ttq_jax.checkpoint.store import load_conversation, save_conversation
 from ttq_jax.chips import ChipError
 from ttq_jax.cli import BadInput
 from ttq_jax.config import ConfigError
@@ -27,6 +29,7 @@ from ttq_jax.perplexity import Perplexity, Protocol, stream
 from ttq_jax.progress import Progress, clock
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.report import describe_method, head, print_json, print_text
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Generation, Offline
@@ -101,6 +104,30 @@ def _print_generation(
         print_text(f"  {describe_method(args.method, recipe, made.effective_bits)}\n")
 
 
+def _check_conversation(
+    args: argparse.Namespace, recipe: Recipe | None, progress: Progress
+) -> None:
+    """Refuses a conversation whose turns would not remember each other.
+
+    Raises:
+      ConfigError: no decay, or several prompts at once.
+    """
+    decay = 0.0 if recipe is None else recipe.source.decay
+    if args.conversation is None:
+        if decay:
+            progress.note("moments.decay has no use without --conversation: each prompt is a first")
+        return
+    if not decay:
+        raise ConfigError(
+            f"--conversation: recipe {args.method} starts afresh at every prompt; say what a turn "
+            "still counts at the next one, up to 1: --set moments.decay=0.5"
+        )
+    if args.batch_size != 1:
+        raise ConfigError(
+            f"--conversation: expected one turn at a time, got --batch-size {args.batch_size}"
+        )
+
+
 def run_generate(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq generate`.
 
@@ -116,8 +143,9 @@ def run_generate(args: argparse.Namespace, progress: Progress) -> None:
             "expected --batch-size and --max-new-tokens of at least 1, got "
             f"{args.batch_size} and {args.max_new_tokens}"
         )
-    recipe = recipe_of(args, batch="per_prompt" if args.per_prompt else "pooled")
+    recipe = recipe_of(args)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    _check_conversation(args, recipe, progress)
     prompts, text = prompts_of(args), calibration_text(args, recipe, progress)
     model, load_seconds = load_model(args.model, args.dtype, progress)
     check_selection(model, recipe)
@@ -126,7 +154,12 @@ def run_generate(args: argparse.Namespace, progress: Progress) -> None:
         [model.tokenizer.encode(p) for p in prompts],
         max_positions=model.config.max_positions, max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
+    if args.save_recipe and recipe is not None:
+        save_recipe(args.save_recipe, recipe)
     offline, prepare_seconds = prepare_offline(args, model, recipe, text, progress)
+    place = Path(args.conversation).expanduser() if args.conversation else None
+    if place is not None and place.exists() and recipe is not None:
+        offline = dataclasses.replace(offline, carried=load_conversation(place, model, recipe))
     before = {"load": load_seconds} | ({"prepare": prepare_seconds} if prepare_seconds else {})
     with progress.stage("compiling and generating") as update:
         for start in range(0, len(prompts), args.batch_size):
@@ -135,6 +168,9 @@ def run_generate(args: argparse.Namespace, progress: Progress) -> None:
                 model, batch, recipe=recipe, offline=offline, sampling=sampling, seed=args.seed,
                 max_new_tokens=args.max_new_tokens, measure=True,
             )  # fmt: skip
+            if place is not None and recipe is not None:
+                offline = dataclasses.replace(offline, carried=made.moments)
+                save_conversation(place, model, recipe, made.moments)
             progress.clear()
             _print_generation(args, recipe, made, batch, before)
             if len(prompts) > 1:
@@ -198,6 +234,8 @@ def run_perplexity(args: argparse.Namespace, progress: Progress) -> None:
     model, _ = load_model(args.model, args.dtype, progress)
     check_selection(model, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)
+    if args.save_recipe and recipe is not None:
+        save_recipe(args.save_recipe, recipe)
     offline, _ = prepare_offline(args, model, recipe, calibration, progress)
     run: Callable[..., Perplexity] = lambda recipe, offline, text: score(  # noqa: E731
         model, windows, recipe=recipe, offline=offline, protocol=protocol, text=text,
@@ -242,7 +280,7 @@ def _print_perplexity(
     if result["unquantized_perplexity"] is not None:
         gap = result["perplexity"] / result["unquantized_perplexity"] - 1
         print_text(f"unquantized  {result['unquantized_perplexity']:.3f}  ({100 * gap:+.1f} %)")
-    print_text(f"method       {describe_method(args.method, recipe, result['effective_bits'])}")
+    print_text(f"recipe       {describe_method(args.method, recipe, result['effective_bits'])}")
     print_text(
         f"protocol     {result['protocol']}: {result['windows']} windows of {result['window']} "
         f"tokens{first}; {result['scored_tokens']} tokens scored"
@@ -268,10 +306,18 @@ def run(args: argparse.Namespace, cache: Path | None) -> None:
             run_generate(args, progress)
         elif args.command == "perplexity":
             run_perplexity(args, progress)
+        elif args.command == "prepare":
+            from ttq_jax.prepare_command import run_prepare
+
+            run_prepare(args, progress)
         elif args.command == "inspect":
             from ttq_jax.inspection import run_inspect
 
             run_inspect(args, progress)
+        elif args.command == "recipes":
+            from ttq_jax.recipes_command import run_recipes
+
+            run_recipes(args)
         elif args.command == "kernels":
             from ttq_jax.kernel_list import run_kernels
 

@@ -125,7 +125,7 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
         ["context", f"{found['context']} tokens"],
         ["tokenizer", f"{t['vocab_size']} tokens; begins with {bos}; ends with {t['eos_ids']}"],
         ["parameters", f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)"],
-        ["method", recipe_line],
+        ["recipe", recipe_line],
     ]
     rows = [["parameter", "shape", "dtype", "loaded", "quantized", "bits"]]
     for r in found["groups"]:

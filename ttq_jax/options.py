@@ -10,40 +10,75 @@ import jax
 
 from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import Model, load
+from ttq_jax.checkpoint.store import load_offline
 from ttq_jax.config import ConfigError
 from ttq_jax.corpora import calibration_windows, read_corpus, read_file
 from ttq_jax.progress import Progress
 from ttq_jax.prompts import PromptError
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.half_quadratic import HalfQuadratic
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe, preset
+from ttq_jax.quant.recipe_text import load_recipe, with_settings
 from ttq_jax.quant.scaling import PowerLaw
+from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import Offline, kernels
 
+# Options that are short for a setting.
+_SHORT = {
+    "bits": "grid.bits",
+    "group_size": "grid.group_size",
+    "symmetric": "grid.symmetric",
+    "zero_point": "grid.zero_point",
+    "store_dtype": "grid.store_dtype",
+    "rank": "low_rank.rank",
+    "prefill": "prefill",
+    "select": "select",
+}
+_LAW = ("alpha", "lam", "p")
 
-def recipe_of(args: argparse.Namespace, *, batch: str = "pooled") -> Recipe | None:
-    """The recipe that the options describe.
+
+def recipe_of(args: argparse.Namespace) -> Recipe | None:
+    """The recipe that the options describe: preset or file, then the short options, then --set.
 
     Args:
       args: with the quantization options.
-      batch: "pooled" or "per_prompt".
 
     Returns:
-      The recipe; None for method "none".
+      The recipe; None for "none", which the short options do not change.
 
     Raises:
-      ConfigError: an option out of range, or one that the method does not read.
+      ConfigError: an option out of range, or one that the recipe does not read.
     """
-    names = ("zero_point", "store_dtype", "prefill", "select")
-    choices: dict[str, Any] = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    choices["batch"] = batch
-    law = {k: getattr(args, k) for k in ("alpha", "lam", "p") if getattr(args, k) is not None}
-    if law and args.method != "ttq":
-        raise ConfigError(f"--{next(iter(law))} belongs to method ttq, not to {args.method}")
-    if law:
-        choices["scale"] = PowerLaw(**law)
-    return preset(
-        args.method, bits=args.bits, group_size=args.group_size, rank=args.rank,
-        symmetric=args.symmetric, clip=args.clip, **choices,
-    )  # fmt: skip
+    name = args.method
+    base = load_recipe(name) if name.endswith(".toml") else preset(name)
+    law = {k: f"scale.{k}={v!r}" for k in _LAW if (v := getattr(args, k)) is not None}
+    if base is None:
+        given: dict[str, Any] = {f"--{k}": True for k in law}
+        given |= {"--set": args.settings, "--save-recipe": getattr(args, "save_recipe", None)}
+        for option, value in given.items():
+            if value:
+                raise ConfigError(f"recipe {name} quantizes nothing, so {option} has no use")
+        return None
+    short = [f"{s}={getattr(args, k)}" for k, s in _SHORT.items() if getattr(args, k) is not None]
+    if args.clip and isinstance(base.rounding, SecondOrder | HalfQuadratic):
+        rule = RULE_NAMES[type(base.rounding)]
+        raise ConfigError(
+            f"--clip goes with rounding to nearest, but recipe {name} rounds by {rule}; "
+            "change its own knobs (--set rounding.steps=10, …) or --set rounding=clip"
+        )
+    if args.clip:
+        short.append("rounding=clip")
+    if getattr(args, "per_prompt", False):
+        short.append("batch=per_prompt")
+    made = with_settings(base, [*short, *args.settings])
+    if not law:
+        return made
+    if not isinstance(made.scale, PowerLaw):
+        scale = RULE_NAMES[type(made.scale)]
+        raise ConfigError(
+            f"--{next(iter(law))} belongs to a power-law scale, but the scale of recipe {name} is "
+            f"{scale}; use a recipe with a power law (ttq), or --set scale=power_law"
+        )
+    return with_settings(base, [*short, *law.values(), *args.settings])
 
 
 def load_model(
@@ -97,14 +132,17 @@ def calibration_text(
     Raises:
       ConfigError: it needs one and none was given.
     """
-    needed = recipe is not None and recipe.moments == "corpus"
+    prepared = getattr(args, "prepared", None)
+    needed = recipe is not None and recipe.source.reads_corpus and not prepared
     if needed and args.calibration is None:
         raise ConfigError(
-            f"method {args.method} needs a calibration corpus: give --calibration FILE, or use "
-            "method ttq, which needs none"
+            f"recipe {args.method} reads a corpus's moments here: give a text (--calibration FILE) "
+            "or what ttq prepare saved (--prepared DIR); moments of the prompt alone, as in recipe "
+            "ttq, and a prior from the weights need neither"
         )
     if not needed and args.calibration is not None:
-        progress.note(f"method {args.method} reads no calibration corpus; not reading it")
+        why = f"{prepared} is used" if prepared else f"recipe {args.method} reads none"
+        progress.note(f"the calibration corpus is not read: {why}")
     return read_corpus(args.calibration) if needed else None
 
 
@@ -124,20 +162,32 @@ def prepare_offline(
     Returns:
       What `generate` takes as `offline`, and the seconds it took.
     """
-    start = time.perf_counter()
+    start, prepared = time.perf_counter(), getattr(args, "prepared", None)
     if recipe is None:
+        if prepared:
+            progress.note(f"recipe {args.method} quantizes nothing; {prepared} is not read")
         return Offline(), 0.0
+    if prepared:
+        with progress.stage(f"loading {prepared}"):
+            kept = load_offline(Path(prepared).expanduser(), model, recipe)
+        return kept, time.perf_counter() - start
+    if not prepares(recipe):
+        return prepare(model, recipe), 0.0
     windows = None
     if text is not None:
         windows = calibration_windows(
             model.tokenizer, text, tokens=args.calibration_tokens,
             window=min(512, model.config.max_positions),
         )  # fmt: skip
-    if recipe.moments == "prompt" and not recipe.low_rank.rank:
-        return prepare(model, recipe), 0.0
     with progress.stage(f"preparing {args.method}") as update:
         offline = jax.block_until_ready(prepare(model, recipe, windows, update))
     return offline, time.perf_counter() - start
+
+
+def prepares(recipe: Recipe) -> bool:
+    """Whether anything is made ahead of a prompt: a tree, a prior's moments or static factors."""
+    source = recipe.source
+    return source.of != "prompt" or source.prior != "none" or recipe.low_rank.rank > 0
 
 
 def _read_prompts(path: str) -> str:

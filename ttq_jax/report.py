@@ -11,7 +11,10 @@ from typing import Any
 import jax
 
 from ttq_jax._version import __version__
-from ttq_jax.quant.recipe import Recipe
+from ttq_jax.checkpoint.store_files import plain
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe
+from ttq_jax.quant.source import Source
 
 
 def versions(*compilers: str) -> dict[str, str]:
@@ -42,8 +45,8 @@ def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[st
 
     Args:
       model: its name.
-      method: name of the preset.
-      recipe: the preset with the options applied; None for "none".
+      method: name of the preset, or of the recipe's file.
+      recipe: with the options applied; None for "none".
       bits: effective bits per weight.
 
     Returns:
@@ -52,7 +55,7 @@ def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[st
     return {
         "model": model,
         "method": method,
-        "recipe": None if recipe is None else recipe.describe(),
+        "recipe": None if recipe is None else plain(recipe.describe()),
         "device": device(),
         "versions": versions(),
         "effective_bits": round(bits, 4),
@@ -114,11 +117,33 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
+def moments_in_short(source: Source) -> str:
+    """Whose moments, in a few words."""
+    parts = [source.of]
+    if source.prior != "none":
+        parts.append(f"{source.prior} prior ({source.prior_tokens:g} tokens)")
+    if source.decay:
+        parts.append(f"decay {source.decay:g}")
+    if source.refresh:
+        parts.append(f"refresh {source.refresh}")
+    return " + ".join(parts)
+
+
+def low_rank_in_short(rule: LowRankRule) -> str:
+    """Which low rank, in a few words."""
+    parts = []
+    if rule.rank:
+        parts.append(f"{'weighted ' if rule.weighted else ''}rank {rule.rank}")
+    if rule.error_rank:
+        parts.append(f"error rank {rule.error_rank}")
+    return " + ".join(parts) or "none"
+
+
 def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
-    """One line for people: method, bits, groups.
+    """One line for people: recipe, bits, groups, choices.
 
     Args:
-      method: name of the preset.
+      method: name of the preset, or of the recipe's file.
       recipe: None for "none".
       bits: effective bits per weight.
 
@@ -128,9 +153,15 @@ def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
     if recipe is None:
         return f"none (unquantized, {bits:.2f} bits per weight)"
     grid = recipe.grid
-    group = "whole rows" if grid.group_size == -1 else f"group {grid.group_size}"
-    rank = f", rank {recipe.low_rank.rank}" if recipe.low_rank.rank else ""
-    return (
-        f"{method}, {grid.bits} bits, {group}{rank}, {recipe.prefill} prefill "
-        f"({bits:.2f} bits per weight, everything counted)"
-    )
+    parts = [
+        method,
+        f"{grid.bits} bits" + (" and width rules" if recipe.widths else ""),
+        "whole rows" if grid.group_size == -1 else f"group {grid.group_size}",
+        f"moments {moments_in_short(recipe.source)}",
+        f"scale {RULE_NAMES[type(recipe.scale)]}",
+        f"rounding {RULE_NAMES[type(recipe.rounding)]}",
+    ]
+    if recipe.low_rank.total:
+        parts.append(low_rank_in_short(recipe.low_rank))
+    parts.append(f"{recipe.prefill} prefill")
+    return f"{', '.join(parts)} ({bits:.2f} bits per weight, everything counted)"

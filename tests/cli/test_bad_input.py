@@ -47,7 +47,7 @@ def edit_weights(directory, change):
         ([], ["COMMAND"]),
         (["generate", "--model", "m"], ["--prompt"]),
         (["generate", "--model", "m", "--prompt", "x", "--prompts-file", "f"], ["not allowed"]),
-        (["generate", "--model", "m", "--prompt", "x", "--method", "gptq"], ["gptq", "awq"]),
+        (["generate", "--model", "m", "--prompt", "x", "--method", "gtpq"], ["gtpq", "awq"]),
         (["perplexity", "--model", "m"], ["--corpus"]),
         (["perplexity", "--model", "m", "--corpus", "f", "--window", "many"], ["--window"]),
         (["inspect"], ["--model"]),

@@ -45,7 +45,7 @@ def test_text_marks_a_fallback_and_says_why(cli):
     assert (code, err) == (0, "")
     title, _, head, *rows = out.splitlines()
     assert title == "gemma-3-1b on v5e, bfloat16 activations"
-    assert head.split() == ["projection", "kernel", "rows", "shape", "why"]
+    assert head.split() == ["projection", "kernel", "bits", "rows", "shape", "why"]
     assert len(rows) == 14
     fallen = [row for row in rows if "xla (fallback)" in row]
     assert fallen

@@ -52,7 +52,7 @@ def test_human_output(cli, tiny, text_file):
     )  # fmt: skip
     assert code == 0, err
     lines = [line.split()[0] for line in out.splitlines()]
-    assert lines == ["perplexity", "unquantized", "method", "protocol", "time"]
+    assert lines == ["perplexity", "unquantized", "recipe", "protocol", "time"]
     assert "first 32 tokens" in out
     assert "3 windows of 64" in out
     assert "scoring" in err

@@ -16,26 +16,28 @@ def stored(x, dtype):
     return np.asarray(x, dtype).astype(np.float64)
 
 
+def fit_group(g, bits, symmetric, zero_point="integer", dtype="float32", shrink=1.0):
+    """Scale and zero point of a group g[rows, d_out], per column; 0 is in the range."""
+    low = np.minimum(np.min(g, 0), 0) * shrink
+    high = np.maximum(np.max(g, 0), 0) * shrink
+    if symmetric:
+        s = stored(np.maximum(-low, high) / (2 ** (bits - 1) - 1), dtype)
+        s = np.where(s > 0, s, 1)
+        return s, np.full_like(s, 2.0 ** (bits - 1))
+    s = stored((high - low) / (2**bits - 1), dtype)
+    s = np.where(s > 0, s, 1)
+    z = -low / s
+    if zero_point == "integer":
+        return s, np.clip(np.round(z), 0, 2**bits - 1)
+    return s, stored(z, dtype)
+
+
 def round_groups(w, bits, rows, symmetric, zero_point="integer", dtype="float32", shrink=1.0):
     """Quantize-dequantize of w[d_in, d_out] in groups of `rows` along d_in."""
     out = np.empty_like(w, dtype=np.float64)
     for start in range(0, w.shape[0], rows):
         g = np.asarray(w[start : start + rows], np.float64)
-        low = np.minimum(g.min(0), 0) * shrink
-        high = np.maximum(g.max(0), 0) * shrink
-        if symmetric:
-            s = stored(np.maximum(-low, high) / (2 ** (bits - 1) - 1), dtype)
-            s = np.where(s > 0, s, 1)
-            z = np.full_like(s, 2.0 ** (bits - 1))
-        else:
-            s = stored((high - low) / (2**bits - 1), dtype)
-            s = np.where(s > 0, s, 1)
-            z = -low / s
-            z = (
-                np.clip(np.round(z), 0, 2**bits - 1)
-                if zero_point == "integer"
-                else stored(z, dtype)
-            )
+        s, z = fit_group(g, bits, symmetric, zero_point, dtype, shrink)
         q = np.clip(np.round(g / s + z), 0, 2**bits - 1)
         out[start : start + rows] = s * (q - z)
     return out

@@ -211,7 +211,7 @@ def test_bad_choices_are_refused(change, message):
 
 
 def test_unknown_method_is_refused():
-    with pytest.raises(ConfigError, match="expected one of none, rtn, .*, got 'gtpq'"):
+    with pytest.raises(ConfigError, match=r"expected one of none, rtn, .*, got 'gtpq'"):
         preset("gtpq")
 
 

@@ -49,20 +49,25 @@ class HalfQuadratic:
     ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
         """Codes of a scaled weight; see `SecondOrder.round`, whose arguments it takes."""
         del gram
-        groups = split_groups(w, grid.rows_per_group(w.shape[0]))
+        rows = grid.rows_per_group(w.shape[0])
+        groups = split_groups(w, rows)
         scales, zeros = fit(groups, grid)
         if not grid.symmetric:
-            zeros = self._fit_zeros(groups, scales, zeros, grid)
+            # Rows that pad the last group stand for nothing: they have no say.
+            real = split_groups(jnp.ones(w.shape[0]), rows)[:, :, None]
+            zeros = self._fit_zeros(groups, real, scales, zeros, grid)
         codes = encode(groups, scales, zeros, grid).astype(jnp.uint8)
         return codes.reshape(-1, w.shape[1]), scales, zeros
 
-    def _fit_zeros(self, groups: Array, scales: Array, zeros: Array, grid: Grid) -> Array:
+    def _fit_zeros(
+        self, groups: Array, real: Array, scales: Array, zeros: Array, grid: Grid
+    ) -> Array:
         """Zero points as they are stored, the best of all steps for each group."""
 
         def measured(zeros: Array) -> tuple[Array, Array, Array]:
             codes = encode(groups, scales, zeros, grid)
             wrong = groups - decode(codes, scales, zeros)
-            return codes, wrong, jnp.sum(jnp.abs(wrong) ** self.p, axis=1)
+            return codes, wrong, jnp.sum(real * jnp.abs(wrong) ** self.p, axis=1)
 
         def stored(zeros: Array) -> Array:
             if grid.kind == "integer":
@@ -77,7 +82,8 @@ class HalfQuadratic:
             # 0^(p−1) is infinite; what it is taken from is 0, and so is the threshold of it.
             floor = jnp.where(size > 0, size, 1.0) ** (self.p - 1)
             large = jnp.sign(wrong) * jnp.maximum(size - floor / beta, 0.0)
-            zeros = jnp.mean(codes - (groups - large) / scales[:, None], axis=1)
+            fitting = codes - (groups - large) / scales[:, None]
+            zeros = jnp.sum(real * fitting, axis=1) / jnp.sum(real, axis=1)
             _, _, error = measured(stored(zeros))
             better = error < least
             return zeros, jnp.where(better, stored(zeros), best), jnp.where(better, error, least)

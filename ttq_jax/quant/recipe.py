@@ -190,15 +190,15 @@ PRESETS: dict[str, Preset] = {
     ),
     "hqq": Preset(
         recipe=Recipe(moments="none", scale=NoScale(), rounding=HalfQuadratic()),
-        about="half-quadratic zero points (Badri & Shaji, 2023)",
+        about="HQQ: half-quadratic zero points",
         cost="once per model",
         use="the best baseline without activations",
     ),
     "awq": Preset(
         recipe=Recipe(moments="corpus", scale=SearchedAlpha()),
-        about="scale searched on a corpus (Lin et al., 2023)",
+        about="AWQ: scale searched on a corpus",
         cost="calibration, once per model",
-        use="the offline baseline; needs --calibration",
+        use="offline baseline; needs --calibration",
     ),
     "gptq": Preset(
         recipe=Recipe(
@@ -206,57 +206,43 @@ PRESETS: dict[str, Preset] = {
             scale=NoScale(),
             rounding=SecondOrder(steps=1, smallest=1.0, damping=0.01, static_groups=False),
         ),
-        about="second-order rounding on a corpus (Frantar et al., 2022)",
+        about="GPTQ: second-order rounding on a corpus",
         cost="calibration, once per model",
-        use="the second offline baseline; needs --calibration",
+        use="offline baseline; needs --calibration",
     ),
     "paper": Preset(
         recipe=Recipe(prefill="quantized"),
-        about="TTQ as published (arXiv:2603.19296); --rank 16 for its other variant",
-        cost="one read of the weights, fused with the prompt's product",
-        use="to compare with the paper",
+        about="TTQ as published",
+        cost="one read of the weights, shared with prefill",
+        use="to compare with the paper (its r = 16: --rank 16)",
     ),
     "ttq": Preset(
         recipe=Recipe(),
-        about="TTQ, the prompt read by the unquantized weights",
-        cost="one read of the weights, fused with the prompt's product",
+        about="TTQ, the prompt read by unquantized weights",
+        cost="one read of the weights, shared with prefill",
         use="the cheapest per-prompt recipe",
     ),
     "fast": Preset(
         recipe=Recipe(rounding=ClipSearch()),
-        about="ttq, and a search over each group's range",
+        about="ttq, and a search of each group's range",
         cost="as ttq, with more arithmetic in the same read",
         use="when the first token must not wait",
     ),
     "best": Preset(
         recipe=Recipe(rounding=SecondOrder(act_order=True)),
-        about="second-order rounding by the prompt's own Gram matrix",
-        cost="several times the prefill of a short prompt",
-        use="when the answer is long or its quality matters most",
+        about="second-order rounding on the prompt itself",
+        cost="several times a short prompt's prefill",
+        use="when the answer is long or must be good",
     ),
 }
 
 
-def preset(
-    name: str,
-    *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    rank: int | None = None,
-    symmetric: bool | None = None,
-    clip: bool = False,
-    **choices: Any,
-) -> Recipe | None:
+def preset(name: str, **knobs: Any) -> Recipe | None:
     """A named recipe, with the usual knobs applied; what is not given stays as the preset has it.
 
     Args:
       name: a key of `PRESETS`.
-      bits: 2, 3, 4, 5 or 8.
-      group_size: a positive multiple of 8, or -1 for the whole row.
-      rank: of the static low-rank part, 0 for none.
-      symmetric: no zero points.
-      clip: search each group's range (`ClipSearch`) before rounding.
-      **choices: further fields of `Recipe` (or of `Grid`), by name.
+      **knobs: see `adjusted`.
 
     Returns:
       The recipe; None for "none", which quantizes nothing.
@@ -267,16 +253,45 @@ def preset(
     if name not in PRESETS:
         raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
     base = PRESETS[name].recipe
+    made = adjusted(base or Recipe(), **knobs)
+    return None if base is None else made
+
+
+def adjusted(
+    base: Recipe,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    rank: int | None = None,
+    symmetric: bool | None = None,
+    clip: bool = False,
+    **choices: Any,
+) -> Recipe:
+    """A recipe with the usual knobs applied; None leaves one as it is.
+
+    Args:
+      base: to begin with.
+      bits: 2, 3, 4, 5 or 8.
+      group_size: a positive multiple of 8, or -1 for the whole row.
+      rank: of the static low-rank part, 0 for none.
+      symmetric: no zero points.
+      clip: search each group's range (`ClipSearch`) before rounding.
+      **choices: further fields of `Recipe` (or of `Grid`), by name.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     of_grid = {f.name for f in dataclasses.fields(Grid)}
     given |= {k: choices.pop(k) for k in list(choices) if k in of_grid}
     given = {k: v for k, v in given.items() if v is not None}
-    grid = dataclasses.replace(base.grid if base else Grid(), **given)
-    low_rank = base.low_rank if base else LowRankRule()
+    low_rank = base.low_rank
     if rank is not None:
         low_rank = dataclasses.replace(low_rank, rank=rank)
-    if base is None:
-        return None
     if clip:
         choices.setdefault("rounding", ClipSearch())
+    grid = dataclasses.replace(base.grid, **given)
     return dataclasses.replace(base, grid=grid, low_rank=low_rank, **choices)

@@ -83,6 +83,9 @@ class SecondOrder:
         Returns:
           (codes, scales, zeros), k the width padded to whole groups; the small ones float32 with
           the values that are stored.
+
+        Raises:
+          ConfigError: groups that straddle two blocks, whose scales are to be fitted on arrival.
         """
         assert gram is not None, "Recipe refuses this rounding without moments"
         rows, b = grid.rows_per_group(w.shape[0]), gram.shape[-1]
@@ -100,22 +103,29 @@ class SecondOrder:
         shrinks = shrink_factors(self.steps, self.smallest)
         scales, zeros = search_ranges(groups, h, grid, shrinks)
         group_of = jnp.minimum(jnp.arange(total) // rows, n_group - 1)
-        matrix = regularized(gram, self)
+        matrix = regularized(gram, self, w.shape[0])
         refit = None
-        if not self.static_groups and n_group > 1:
+        # Whole blocks get no errors from before: their groups' scales are the static ones.
+        if not self.static_groups and n_group > 1 and rows % b:
+            if b % rows:
+                raise ConfigError(
+                    "second-order rounding: scales fitted on arrival (static_groups=False) need "
+                    "groups within a block of the Gram matrix, or of whole blocks; got a span of "
+                    f"{b} channels and groups of {rows} rows; make one divide the other"
+                )
             refit = lambda t, g: jax.tree.map(  # noqa: E731
                 lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
             )
         if not self.act_order:
             codes, scales, zeros = round_rows(
-                weight, feedback(matrix), scales, zeros, group_of, grid, refit
+                weight, feedback(matrix), scales, zeros, group_of, grid, rows, refit
             )
             return codes[:k], scales, zeros
         order = _largest_first(importance.reshape(len(gram), b))
         matrix = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
         order = order.reshape(-1)
         codes, scales, zeros = round_rows(
-            weight[order], feedback(matrix), scales, zeros, group_of[order], grid
+            weight[order], feedback(matrix), scales, zeros, group_of[order], grid, rows
         )
         return jnp.zeros_like(codes).at[order].set(codes)[:k], scales, zeros
 
@@ -127,20 +137,21 @@ def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block
 
 
 def regularized(
-    gram: Float[Array, "n_block b b"], rule: SecondOrder
+    gram: Float[Array, "n_block b b"], rule: SecondOrder, channels: int
 ) -> Float[Array, "n_block b b"]:
     """H: the Gram matrix with shrinkage and damping, positive definite.
 
     Args:
       gram: E[x xᵀ] in blocks.
       rule: its damping is relative to the mean of the whole diagonal.
+      channels: in all blocks together, without those that only pad.
 
     Returns:
       float32.
     """
     eye = jnp.eye(gram.shape[-1])
     diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
-    mean = jnp.mean(diagonal)
+    mean = jnp.sum(diagonal) / channels
     # If nothing was observed, every direction is worth the same.
     added = rule.shrinkage * diagonal + rule.damping * jnp.where(mean > 0, mean, 1.0)
     return (1 - rule.shrinkage) * gram + added[..., None] * eye
@@ -167,6 +178,7 @@ def round_rows(
     zeros: Float[Array, "n_group n"],
     group_of: Int[Array, "k"],
     grid: Grid,
+    rows: int,
     refit: Refit | None = None,
 ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
     """Rounds row after row, feeding errors forward.
@@ -181,14 +193,15 @@ def round_rows(
       zeros: of the groups.
       group_of: per row, its group.
       grid: the codes' grid.
+      rows: of a group; the rows beyond whole groups only pad, and come last.
       refit: fits a group's scale when its turn comes, (weights with errors fed back, its number)
-        -> (scale, zero); groups are then whole and in order. None keeps the scales given.
+        -> (scale, zero); groups are then in order, each within a block. None keeps the scales
+        given.
 
     Returns:
       (codes, scales, zeros), the codes in the order of rounding.
     """
     (k, n), b = w.shape, u.shape[-1]
-    rows = k // scales.shape[0]
     step = math.gcd(rows, b) if refit else math.gcd(rows, b, 32)
     # Later rows have no errors yet: the product stops after the panel that holds this step.
     panel = b // max(i for i in range(1, 9) if b % (i * step) == 0)
@@ -196,30 +209,52 @@ def round_rows(
     def take(i: Array, state: tuple) -> tuple:
         codes, errors, scales, zeros = state
         start = i * step
-        block, local = start // b, start % b
-        columns = jax.lax.dynamic_slice(u, (block, 0, local), (1, b, step))[0]
-        given = jax.lax.dynamic_slice(w, (start, 0), (step, n))
+        block, local = jax.lax.div(start, b), jax.lax.rem(start, b)
+        columns = _cut(u, (block, 0, local), (1, b, step))[0]
+        given = _cut(w, (start, 0), (step, n))
 
         def earlier(p: Array, target: Array) -> Array:
-            by = jax.lax.dynamic_slice(columns, (p * panel, 0), (panel, step))
-            of = jax.lax.dynamic_slice(errors, (block * b + p * panel, 0), (panel, n))
+            by = _cut(columns, (p * panel, 0), (panel, step))
+            of = _cut(errors, (block * b + p * panel, 0), (panel, n))
             return target + by.T @ of
 
-        target = jax.lax.fori_loop(0, (local + panel - 1) // panel, earlier, given)
-        groups = jax.lax.dynamic_slice(group_of, (start,), (step,))
+        panels = jax.lax.div(local + (panel - 1), panel)
+        target = jax.lax.fori_loop(0, panels, earlier, given)
+        within = _cut(columns, (local, 0), (step, step))
+        groups = _cut(group_of, (start,), (step,))
         if refit is not None:
-            scale, zero = refit(target, groups[0])
-            scales, zeros = scales.at[groups[0]].set(scale), zeros.at[groups[0]].set(zero)
-        code, error = _round_few(
-            given, target, jax.lax.dynamic_slice(columns, (local, 0), (step, step)),
-            scales[groups], zeros[groups], grid,
-        )  # fmt: skip
-        codes = jax.lax.dynamic_update_slice(codes, code, (start, 0))
-        return codes, jax.lax.dynamic_update_slice(errors, error, (start, 0)), scales, zeros
+            scale, zero = refit(_unrounded(given, target, within), groups[0])
+            scales, zeros = (
+                _put(a, new[None], groups[0]) for a, new in ((scales, scale), (zeros, zero))
+            )
+        code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid)
+        return _put(codes, code, start), _put(errors, error, start), scales, zeros
 
     state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n)), scales, zeros)
-    codes, _, scales, zeros = jax.lax.fori_loop(0, k // step, take, state)
+    codes, _, scales, zeros = jax.lax.fori_loop(0, scales.shape[0] * rows // step, take, state)
     return codes, scales, zeros
+
+
+def _cut(a: Array, start: tuple, size: tuple) -> Array:
+    """A slice whose indices need no check for negative ones."""
+    return jax.lax.dynamic_slice(a, start, size, allow_negative_indices=False)
+
+
+def _put(a: Array, rows: Array, start: Array) -> Array:
+    """The array with some rows replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(a, rows, start, 0, allow_negative_indices=False)
+
+
+def _unrounded(given: Array, target: Array, u: Array) -> Array:
+    """A few rows as the errors of earlier ones would leave them if they were not rounded.
+
+    A row that takes over errors without being rounded differs from the row given, and that is an
+    error of its own, which the next ones take over: c_k = a_k − Σ_{j<k} U_jk c_j.
+    """
+    change = jax.scipy.linalg.solve_triangular(
+        u, target - given, trans=1, lower=False, unit_diagonal=True
+    )
+    return given + change
 
 
 def _round_few(
@@ -229,10 +264,11 @@ def _round_few(
 
     def one(j: Array, state: tuple) -> tuple:
         codes, errors = state
-        s, z = scales[j][None], zeros[j][None]
-        q = encode((target[j] + u[:, j] @ errors)[None, None], s, z, grid)
-        errors = errors.at[j].set(given[j] - decode(q, s, z)[0, 0])
-        return codes.at[j].set(q[0, 0].astype(jnp.uint8)), errors
+        w, t, s, z = (_cut(a, (j, 0), (1, a.shape[1])) for a in (given, target, scales, zeros))
+        fed = _cut(u, (0, j), (len(u), 1)).T @ errors
+        q = encode((t + fed)[None], s, z, grid)
+        error = w - decode(q, s, z)[0]
+        return _put(codes, q[0].astype(jnp.uint8), j), _put(errors, error, j)
 
     state = (jnp.zeros(given.shape, jnp.uint8), jnp.zeros_like(given))
     return jax.lax.fori_loop(0, len(given), one, state)

@@ -1,0 +1,309 @@
+"""What was made once per model, kept: calibrated moments, priors, factors, packed trees.
+
+What is loaded is only as good as its match with the model and the recipe that will use it, and a
+wrong match still writes fluent text. So a store knows both, and a load refuses what does not fit.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.store_files import (
+    Shardings,
+    StoreError,
+    plain,
+    read,
+    read_header,
+    shapes,
+    write,
+)
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import replace_kernels
+from ttq_jax.types import MixedLinear, Moments, Offline, QuantizedLinear, kernels
+
+__all__ = [
+    "StoreError",
+    "fingerprint",
+    "load_conversation",
+    "load_offline",
+    "save_conversation",
+    "save_offline",
+]
+
+_KINDS = {
+    "offline": "what a recipe needs ahead of any prompt (save_offline)",
+    "conversation": "the moments of a conversation (save_conversation)",
+}
+
+# Choices of a recipe that do not change a tree quantized ahead of any prompt.
+_OF_THE_PROMPT = ("batch", "prefill")
+
+# Elements of each array that the fingerprint looks at.
+_SAMPLE = 1024
+
+
+def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Indices of at most `_SAMPLE` elements, spread so that no axis's period can hide from them."""
+    size = int(np.prod(shape, dtype=np.int64))
+    if size <= _SAMPLE:
+        flat = np.arange(size)
+    else:
+        golden = np.arange(_SAMPLE) * ((5**0.5 - 1) / 2) % 1.0
+        flat = (golden * size).astype(np.int64)
+    return tuple(i.astype(np.int32) for i in np.unravel_index(flat, shape))
+
+
+@jax.jit
+def _elements(arrays: tuple[Any, ...], places: list[tuple[Any, ...]]) -> list[jax.Array]:
+    return [a[at] for a, at in zip(arrays, places, strict=True)]
+
+
+def fingerprint(model: Model) -> str:
+    """Tells a model from others, also from those of the same shape.
+
+    It is a digest of the config and of every array's name, shape, type and a sample of its values:
+    weights that were trained further differ nearly everywhere. It depends neither on the device
+    nor on the sharding.
+
+    Args:
+      model: dense.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    paths, leaves = zip(*jax.tree.leaves_with_path(model.params), strict=True)
+    places = [_places(leaf.shape) for leaf in leaves]
+    samples = jax.device_get(_elements(leaves, places))
+    config = json.dumps(plain(dataclasses.asdict(model.config)), sort_keys=True)
+    digest = hashlib.sha256(config.encode())
+    for path, leaf, sample in zip(paths, leaves, samples, strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()
+
+
+def _identity(model: Model) -> dict[str, str]:
+    """What tells the model from others; the fingerprint decides, the rest is for messages."""
+    dtype = str(jax.tree.leaves(model.params)[0].dtype)
+    return {"name": model.name, "dtype": dtype, "fingerprint": fingerprint(model)}
+
+
+def _about(kind: str, model: Model, recipe: Recipe) -> dict[str, Any]:
+    """What a store says of itself."""
+    return {"kind": kind, "recipe": plain(recipe.describe()), "model": _identity(model)}
+
+
+def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offline) -> None:
+    """Saves what `prepare` made.
+
+    Of a packed tree only the packed kernels are written; the rest is the model's. An interrupted
+    save leaves what was there before, and beside it at most a hidden directory to delete.
+
+    Args:
+      path: a directory; a store that is there is replaced.
+      model: that it was made for, dense.
+      recipe: that it was made for.
+      offline: moments, factors or a packed tree, as the recipe needs them.
+
+    Raises:
+      StoreError: the recipe needs something else, the place is taken, or the disk refuses.
+    """
+    _check_parts(f"{path}: not saved", offline, recipe)
+    if offline.packed is not None:
+        packed = {
+            name: kernel
+            for name, kernel in kernels(offline.packed["layers"]).items()
+            if isinstance(kernel, QuantizedLinear | MixedLinear)
+        }
+        offline = dataclasses.replace(offline, packed=packed)
+    write(path, _about("offline", model, recipe), offline)
+
+
+def load_offline(
+    path: str | Path, model: Model, recipe: Recipe, *, sharding: Shardings = None
+) -> Offline:
+    """Loads what `save_offline` wrote; every bit is as it was.
+
+    The recipe may differ from the saved one in whatever does not change what was saved: a corpus's
+    moments serve any number of prior tokens, for example, but a packed tree only its own recipe.
+
+    Args:
+      path: the directory.
+      model: the model it was made for, dense.
+      recipe: that will use it.
+      sharding: where the arrays go: None for JAX's default device; a sharding for all of them; or
+        a function of an array's name ("packed.q.planes.0", "moments.attn_in.sums") and shape
+        that gives its sharding or None. The model's own arrays stay where they are.
+
+    Returns:
+      What `generate` and `perplexity` take as `offline`.
+
+    Raises:
+      StoreError: not such a store, of another format, model or recipe, incomplete or damaged.
+    """
+    header, offline = _fitting(path, "offline", model)
+    _check_recipe(path, header["recipe"], recipe, offline)
+    _check_parts(str(path), offline, recipe)
+    offline = read(path, header, sharding)
+    if offline.packed is None:
+        return offline
+    return dataclasses.replace(offline, packed=replace_kernels(model.params, offline.packed))
+
+
+def save_conversation(
+    path: str | Path, model: Model, recipe: Recipe, moments: dict[str, Moments]
+) -> None:
+    """Saves a conversation's state.
+
+    Args:
+      path: a directory; a store that is there is replaced.
+      model: that it was held with.
+      recipe: with a decay.
+      moments: per site, of the turns so far; `Generation.moments`.
+
+    Raises:
+      StoreError: not this recipe's moments, the place is taken, or the disk refuses.
+    """
+    if not moments:
+        raise StoreError(
+            f"{path}: not saved: there are no moments; only a recipe with moments.decay above 0 "
+            "keeps a conversation's"
+        )
+    _check_moments(f"{path}: not saved", moments, recipe)
+    write(path, _about("conversation", model, recipe), moments)
+
+
+def load_conversation(
+    path: str | Path, model: Model, recipe: Recipe, *, sharding: Shardings = None
+) -> dict[str, Moments]:
+    """Loads what `save_conversation` wrote; every bit is as it was.
+
+    Args:
+      path: the directory.
+      model: the model it was held with, dense.
+      recipe: of the next turn; it must read what the saved one read.
+      sharding: see `load_offline`; names are "attn_in.sums", ….
+
+    Returns:
+      What `Offline.carried` takes.
+
+    Raises:
+      StoreError: not such a store, of another format, model or recipe, incomplete or damaged.
+    """
+    header, moments = _fitting(path, "conversation", model)
+    _check_moments(str(path), moments, recipe)
+    return read(path, header, sharding)
+
+
+def _fitting(path: str | Path, kind: str, model: Model) -> tuple[dict[str, Any], Any]:
+    """A store's header and the shapes of its tree.
+
+    Raises:
+      StoreError: it cannot be read, is of another kind, or was made for another model.
+    """
+    header = read_header(path)
+    if header["kind"] != kind:
+        held = _KINDS.get(header["kind"], repr(header["kind"]))
+        raise StoreError(f"{path}: expected {_KINDS[kind]}, but it holds {held}")
+    stored, ours = header["model"], _identity(model)
+    if stored["fingerprint"] != ours["fingerprint"]:
+        names = [f"{of['name']} in {of['dtype']}" for of in (stored, ours)]
+        what = f"made for {names[0]}, not for {names[1]}"
+        if names[0] == names[1]:
+            what = f"made for other weights or another config of {names[0]}"
+        raise StoreError(f"{path}: {what}; load that model, or make it anew for this one")
+    return header, shapes(path, header)
+
+
+def _check_moments(what: str, moments: dict[str, Moments], recipe: Recipe) -> None:
+    """Compares moments with what the recipe reads.
+
+    Raises:
+      StoreError: they hold something else.
+    """
+    reads = recipe.reads
+    for site, one in moments.items():
+        block = 0 if one.gram is None else one.gram.shape[-1]
+        wanted = reads.block(one.sums.shape[-1])
+        if one.powers != reads.powers or block != wanted:
+            gram = f"Gram blocks of {wanted}" if wanted else "no Gram matrix"
+            raise StoreError(
+                f"{what}: the moments of {site} hold {one.holds()}, but the recipe reads powers "
+                f"{reads.powers} and {gram}; use the recipe they were observed for, or observe "
+                "anew for this one"
+            )
+
+
+def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
+    """Compares what there is with what the recipe needs ahead of a prompt.
+
+    Raises:
+      StoreError: something is missing, or holds something else.
+    """
+    _check_moments(what, offline.moments, recipe)
+    _check_moments(what, offline.carried, recipe)
+    if offline.packed is not None:
+        return
+    rank = recipe.low_rank.rank
+    needs = {
+        "a corpus's or a prior's moments": recipe.reads_offline and not offline.moments,
+        f"static factors of rank {rank}": rank and not offline.low_rank,
+    }
+    missing = [part for part, absent in needs.items() if absent]
+    if missing:
+        raise StoreError(
+            f"{what}: the recipe needs {' and '.join(missing)}, and there are none; save what "
+            "prepare() makes for this recipe"
+        )
+
+
+def _origin(recipe: dict[str, Any]) -> str:
+    """Where a described recipe's moments come from that are made ahead of a prompt."""
+    source = recipe["moments"]
+    return "corpus" if "corpus" in {source["of"], source["prior"]} else source["prior"]
+
+
+def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A description's values by their dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in recipe.items():
+        below = isinstance(value, dict)
+        out |= _flat(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return out
+
+
+def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held: Offline) -> None:
+    """Compares what the stored recipe and the given one say of what is held.
+
+    Raises:
+      StoreError: they differ.
+    """
+    described = plain(recipe.describe())
+    there, here = _flat(stored), _flat(described)
+    keys: Iterable[str]
+    if held.packed is not None:
+        keys = [key for key in {**there, **here} if key not in _OF_THE_PROMPT]
+    else:
+        origin = "the origin of the moments"
+        there[origin], here[origin] = _origin(stored), _origin(described)
+        keys = [origin, "low_rank.rank", "low_rank.weighted"]
+        if held.low_rank:
+            keys += ["low_rank.store", "grid.store_dtype", "select"]
+    absent = "absent"
+    pairs = {key: (there.get(key, absent), here.get(key, absent)) for key in keys}
+    pairs = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    if pairs:
+        # Of two rules only the names are told, not which knobs each has.
+        shared = {key: pair for key, pair in pairs.items() if absent not in pair} or pairs
+        different = [f"{key} is {a} there and {b} here" for key, (a, b) in shared.items()]
+        raise StoreError(
+            f"{path}: made for another recipe: {'; '.join(different)}. Use the recipe it was made "
+            "for, or make it anew for this one"
+        )

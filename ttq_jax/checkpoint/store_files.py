@@ -1,0 +1,391 @@
+"""A store on disk: a directory with `ttq.json`, which says what it holds, and Orbax's arrays.
+
+`ttq.json` describes the pytree with every static field, so that nothing is pickled, and lists each
+file with its size and digest, so that a damaged copy is refused before anything reads it. It is
+written last, into a draft beside the place it is meant for; the draft is renamed when complete.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ttq_jax._version import __version__
+from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
+
+VERSION = 1
+"""Of the format; a change that older code would misread counts it up."""
+
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
+Shardings = jax.sharding.Sharding | ShardingOf | None
+
+_MARK = "ttq-jax store"
+_HEADER, _ARRAYS = "ttq.json", "arrays"
+_NODES: dict[str, type] = {
+    node.__name__: node for node in (LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
+}
+_REMEDY = "copy it again, or make it anew"
+
+
+class StoreError(CheckpointError):
+    """A store that cannot be read or written: what was expected, what came, what to do."""
+
+
+def plain(value: Any) -> Any:
+    """Data as it comes back from JSON: lists for tuples, and a word for infinity.
+
+    Args:
+      value: dicts, lists, tuples and scalars.
+
+    Returns:
+      The same in JSON's own types.
+    """
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _taken_apart(tree: Any, name: str, arrays: dict[str, Any]) -> Any:
+    """A tree's description; its arrays are added to `arrays`, by name."""
+
+    def below(key: Any, value: Any) -> Any:
+        return _taken_apart(value, f"{name}.{key}" if name else str(key), arrays)
+
+    if tree is None:
+        return None
+    if isinstance(tree, dict):
+        return {"dict": {key: below(key, value) for key, value in tree.items()}}
+    if isinstance(tree, tuple):
+        return {"tuple": [below(i, value) for i, value in enumerate(tree)]}
+    if type(tree) in _NODES.values():
+        fields, static = {}, {}
+        for field in dataclasses.fields(tree):
+            value = getattr(tree, field.name)
+            if field.metadata.get("pytree_node", True):
+                fields[field.name] = below(field.name, value)
+            else:
+                static[field.name] = plain(value)
+        return {"node": type(tree).__name__, "static": static, "fields": fields}
+    arrays[name] = tree
+    return {"array": name, "shape": list(tree.shape), "dtype": str(tree.dtype)}
+
+
+def _put_together(spec: Any, leaf: Callable[[str, tuple[int, ...], Any], Any]) -> Any:
+    """The tree of a description, `leaf(name, shape, dtype)` in place of every array."""
+    if spec is None:
+        return None
+    if "dict" in spec:
+        return {key: _put_together(one, leaf) for key, one in spec["dict"].items()}
+    if "tuple" in spec:
+        return tuple(_put_together(one, leaf) for one in spec["tuple"])
+    if "node" in spec:
+        fields = {key: _put_together(one, leaf) for key, one in spec["fields"].items()}
+        static = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["static"].items()}
+        return _NODES[spec["node"]](**fields, **static)
+    return leaf(spec["array"], tuple(spec["shape"]), jnp.dtype(spec["dtype"]))
+
+
+def _digest_of(header: dict[str, Any]) -> str:
+    """Of everything in `ttq.json` but the digest itself."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
+    """Writes a store; what was there before stays until the new one is complete.
+
+    Args:
+      path: a directory that does not exist, is empty or is a store, which is then replaced.
+      about: what `ttq.json` says besides, in plain JSON types.
+      tree: of dicts, tuples, arrays and the nodes of `ttq_jax.types`.
+
+    Raises:
+      StoreError: something else is there, or the disk refuses.
+    """
+    place = Path(path).expanduser().resolve()
+    try:
+        _refuse_to_replace(place)
+        draft = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.saving")
+        try:
+            draft.mkdir(parents=True)
+            _write_draft(draft, about, tree)
+            _move(draft, place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as e:
+        raise StoreError(f"{path}: could not be written: {e}; choose another place") from e
+
+
+def _write_draft(draft: Path, about: dict[str, Any], tree: Any) -> None:
+    """All files of a store, `ttq.json` last."""
+    arrays: dict[str, Any] = {}
+    spec = _taken_apart(tree, "", arrays)
+    _write_arrays(draft / _ARRAYS, arrays)
+    files = {
+        file.relative_to(draft).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": _file_digest(file),
+        }
+        for file in sorted(draft.rglob("*"))
+        if file.is_file()
+    }
+    header = {"format": _MARK, "version": VERSION, "ttq_jax": __version__, **about}
+    header |= {"tree": spec, "files": files}
+    # No newline at the end: no shorter text is valid JSON.
+    with (draft / _HEADER).open("w", encoding="utf-8") as f:
+        f.write(json.dumps(header | {"sha256": _digest_of(header)}, indent=1))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _refuse_to_replace(place: Path) -> None:
+    """Lets pass what nobody would miss.
+
+    Raises:
+      StoreError: the place holds something that is not a store, or more than one.
+    """
+    if not place.exists():
+        return
+    if place.is_dir():
+        names = {file.name for file in place.iterdir()}
+        if not names:
+            return
+        try:
+            ours = names <= {_HEADER, _ARRAYS} and _parsed(place).get("format") == _MARK
+        except StoreError:
+            ours = False
+        if ours:
+            return
+    raise StoreError(
+        f"{place}: exists and is not a store of ttq-jax (or holds other files too), so it is not "
+        "replaced; choose another place or remove it yourself"
+    )
+
+
+def _move(draft: Path, place: Path) -> None:
+    """The draft takes its place; a store that is there is set aside first, and restored if not."""
+    if not place.exists():
+        draft.rename(place)
+        return
+    aside = draft.with_suffix(".replaced")
+    try:
+        place.rename(aside)
+        draft.rename(place)
+    finally:
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _orbax() -> tuple[Any, Any]:
+    """Orbax's synchronous checkpointer, and the module of its arguments."""
+    import orbax.checkpoint as ocp  # type: ignore[import-untyped]
+
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler()), ocp.args
+
+
+def _full(arrays: dict[str, Any]) -> dict[str, Any]:
+    """What Orbax can write: it refuses arrays without elements, which their shape describes."""
+    return {name: a for name, a in arrays.items() if math.prod(a.shape)}
+
+
+def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
+    """Writes all arrays that have elements.
+
+    Raises:
+      OSError: Orbax cannot.
+    """
+    if not _full(arrays):
+        return
+    checkpointer, args = _orbax()
+    try:
+        with checkpointer:
+            checkpointer.save(folder, args=args.StandardSave(_full(arrays)))
+    except Exception as e:  # its errors have no common class
+        raise OSError(f"{type(e).__name__}: {_first_line(e)}") from e
+
+
+def _parsed(place: Path) -> dict[str, Any]:
+    """`ttq.json` as it is.
+
+    Raises:
+      StoreError: there is none, or it is no JSON object.
+    """
+    try:
+        header = json.loads((place / _HEADER).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        what = f"has no {_HEADER}" if place.exists() else "no such directory"
+        raise StoreError(
+            f"{place}: {what}; expected a directory that ttq-jax has saved (an interrupted save "
+            "leaves none)"
+        ) from e
+    except OSError as e:
+        raise StoreError(f"{place}: expected a directory that ttq-jax has saved: {e}") from e
+    except ValueError as e:
+        raise StoreError(f"{place}: {_HEADER} is damaged ({_first_line(e)}); {_REMEDY}") from e
+    if not isinstance(header, dict):
+        raise StoreError(f"{place}: {_HEADER} is damaged (expected an object); {_REMEDY}")
+    return header
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `ttq.json` says, after everything that can be checked without the arrays.
+
+    Args:
+      path: a store.
+
+    Returns:
+      Its keys, among them what `write` was given as `about`.
+
+    Raises:
+      StoreError: not a store, another version of the format, or damaged.
+    """
+    place = Path(path).expanduser()
+    header = _parsed(place)
+    if header.get("format") != _MARK:
+        raise StoreError(
+            f"{place}: {_HEADER} is not ttq-jax's (expected format {_MARK!r}, got "
+            f"{header.get('format')!r})"
+        )
+    version, by = header.get("version"), header.get("ttq_jax", "an unknown version")
+    if isinstance(version, int) and version > VERSION:
+        raise StoreError(
+            f"{place}: format version {version}, written by ttq-jax {by}, is newer than version "
+            f"{VERSION}, which this ttq-jax {__version__} reads; upgrade ttq-jax, or make it anew"
+        )
+    if version != VERSION:
+        raise StoreError(
+            f"{place}: format version {version}, written by ttq-jax {by}, is older than version "
+            f"{VERSION}, the only one that this ttq-jax {__version__} reads; make it anew"
+        )
+    if header.get("sha256") != _digest_of(header):
+        raise StoreError(f"{place}: {_HEADER} is damaged (its digest does not fit); {_REMEDY}")
+    return header
+
+
+def shapes(path: str | Path, header: dict[str, Any]) -> Any:
+    """The tree of a store without its values.
+
+    Args:
+      path: for messages.
+      header: from `read_header`.
+
+    Returns:
+      The tree that was written, with a `jax.ShapeDtypeStruct` for every array.
+
+    Raises:
+      StoreError: the description makes no sense.
+    """
+    try:
+        return _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise StoreError(
+            f"{path}: {_HEADER} describes no tree that this ttq-jax knows "
+            f"({type(e).__name__}: {_first_line(e)}); {_REMEDY}"
+        ) from e
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def read(path: str | Path, header: dict[str, Any], sharding: Shardings = None) -> Any:
+    """The tree of a store, every file of it checked first.
+
+    Args:
+      path: the store.
+      header: from `read_header`.
+      sharding: where arrays go: None for JAX's default device, not committed to it; a sharding
+        for all of them; or a function of an array's name ("packed.q.planes.0") and shape that
+        gives its sharding or None.
+
+    Returns:
+      The tree that was written, bit for bit.
+
+    Raises:
+      StoreError: a file is missing or damaged, or an array does not fit its sharding.
+    """
+    place = Path(path).expanduser().resolve()
+    _check_files(place, header["files"])
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
+
+    def want(name: str, shape: tuple[int, ...], dtype: Any) -> None:
+        of_this = sharding(name, shape) if callable(sharding) else sharding
+        wanted[name] = _shape(shape, dtype, of_this)
+
+    _put_together(header["tree"], want)
+    try:
+        arrays = _read_arrays(place / _ARRAYS, wanted)
+    except Exception as e:  # Orbax's errors have no common class
+        raise StoreError(
+            f"{path}: its arrays could not be restored ({type(e).__name__}: {_first_line(e)}); "
+            "check that each fits its sharding and the device's memory"
+        ) from e
+    return _put_together(header["tree"], lambda name, *_: arrays[name])
+
+
+def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    """The arrays, each with its sharding."""
+    found: dict[str, Any] = {}
+    # Asked for without a sharding, Orbax takes the saved one, whose devices may not be here: an
+    # array that has none is asked for as NumPy's (of one element, so that it costs nothing).
+    targets = {
+        name: a if a.sharding else np.broadcast_to(np.zeros((), a.dtype), a.shape)
+        for name, a in _full(wanted).items()
+    }
+    if targets:
+        checkpointer, args = _orbax()
+        with checkpointer:
+            found = checkpointer.restore(folder, args=args.StandardRestore(targets))
+    for name, a in wanted.items():
+        if name not in found:
+            found[name] = jnp.zeros(a.shape, a.dtype, device=a.sharding)
+        elif a.sharding is None:
+            found[name] = jnp.asarray(found[name])
+    return found
+
+
+def _check_files(place: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Compares every file with what was written.
+
+    Raises:
+      StoreError: one is missing, cut short, or changed.
+    """
+    for name, expected in files.items():
+        file = place / name
+        try:
+            size = file.stat().st_size
+            fits = size == expected["bytes"] and _file_digest(file) == expected["sha256"]
+        except FileNotFoundError as e:
+            raise StoreError(f"{place}: {name} is missing; {_REMEDY}") from e
+        except OSError as e:
+            raise StoreError(f"{place}: {name} cannot be read: {e}; {_REMEDY}") from e
+        if size != expected["bytes"]:
+            raise StoreError(
+                f"{place}: {name} is damaged: expected {expected['bytes']} bytes, got {size}; "
+                f"{_REMEDY}"
+            )
+        if not fits:
+            raise StoreError(f"{place}: {name} is damaged (its digest does not fit); {_REMEDY}")

@@ -1,0 +1,285 @@
+"""Recipes as text: settings on a command line, TOML files.
+
+Both are read by one function, from the fields and types of the dataclasses that make up a recipe:
+a knob that is added there can be set and saved here.
+"""
+
+import dataclasses
+import math
+import os
+import tomllib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ttq_jax.config import ConfigError
+from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe
+from ttq_jax.quant.widths import Width
+
+_FIELDS = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
+_TABLES = tuple(name for name, value in _FIELDS.items() if dataclasses.is_dataclass(value))
+_PLAIN = tuple(name for name, value in _FIELDS.items() if isinstance(value, str))
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+_HEAD = "# A recipe of ttq, see `ttq recipes`.\n" + "".join(
+    f"# Rules of {axis}: {', '.join(names)}.\n" for axis, names in RULES.items()
+)
+
+
+def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """A recipe with some of its choices changed.
+
+    All settings are applied before the result is judged, so their order does not matter, but that
+    of several on one key the last one counts. A rule that the recipe does not have yet begins with
+    its defaults.
+
+    Args:
+      recipe: to begin with.
+      settings: each "axis.key=value" ("rounding.damping=0.3"), "axis=rule" ("scale=searched"),
+        "moments=corpus" (short for moments.of), a field by itself ("prefill=quantized"), or
+        "widths=" with TOML ('widths=[{select = "layers/down", bits = 5}]').
+
+    Returns:
+      The changed recipe.
+
+    Raises:
+      ConfigError: an axis, key, rule or value that does not exist, or choices that do not go
+        together.
+    """
+    given: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        axis, dot, key = (part.strip() for part in name.partition("."))
+        if not equals or (dot and not key):
+            raise ConfigError(
+                f"settings: expected AXIS.KEY=VALUE, AXIS=RULE or FIELD=VALUE, got {setting!r}"
+            )
+        _check_name("settings", axis, _FIELDS)
+        text = text.strip()
+        if dot:
+            if axis not in _TABLES:
+                raise ConfigError(f"{axis} has no keys: write {axis}=VALUE")
+            given.setdefault(axis, {})[key] = _Text(text)
+        elif axis in RULES:
+            given.setdefault(axis, {})["rule"] = _Text(text)
+        elif axis == "moments":
+            given.setdefault(axis, {})["of"] = _Text(text)
+        elif axis in _TABLES:
+            keys = ", ".join(f"{axis}.{f.name}" for f in dataclasses.fields(_FIELDS[axis]))
+            raise ConfigError(f"{axis} holds several values: set one of {keys}")
+        elif axis in _PLAIN:
+            given[axis] = _Text(text)
+        else:
+            given[axis] = _parsed(f"{axis} = {text}", axis)[axis]
+    return _changed(recipe, given)
+
+
+def from_toml(text: str) -> Recipe:
+    """Reads what `to_toml` writes.
+
+    Args:
+      text: TOML; what is missing has its default.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      ConfigError: not TOML, an unknown name or a value outside its range.
+    """
+    given = _parsed(text, "recipe")
+    for name in given:
+        _check_name("recipe", name, _FIELDS)
+    for name in _TABLES:
+        if not isinstance(given.get(name, {}), dict):
+            raise ConfigError(f"{name}: expected a table ([{name}]), got {given[name]!r}")
+    return _changed(Recipe(), given)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """A recipe as TOML, complete: `from_toml` gives the same recipe back.
+
+    Args:
+      recipe: to write.
+
+    Returns:
+      A table per axis, with the name of its rule; an array of tables for width rules.
+    """
+    said = recipe.describe()
+    widths = said.pop("widths")
+    parts = [tomli_w.dumps(said)]
+    for rule in widths:
+        known = {key: value for key, value in rule.items() if value is not None}
+        parts.append(f"[[widths]]\n{tomli_w.dumps(known)}")
+    return _HEAD + "\n".join(parts)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe from a file.
+
+    Args:
+      path: of a TOML file, see `from_toml`.
+
+    Returns:
+      The recipe.
+
+    Raises:
+      ConfigError: it cannot be read, or holds no recipe.
+    """
+    try:
+        text = Path(path).expanduser().read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: expected UTF-8 text, byte {e.start} is not") from e
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path}: no such file") from e
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+    try:
+        return from_toml(text)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+
+
+def save_recipe(path: str | Path, recipe: Recipe) -> None:
+    """Writes a recipe to a file; what was there stays until the new one is whole.
+
+    Args:
+      path: of a TOML file.
+      recipe: to write.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    target = Path(path).expanduser()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(to_toml(recipe), "utf-8")
+        unfinished.replace(target)
+    except OSError as e:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+
+
+class _Text(str):
+    """A value that is still to be read, by the type of its field."""
+
+
+def _parsed(text: str, what: str) -> dict[str, Any]:
+    """TOML data.
+
+    Raises:
+      ConfigError: not TOML; the parser's message names the line.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as e:
+        at_end = f"at line {len(text.splitlines())}, its end"
+        said = str(e).replace("at end of document", at_end)
+        raise ConfigError(f"{what}: not TOML: {said}") from e
+
+
+def _check_name(where: str, name: str, legal: Iterable[str]) -> None:
+    """Refuses a name that does not exist.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if name not in legal:
+        raise ConfigError(f"{where}: expected one of {', '.join(legal)}, got {name!r}")
+
+
+def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """The recipe with everything given put in at once."""
+    changes: dict[str, Any] = {}
+    for axis, value in given.items():
+        if axis in _TABLES:
+            changes[axis] = _table(axis, getattr(recipe, axis), dict(value))
+        elif axis in _PLAIN:
+            changes[axis] = _value(axis, value, str)
+        else:
+            changes[axis] = _widths(value)
+    return dataclasses.replace(recipe, **changes)
+
+
+def _table(axis: str, current: Any, given: dict[str, Any]) -> Any:
+    """One axis: the current value, or another rule's defaults, with the given keys.
+
+    Raises:
+      ConfigError: no such rule, key or value.
+    """
+    if axis in RULES and "rule" in given:
+        name = _value(f"{axis}.rule", given.pop("rule"), str)
+        _check_name(axis, name, RULES[axis])
+        if type(current) is not RULES[axis][name]:
+            current = RULES[axis][name]()
+    fields = {field.name for field in dataclasses.fields(current)}
+    for key in given:
+        if key not in fields:
+            raise ConfigError(_no_such_key(axis, current, key))
+    kinds = typing.get_type_hints(type(current))
+    read = {key: _value(f"{axis}.{key}", value, kinds[key]) for key, value in given.items()}
+    return dataclasses.replace(current, **read)
+
+
+def _no_such_key(axis: str, current: Any, key: str) -> str:
+    """What is wrong, and which keys or which other rule there are."""
+    keys = ", ".join(field.name for field in dataclasses.fields(current)) or "none"
+    if axis not in RULES:
+        return f"{axis}.{key}: no such key; {axis} has {keys}"
+    owners = [
+        name
+        for name, rule in RULES[axis].items()
+        if key in {field.name for field in dataclasses.fields(rule)}
+    ]
+    text = f"{axis}.{key}: no such key of {axis} rule {RULE_NAMES[type(current)]}, which has {keys}"
+    return f"{text}; rule {' and '.join(owners)} has it" if owners else text
+
+
+def _widths(given: Any) -> tuple[Width, ...]:
+    """Width rules from an array of tables.
+
+    Raises:
+      ConfigError: something else came.
+    """
+    if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
+        raise ConfigError(
+            'widths: expected tables like {select = "layers/down", bits = 5}, or [[widths]] in a '
+            f"file, got {given!r}"
+        )
+    kinds = {"select": str, "bits": int, "group_size": int}
+    rules = []
+    for i, rule in enumerate(given, 1):
+        for key in rule:
+            _check_name(f"widths, rule {i}", key, kinds)
+        if "select" not in rule:
+            raise ConfigError(f'widths, rule {i}: expected select, as in select = "layers/down"')
+        read = {key: _value(f"widths.{key}", value, kinds[key]) for key, value in rule.items()}
+        rules.append(Width(**read))
+    return tuple(rules)
+
+
+def _value(where: str, value: Any, kind: type) -> Any:
+    """A value of the field's type.
+
+    Raises:
+      ConfigError: another type came, or not a number.
+    """
+    read: Any = _read(value, kind) if isinstance(value, _Text) else value
+    if kind is float and type(read) is int and abs(read) < 2**53:
+        read = float(read)
+    if type(read) is not kind or (isinstance(read, float) and math.isnan(read)):
+        raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {value!r}")
+    return read
+
+
+def _read(text: _Text, kind: type) -> Any:
+    """Text as a value of this type; the text itself if it is none."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
