@@ -13,6 +13,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.perplexity import Protocol, perplexity, score_window
+from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import preset
 from ttq_jax.types import Offline
 
@@ -99,8 +100,8 @@ def test_eight_bits_lose_next_to_nothing_and_two_bits_much(name, kind):
 
 
 def test_calibration_is_a_sum_over_windows():
-    both = calibrate(MODEL, WINDOWS[:2], (1.0, 2.0))
-    first, second = (calibrate(MODEL, WINDOWS[i : i + 1], (1.0, 2.0)) for i in (0, 1))
+    both = calibrate(MODEL, WINDOWS[:2], Reads((1.0, 2.0)))
+    first, second = (calibrate(MODEL, WINDOWS[i : i + 1], Reads((1.0, 2.0))) for i in (0, 1))
     for site, moments in both.items():
         np.testing.assert_allclose(moments.sums, first[site].sums + second[site].sums, rtol=1e-5)
         assert moments.count.tolist() == [96, 96, 96]
