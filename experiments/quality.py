@@ -1,6 +1,6 @@
 """How much of the unquantized model each recipe keeps, at how many bits, in how much time.
 
-Claim     what the README says of `fast`, `best` and the default recipe, and the frontier picture.
+Claim     none yet: it is to choose `fast`, `best` and the default recipe, and to draw the frontier.
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
@@ -9,7 +9,7 @@ Command   python experiments/quality.py measure --model smollm2 --corpus wikitex
 Cost      SmolLM2-135M on 2 cores: 1 s per window unquantized, 2 s with `ttq`, 5 s with second
           order; a corpus of 40 windows and ten recipes is about 20 minutes. A run that was cut goes
           on where it stopped: finished (recipe, corpus) pairs are skipped, more windows are added.
-Expect    experiments/results/quality_*.jsonl and the table that `report` prints from them.
+Expect    a row per recipe and corpus; `report` prints gaps with intervals from them.
 
 The protocol is the causal one: weights from the first P tokens, the rest of the window scored.
 The gap is perplexity over the unquantized one, minus 1; its mean is over corpora, its interval a

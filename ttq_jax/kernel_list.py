@@ -111,7 +111,7 @@ def run_kernels(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe = recipe_of(args)
     if recipe is None:
-        raise ConfigError("method none quantizes nothing, so it uses no kernel; choose another")
+        raise ConfigError("recipe none quantizes nothing, so it uses no kernel; choose another")
     if args.batch_size < 1 or args.prompt_tokens < 1:
         raise ConfigError("expected --batch-size and --prompt-tokens of at least 1")
     if args.model in RELEASED:

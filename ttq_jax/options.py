@@ -15,11 +15,9 @@ from ttq_jax.config import ConfigError
 from ttq_jax.corpora import calibration_windows, read_corpus, read_file
 from ttq_jax.progress import Progress
 from ttq_jax.prompts import PromptError
-from ttq_jax.quant.half_quadratic import HalfQuadratic
-from ttq_jax.quant.recipe import RULE_NAMES, Recipe, preset
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe, check_clip, preset
 from ttq_jax.quant.recipe_text import load_recipe, with_settings
 from ttq_jax.quant.scaling import PowerLaw
-from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import Offline, kernels
 
 # Options that are short for a setting.
@@ -59,13 +57,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
                 raise ConfigError(f"recipe {name} quantizes nothing, so {option} has no use")
         return None
     short = [f"{s}={getattr(args, k)}" for k, s in _SHORT.items() if getattr(args, k) is not None]
-    if args.clip and isinstance(base.rounding, SecondOrder | HalfQuadratic):
-        rule = RULE_NAMES[type(base.rounding)]
-        raise ConfigError(
-            f"--clip goes with rounding to nearest, but recipe {name} rounds by {rule}; "
-            "change its own knobs (--set rounding.steps=10, …) or --set rounding=clip"
-        )
     if args.clip:
+        check_clip(name, base)
         short.append("rounding=clip")
     if getattr(args, "per_prompt", False):
         short.append("batch=per_prompt")

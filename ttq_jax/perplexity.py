@@ -6,7 +6,8 @@
              scored: what a user gets
 
 Always quote the protocol, the window and P with a number: they change it. Every method reads its
-prompt the way `Recipe.prefill` says, so that rows of one table differ in the method alone.
+prompt the way `Recipe.prefill` says, so that rows of one table differ in the method alone. A recipe
+that refreshes does so every n scored tokens, causal only: a window has nothing after its prompt.
 """
 
 import dataclasses

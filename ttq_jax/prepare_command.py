@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from ttq_jax.checkpoint.store import save_offline
-from ttq_jax.checkpoint.store_files import plain
 from ttq_jax.config import ConfigError
 from ttq_jax.options import (
     calibration_text,
@@ -54,7 +53,7 @@ def run_prepare(args: argparse.Namespace, progress: Progress) -> None:
         save_offline(Path(args.out).expanduser(), model, recipe, offline)
     if args.json:
         print_json({
-            "model": args.model, "method": args.method, "recipe": plain(recipe.describe()),
+            "model": args.model, "method": args.method, "recipe": recipe.describe(),
             "out": args.out, "bytes": found, "seconds": round(seconds, 3), "versions": versions(),
         })  # fmt: skip
         return

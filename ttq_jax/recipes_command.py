@@ -2,7 +2,6 @@
 
 import argparse
 
-from ttq_jax.checkpoint.store_files import plain
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.recipe import PRESETS, RULE_NAMES, Recipe, preset
 from ttq_jax.quant.recipe_text import load_recipe, to_toml, with_settings
@@ -51,7 +50,7 @@ def run_recipes(args: argparse.Namespace) -> None:
             raise ConfigError("--set: say which recipe is to be changed, as in ttq recipes ttq")
         if args.json:
             for key, one in PRESETS.items():
-                data = None if one.recipe is None else plain(one.recipe.describe())
+                data = None if one.recipe is None else one.recipe.describe()
                 print_json({
                     "name": key, "about": one.about, "cost": one.cost, "use": one.use,
                     "recipe": data,
@@ -64,6 +63,6 @@ def run_recipes(args: argparse.Namespace) -> None:
         raise ConfigError(f"recipe {name} quantizes nothing, so there is nothing to print")
     recipe = with_settings(recipe, args.settings)
     if args.json:
-        print_json({"name": name, "recipe": plain(recipe.describe())})
+        print_json({"name": name, "recipe": recipe.describe()})
     else:
         print_text(to_toml(recipe).removesuffix("\n"))

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from ttq_jax._version import __version__
-from ttq_jax.checkpoint.store_files import plain
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.source import Source
@@ -55,7 +54,7 @@ def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[st
     return {
         "model": model,
         "method": method,
-        "recipe": None if recipe is None else plain(recipe.describe()),
+        "recipe": None if recipe is None else recipe.describe(),
         "device": device(),
         "versions": versions(),
         "effective_bits": round(bits, 4),

@@ -12,6 +12,7 @@ from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import BITS, Grid, Nearest, decode, encode, fit, split_groups
 from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
+from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import Moments
 
 
@@ -208,6 +209,20 @@ def test_dead_channels_and_silent_prompts_stay_finite(name):
 def test_bad_choices_are_refused(change, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         preset("ttq", **change)
+
+
+@pytest.mark.parametrize("choice", [
+    lambda: PowerLaw(lam=np.inf), lambda: PowerLaw(p=np.inf), lambda: SearchedAlpha(p=np.inf),
+    lambda: SecondOrder(damping=np.inf), lambda: PowerLaw(lam=np.nan),
+])  # fmt: skip
+def test_knobs_are_finite(choice):
+    with pytest.raises(ConfigError, match="finite"):
+        choice()
+
+
+def test_a_clip_search_does_not_replace_another_rounding():
+    with pytest.raises(ConfigError, match="recipe best rounds by second_order"):
+        preset("best", clip=True)
 
 
 def test_unknown_method_is_refused():

@@ -111,7 +111,9 @@ def test_constant_groups_stay_what_they_are(zero_point):
     np.testing.assert_allclose(quantized(w, HalfQuadratic(), grid), w, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"p": 1.0}, {"beta": 0.0}, {"kappa": 0.9}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"p": 1.0}, {"beta": 0.0}, {"beta": np.inf}, {"kappa": 0.9}, {"steps": 0}]
+)
 def test_values_outside_their_range_are_refused(wrong):
-    with pytest.raises(ConfigError, match="expected 0 < p < 1, beta > 0, kappa >= 1, steps >= 1"):
+    with pytest.raises(ConfigError, match="expected 0 < p < 1, finite beta > 0 and kappa >= 1"):
         HalfQuadratic(**wrong)

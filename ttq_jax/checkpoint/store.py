@@ -97,7 +97,7 @@ def _identity(model: Model) -> dict[str, str]:
 
 def _about(kind: str, model: Model, recipe: Recipe) -> dict[str, Any]:
     """What a store says of itself."""
-    return {"kind": kind, "recipe": plain(recipe.describe()), "model": _identity(model)}
+    return {"kind": kind, "recipe": recipe.describe(), "model": _identity(model)}
 
 
 def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offline) -> None:
@@ -285,7 +285,7 @@ def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held
     Raises:
       StoreError: they differ.
     """
-    described = plain(recipe.describe())
+    described = recipe.describe()
     there, here = _flat(stored), _flat(described)
     keys: Iterable[str]
     if held.packed is not None:

@@ -6,6 +6,7 @@ that fits the rest is a mean, so the two alternate in closed form.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -38,9 +39,11 @@ class HalfQuadratic:
     span: ClassVar[int] = 0
 
     def __post_init__(self):
-        if not (0 < self.p < 1 and self.beta > 0 and self.kappa >= 1 and self.steps >= 1):
+        positive = 0 < self.beta < math.inf and 1 <= self.kappa < math.inf
+        if not (0 < self.p < 1 and positive and self.steps >= 1):
             raise ConfigError(
-                "half-quadratic rounding: expected 0 < p < 1, beta > 0, kappa >= 1, steps >= 1; "
+                "half-quadratic rounding: expected 0 < p < 1, finite beta > 0 and kappa >= 1, "
+                "steps >= 1; "
                 f"got {self.p}, {self.beta}, {self.kappa}, {self.steps}"
             )
 

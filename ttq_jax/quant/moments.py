@@ -52,7 +52,7 @@ def observe(
     gram = None
     if block:
         blocks = jnp.pad(seen, ((0, 0), (0, -d_in % block))).reshape(len(seen), -1, block)
-        gram = jnp.einsum("tbi,tbj->bij", blocks, blocks, preferred_element_type=jnp.float32)
+        gram = jnp.einsum("tbi,tbj->bij", blocks, blocks, precision="highest")
     return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, powers=reads.powers)
 
 

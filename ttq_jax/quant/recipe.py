@@ -5,6 +5,7 @@ data; a new method is a new row.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -139,7 +140,9 @@ class Recipe:
                 value = [dataclasses.asdict(rule) for rule in value]
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 rule = {"rule": RULE_NAMES[type(value)]} if type(value) in RULE_NAMES else {}
-                value = {**rule, **dataclasses.asdict(value)}
+                knobs = dataclasses.asdict(value)
+                # JSON has no infinity.
+                value = rule | {k: "inf" if v == math.inf else v for k, v in knobs.items()}
             out[field.name] = value
         return out
 
@@ -192,7 +195,7 @@ PRESETS: dict[str, Preset] = {
         recipe=Recipe(moments="none", scale=NoScale(), rounding=HalfQuadratic()),
         about="HQQ: half-quadratic zero points",
         cost="once per model",
-        use="the best baseline without activations",
+        use="another baseline without activations",
     ),
     "awq": Preset(
         recipe=Recipe(moments="corpus", scale=SearchedAlpha()),
@@ -237,28 +240,8 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset(name: str, **knobs: Any) -> Recipe | None:
-    """A named recipe, with the usual knobs applied; what is not given stays as the preset has it.
-
-    Args:
-      name: a key of `PRESETS`.
-      **knobs: see `adjusted`.
-
-    Returns:
-      The recipe; None for "none", which quantizes nothing.
-
-    Raises:
-      ConfigError: an unknown name or a value outside its range.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
-    base = PRESETS[name].recipe
-    made = adjusted(base or Recipe(), **knobs)
-    return None if base is None else made
-
-
-def adjusted(
-    base: Recipe,
+def preset(
+    name: str,
     *,
     bits: int | None = None,
     group_size: int | None = None,
@@ -266,24 +249,27 @@ def adjusted(
     symmetric: bool | None = None,
     clip: bool = False,
     **choices: Any,
-) -> Recipe:
-    """A recipe with the usual knobs applied; None leaves one as it is.
+) -> Recipe | None:
+    """A named recipe, with the usual knobs applied; what is not given stays as the preset has it.
 
     Args:
-      base: to begin with.
+      name: a key of `PRESETS`.
       bits: 2, 3, 4, 5 or 8.
       group_size: a positive multiple of 8, or -1 for the whole row.
       rank: of the static low-rank part, 0 for none.
       symmetric: no zero points.
-      clip: search each group's range (`ClipSearch`) before rounding.
+      clip: search each group's range (`ClipSearch`) before rounding to nearest.
       **choices: further fields of `Recipe` (or of `Grid`), by name.
 
     Returns:
-      The recipe.
+      The recipe; None for "none", which quantizes nothing.
 
     Raises:
-      ConfigError: a value outside its range.
+      ConfigError: an unknown name, a value outside its range, or `clip` for another rounding.
     """
+    if name not in PRESETS:
+        raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
+    base = PRESETS[name].recipe or Recipe()
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     of_grid = {f.name for f in dataclasses.fields(Grid)}
     given |= {k: choices.pop(k) for k in list(choices) if k in of_grid}
@@ -292,6 +278,26 @@ def adjusted(
     if rank is not None:
         low_rank = dataclasses.replace(low_rank, rank=rank)
     if clip:
+        check_clip(name, base)
         choices.setdefault("rounding", ClipSearch())
     grid = dataclasses.replace(base.grid, **given)
-    return dataclasses.replace(base, grid=grid, low_rank=low_rank, **choices)
+    made = dataclasses.replace(base, grid=grid, low_rank=low_rank, **choices)
+    return None if PRESETS[name].recipe is None else made
+
+
+def check_clip(name: str, base: Recipe) -> None:
+    """Refuses a clip search that would replace a recipe's own rounding.
+
+    Args:
+      name: the recipe's.
+      base: the recipe.
+
+    Raises:
+      ConfigError: it does not round to nearest.
+    """
+    if not isinstance(base.rounding, Nearest | ClipSearch):
+        raise ConfigError(
+            f"clip (--clip) goes with rounding to nearest, but recipe {name} rounds by "
+            f"{RULE_NAMES[type(base.rounding)]}; change its own knobs (rounding.steps=10, …) or "
+            "set rounding=clip"
+        )

@@ -109,6 +109,8 @@ def to_toml(recipe: Recipe) -> str:
       A table per axis, with the name of its rule; an array of tables for width rules.
     """
     said = recipe.describe()
+    # TOML has infinity, JSON's word for it is not needed.
+    said["moments"]["prior_tokens"] = recipe.source.prior_tokens
     widths = said.pop("widths")
     parts = [tomli_w.dumps(said)]
     for rule in widths:

@@ -8,6 +8,7 @@ projections that read one input get one D.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -63,9 +64,9 @@ class PowerLaw:
     shared: ClassVar[bool] = True  # D follows from the moments alone
 
     def __post_init__(self):
-        if not (0 <= self.alpha <= 2 and self.lam >= 0 and self.p > 0):
+        if not (0 <= self.alpha <= 2 and 0 <= self.lam < math.inf and 0 < self.p < math.inf):
             raise ConfigError(
-                f"power-law scale: expected 0 <= alpha <= 2, lam >= 0, p > 0; "
+                f"power-law scale: expected 0 <= alpha <= 2, finite lam >= 0 and p > 0; "
                 f"got alpha={self.alpha}, lam={self.lam}, p={self.p}"
             )
 
@@ -100,9 +101,10 @@ class SearchedAlpha:
     shared: bool = False
 
     def __post_init__(self):
-        if self.steps < 1 or self.p <= 0:
+        if self.steps < 1 or not 0 < self.p < math.inf:
             raise ConfigError(
-                f"searched scale: expected steps >= 1 and p > 0, got {self.steps} and {self.p}"
+                "searched scale: expected steps >= 1 and a finite p > 0, got "
+                f"{self.steps} and {self.p}"
             )
 
     @property

@@ -54,9 +54,9 @@ class SecondOrder:
 
     def __post_init__(self):
         shrink_factors(self.steps, self.smallest)
-        if not (self.damping > 0 and 0 <= self.shrinkage <= 1):
+        if not (0 < self.damping < math.inf and 0 <= self.shrinkage <= 1):
             raise ConfigError(
-                "second-order rounding: expected damping > 0 and 0 <= shrinkage <= 1, got "
+                "second-order rounding: expected a finite damping > 0 and 0 <= shrinkage <= 1, got "
                 f"{self.damping} and {self.shrinkage}"
             )
         if self.span != -1 and (self.span < 8 or self.span % 8):
@@ -184,7 +184,8 @@ def round_rows(
     """Rounds row after row, feeding errors forward.
 
     Rows are taken a few at a time: the errors of all earlier ones arrive by matrix products, those
-    among the few as each row's turn comes.
+    among the few as each row's turn comes. A TPU would multiply in bfloat16 unless told otherwise,
+    and a sum of errors is as small as a rounding step.
 
     Args:
       w: scaled weights in the order of rounding, k = n_block · b.
@@ -216,7 +217,7 @@ def round_rows(
         def earlier(p: Array, target: Array) -> Array:
             by = _cut(columns, (p * panel, 0), (panel, step))
             of = _cut(errors, (block * b + p * panel, 0), (panel, n))
-            return target + by.T @ of
+            return target + jnp.matmul(by.T, of, precision="highest")
 
         panels = jax.lax.div(local + (panel - 1), panel)
         target = jax.lax.fori_loop(0, panels, earlier, given)
@@ -265,7 +266,8 @@ def _round_few(
     def one(j: Array, state: tuple) -> tuple:
         codes, errors = state
         w, t, s, z = (_cut(a, (j, 0), (1, a.shape[1])) for a in (given, target, scales, zeros))
-        fed = _cut(u, (0, j), (len(u), 1)).T @ errors
+        column = _cut(u, (0, j), (len(u), 1))
+        fed = jnp.matmul(column.T, errors, precision="highest")
         q = encode((t + fed)[None], s, z, grid)
         error = w - decode(q, s, z)[0]
         return _put(codes, q[0].astype(jnp.uint8), j), _put(errors, error, j)

@@ -86,10 +86,12 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
       source: says what the prior is worth.
 
     Returns:
-      Moments of `seen.count + n` tokens, or of one token of the prior for n = ∞.
+      Moments of `seen.count + n` tokens, or the prior's alone for n = ∞.
     """
     if prior is None or source.prior == "none":
         return seen
+    if source.prior == "corpus" and math.isinf(source.prior_tokens):
+        return prior
     one = prior.scaled(1.0 / jnp.maximum(prior.count, 1.0))
     if source.prior == "weights":
         one = _to_the_power_of(one, seen)

@@ -2,8 +2,8 @@
 
 Layers are scanned, so every layer of a stack has one shape. A projection whose layers differ in
 width is computed by a `lax.switch` over its widths; each step of the scan gives one result per
-width, zeros but for the right one, and afterwards each width keeps its own layers. That costs
-temporary memory, the stacks of all widths at once, and no time.
+width, zeros but for the right one, and afterwards each width keeps its own layers. Each weight is
+rounded once; what it costs is temporary memory, the stacks of all widths at once.
 """
 
 from functools import partial
