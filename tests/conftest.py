@@ -1,5 +1,6 @@
 """One set-up for the whole suite: CPU, strict dtypes, shapes checked at run time."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import jaxtyping
+import pytest
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
               "generate", "calibrate", "perplexity"]  # fmt: skip
@@ -16,3 +18,11 @@ jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """Frees a file's compiled programs: each maps memory, and Linux gives a process 65530 maps."""
+    yield
+    jax.clear_caches()
+    gc.collect()
