@@ -127,7 +127,7 @@ class SecondOrder:
         codes, scales, zeros = round_rows(
             weight[order], feedback(matrix), scales, zeros, group_of[order], grid, rows
         )
-        return jnp.zeros_like(codes).at[order].set(codes)[:k], scales, zeros
+        return codes[jnp.argsort(order)][:k], scales, zeros
 
 
 def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block b"]:
