@@ -26,7 +26,8 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
     Args:
       params: a dense tree.
       config: the model's.
-      reads: what the recipe reads; of a Gram matrix only the diagonal is estimated.
+      reads: what the recipe reads; of a Gram matrix only the diagonal is estimated, and kept as
+        blocks of one channel.
 
     Returns:
       Per site, moments stacked over the layers.
@@ -79,8 +80,5 @@ def _moments(power: Float[Array, "d_in"], *, reads: Reads) -> Moments:
     """Moments of one token with this power per channel."""
     rows = [power ** (p / 2) for p in reads.powers]
     sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)))
-    gram, block = None, reads.block(len(power))
-    if block:
-        blocks = jnp.pad(power, (0, -len(power) % block)).reshape(-1, block)
-        gram = jax.vmap(jnp.diag)(blocks)
+    gram = power[:, None, None] if reads.span else None
     return Moments(sums, jnp.ones(()), gram, powers=reads.powers)

@@ -129,6 +129,7 @@ def test_a_blend_is_the_weighted_sum_and_lies_between():
 def test_a_prior_from_weights_has_no_unit(tokens):
     seen, source = moments(0, 20), Source(prior="weights", prior_tokens=tokens)
     one = dataclasses.replace(moments(2, 1), count=jnp.ones(()))
+    one = dataclasses.replace(one, gram=jnp.diagonal(one.gram[0])[:, None, None])
     got = blend(seen, one, source)
     for unit in (1e-4, 7.0, 1e5):
         other = dataclasses.replace(
@@ -142,6 +143,7 @@ def test_a_prior_from_weights_has_no_unit(tokens):
         assert got.count == 1
         np.testing.assert_allclose(got.sums.mean(1), seen.sums.mean(1) / 20, rtol=1e-5)
         np.testing.assert_allclose(np.trace(got.gram[0]), np.trace(seen.gram[0]) / 20, rtol=1e-5)
+        assert np.count_nonzero(got.gram) == len(one.gram)
         ratio = got.sums / one.sums
         np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-5)
     # A prompt of zeros, or a model of zeros, stays finite.

@@ -222,8 +222,10 @@ def _fitting(path: str | Path, kind: str, model: Model) -> tuple[dict[str, Any],
     return header, shapes(path, header)
 
 
-def _check_moments(what: str, moments: dict[str, Moments], recipe: Recipe) -> None:
-    """Compares moments with what the recipe reads.
+def _check_moments(
+    what: str, moments: dict[str, Moments], recipe: Recipe, *, diagonal: bool = False
+) -> None:
+    """Compares moments with what the recipe reads, or with the diagonal of its Gram matrix.
 
     Raises:
       StoreError: they hold something else.
@@ -232,6 +234,7 @@ def _check_moments(what: str, moments: dict[str, Moments], recipe: Recipe) -> No
     for site, one in moments.items():
         block = 0 if one.gram is None else one.gram.shape[-1]
         wanted = reads.block(one.sums.shape[-1])
+        wanted = min(wanted, 1) if diagonal else wanted
         if one.powers != reads.powers or block != wanted:
             gram = f"Gram blocks of {wanted}" if wanted else "no Gram matrix"
             raise StoreError(
@@ -247,7 +250,7 @@ def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
     Raises:
       StoreError: something is missing, or holds something else.
     """
-    _check_moments(what, offline.moments, recipe)
+    _check_moments(what, offline.moments, recipe, diagonal=recipe.source.prior == "weights")
     _check_moments(what, offline.carried, recipe)
     if offline.packed is not None:
         return

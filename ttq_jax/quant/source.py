@@ -8,6 +8,7 @@ al., 2023). A short prompt needs one: 16 tokens say little about a channel.
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 
 from ttq_jax.config import ConfigError
@@ -94,10 +95,20 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
         return prior
     one = prior.scaled(1.0 / jnp.maximum(prior.count, 1.0))
     if source.prior == "weights":
-        one = _to_the_power_of(one, seen)
+        one = _to_the_power_of(_in_blocks_of(one, seen), seen)
     if math.isinf(source.prior_tokens):
         return one
     return seen + one.scaled(source.prior_tokens)
+
+
+def _in_blocks_of(profile: Moments, seen: Moments) -> Moments:
+    """The profile with its diagonal, kept as blocks of one channel, in the prompt's Gram blocks."""
+    if profile.gram is None:
+        return profile
+    n_block, block = seen.gram.shape[:2]
+    diagonal = jnp.pad(profile.gram[:, 0, 0], (0, n_block * block - len(profile.gram)))
+    gram = jax.vmap(jnp.diag)(diagonal.reshape(n_block, block))
+    return dataclasses.replace(profile, gram=gram)
 
 
 def _to_the_power_of(profile: Moments, seen: Moments) -> Moments:
