@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels.choice import Target, chip_of, current_target
 from ttq_jax.chips import CHIPS, ChipError, chip, compile_for, device, tracing_for
-from ttq_jax.cli import COMPILED, ESTIMATED
+from ttq_jax.parsers import COMPILED, ESTIMATED
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,23 +1,35 @@
 """Bits where they matter: a width for each projection of each layer, within a budget.
 
-The error of a width is measured, not modelled: every weight is rounded at every width by the
-recipe's own rounding, and the output error that the given moments see is taken relative to the
-output itself. Upgrades are then bought in the order of error removed per stored bit. The result is
-a tuple of `Width` rules, static in the recipe: one program per model, and none per prompt.
+What a width costs is estimated in the unit that counts, nats per token. A text is cut into windows;
+each is a prompt and what follows it. Every weight is rounded at every width from the prompt, as the
+recipe would, and its output error δ at the following tokens is weighed by the gradient g of the
+log-likelihood there: ½ E[(g·δ)²], the second-order estimate of the divergence from the unquantized
+model (g of labels drawn from the model itself, so that g gᵀ is the Fisher information; errors of
+different weights and tokens are taken as independent). An output error by itself would not do: a
+few huge activations dominate some layers' outputs and matter little.
+
+Upgrades are then bought in the order of divergence removed per stored bit. The result is a tuple of
+`Width` rules, static in the recipe: one program per model, and none per prompt.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from ttq_jax.config import ConfigError
+from ttq_jax.calibrate import observe_tokens
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.linear import dense_weight
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.source import blend
 from ttq_jax.quant.tree import quantize_layer
 from ttq_jax.quant.widths import Width
 from ttq_jax.types import (
@@ -38,7 +50,7 @@ class Measured:
 
     Attributes:
       widths: ascending.
-      errors: by projection, [L, len(widths)]; output error over output, both in power.
+      errors: by projection, [L, len(widths)]; estimated divergence, nats per token.
       bits: by projection, [len(widths)]; stored bits of one layer, everything counted.
       weights: by projection, weights of one layer.
     """
@@ -49,74 +61,145 @@ class Measured:
     weights: dict[str, int]
 
 
-def _power(matrix: Float[Array, "d_in d_out"], moments: Moments) -> Float[Array, ""]:
-    """E‖xᵀ M‖² as the moments see it: by the whole Gram matrix, its blocks, or its diagonal."""
-    if moments.gram is None:
-        return jnp.sum(moments.mean_power(2.0)[:, None] * jnp.square(matrix))
-    n_block, b = moments.gram.shape[:2]
-    padded = jnp.pad(matrix, ((0, n_block * b - len(matrix)), (0, 0))).reshape(n_block, b, -1)
-    seen = jnp.einsum("bij,bjn->bin", moments.gram, padded)
-    return jnp.sum(padded * seen) / jnp.maximum(moments.count, 1.0)
+@partial(jax.jit, static_argnames="config")
+def sensitivities(
+    params: Params, tokens: Int[Array, "T"], key: Array, *, config: ModelConfig
+) -> tuple[dict[str, Float[Array, "L T d_in"]], dict[str, Float[Array, "L T d_out"]]]:
+    """What every projection reads at every token, and how the likelihood depends on its output.
+
+    Args:
+      params: a dense tree.
+      tokens: of one window.
+      key: draws the label of each position from the model's own prediction.
+      config: the model's.
+
+    Returns:
+      ({site: inputs}, {projection: gradient of the labels' summed log-likelihood}).
+    """
+    batch = tokens[None]
+    cache = empty_cache(config, 1, len(tokens), params["embed"]["embedding"].dtype)
+    # An output's gradient is that of zeros added to it.
+    probes = {
+        name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]))
+        for name, kernel in kernels(params["layers"]).items()
+    }
+
+    def project(
+        site: str, x: Array, weights: dict[str, Params], at: dict[str, Array]
+    ) -> tuple[dict[str, Array], Array]:
+        ys = plain(site, x, weights)[0]
+        return {n: y + at[n].astype(y.dtype) for n, y in ys.items()}, x[0].astype(jnp.float32)
+
+    def likelihood(probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        hidden, _, seen = forward(
+            config, params, batch, jnp.ones(batch.shape, bool), cache,
+            project=project, per_layer=probes,
+        )  # fmt: skip
+        return _drawn(config, params, hidden[0], key), seen
+
+    gradient, seen = jax.grad(likelihood, has_aux=True)(probes)
+    return seen, {name: g[:, 0] for name, g in gradient.items()}
+
+
+def _drawn(
+    config: ModelConfig, params: Params, hidden: Float[Array, "T D"], key: Array
+) -> Float[Array, ""]:
+    """Log-likelihood of labels drawn from the predictions, some rows at a time: V is large."""
+    rows = 64
+    padded = jnp.pad(hidden, ((0, -len(hidden) % rows), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    real = (jnp.arange(padded.shape[0] * rows) < len(hidden)).reshape(-1, rows)
+
+    @jax.checkpoint
+    def block(args: tuple[Array, Array, Array]) -> Array:
+        h, counts, key = args
+        log_probs = jax.nn.log_softmax(logits(config, params, h))
+        label = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
+        return jnp.sum(counts * jnp.take_along_axis(log_probs, label[:, None], axis=1)[:, 0])
+
+    return jnp.sum(jax.lax.map(block, (padded, real, jax.random.split(key, len(padded)))))
 
 
 @partial(jax.jit, static_argnames=("name", "recipe"))
 def _errors(
-    stack: Float[Array, "L d_in d_out"], moments: Moments, low_rank: LowRank | None, *,
+    stack: Float[Array, "L d_in d_out"], moments: Moments, low_rank: LowRank | None,
+    inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
     name: str, recipe: Recipe,
 ) -> tuple[Float[Array, "L"], QuantizedLinear]:  # fmt: skip
-    """Relative output error of every layer, and the packed weight (for its size)."""
+    """Divergence that rounding one projection costs in every layer, and the packed weight."""
 
     def one(at: tuple) -> tuple[Array, QuantizedLinear]:
-        layer, seen, factors = at
+        layer, seen, factors, x, g = at
         made = quantize_layer(
             {name: stack}, seen, recipe, {} if factors is None else {name: factors}, layer=layer
         )[1][name]
         w = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(jnp.float32)
-        whole = _power(w, seen)
-        return _power(w - dense_weight(made), seen) / jnp.where(whole > 0, whole, 1.0), made
+        off = jnp.matmul(x, w - dense_weight(made), precision="highest")
+        return 0.5 * jnp.mean(jnp.square(jnp.sum(off * g, axis=1))), made
 
-    return jax.lax.map(one, (jnp.arange(len(stack)), moments, low_rank))
+    return jax.lax.map(one, (jnp.arange(len(stack)), moments, low_rank, inputs, gradient))
 
 
 def measure_widths(
-    params: Params, recipe: Recipe, moments: dict[str, Moments], offline: Offline,
-    widths: tuple[int, ...] = BITS,
+    params: Params, windows: np.ndarray, recipe: Recipe, offline: Offline, *,
+    config: ModelConfig, prompt_tokens: int, widths: tuple[int, ...] = BITS,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Measured:  # fmt: skip
-    """Rounds every weight at every width.
+    """Rounds every weight at every width, on each window.
 
     Args:
       params: a dense tree.
-      recipe: its rounding, scale, groups and low rank; its own bits and width rules are not read.
-      moments: per site, stacked over the layers: of the prompt, or of a text like it; with the
-        second moment and what `recipe.reads` says.
-      offline: its static factors are used.
+      windows: int32[n, W] token ids, n >= 1.
+      recipe: its moments, rounding, scale, groups and low rank; its own bits and width rules are
+        not read.
+      offline: its moments and static factors are used.
+      config: the model's.
+      prompt_tokens: the first P of a window are the prompt, the rest is what errors are judged by;
+        0 < P < W.
       widths: to try, ascending.
+      progress: called with (windows done, windows in all).
 
     Returns:
-      Errors and sizes.
+      Errors, the mean over windows, and sizes.
 
     Raises:
-      ConfigError: the recipe selects no projection, or an unknown width.
+      ConfigError: no window, P outside its range, or a recipe that selects no projection.
     """
+    if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
+        raise ConfigError(
+            f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
+            f"{len(windows)} of {windows.shape[1]}; give a longer text, or fewer prompt tokens"
+        )
     dense = {n: k for n, k in kernels(params["layers"]).items() if recipe.selects(n)}
     if not dense:
         raise ConfigError(f"select: {recipe.select!r} matches no projection of this model")
-    out = Measured(widths, {}, {}, {})
-    for name, stack in dense.items():
-        errors, bits = [], []
-        for width in widths:
-            grid = dataclasses.replace(recipe.grid, bits=width)
-            uniform = dataclasses.replace(recipe, grid=grid, widths=(), select="layers/.*")
-            error, made = _errors(
-                stack, moments[SITE_OF[name]], offline.low_rank.get(name),
-                name=name, recipe=uniform,
-            )  # fmt: skip
-            errors.append(np.asarray(error, np.float64))
-            bits.append(leaf_bits(made) * stack[0].size)
-        out.errors[name] = np.stack(errors, axis=1)
-        out.bits[name] = np.array(bits)
-        out.weights[name] = int(stack[0].size)
-    return out
+    shape = (windows.shape[0], config.n_layers, len(widths))
+    errors = {name: np.zeros(shape) for name in dense}
+    bits = {name: np.zeros(len(widths)) for name in dense}
+    for i, window in enumerate(jnp.asarray(windows)):
+        moments = offline.moments
+        if recipe.source.of == "prompt":
+            seen = observe_tokens(
+                params, window[None, :prompt_tokens], config=config, reads=recipe.reads
+            )
+            mix = jax.vmap(partial(blend, source=recipe.source))
+            moments = {site: mix(m, moments.get(site)) for site, m in seen.items()}
+        inputs, gradient = sensitivities(params, window, jax.random.key(i), config=config)
+        for name, stack in dense.items():
+            for j, width in enumerate(widths):
+                grid = dataclasses.replace(recipe.grid, bits=width)
+                uniform = dataclasses.replace(recipe, grid=grid, widths=(), select="layers/.*")
+                error, made = _errors(
+                    stack, moments.get(SITE_OF[name]), offline.low_rank.get(name),
+                    inputs[SITE_OF[name]][:, prompt_tokens:], gradient[name][:, prompt_tokens:],
+                    name=name, recipe=uniform,
+                )  # fmt: skip
+                errors[name][i, :, j] = error
+                bits[name][j] = leaf_bits(made) * stack[0].size
+        progress(i + 1, len(windows))
+    return Measured(
+        widths, {name: e.mean(0) for name, e in errors.items()}, bits,
+        {name: int(stack[0].size) for name, stack in dense.items()},
+    )  # fmt: skip
 
 
 def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:

@@ -102,6 +102,32 @@ def prepare(
     Raises:
       ConfigError: a corpus recipe without a corpus.
     """
+    made = prepare_unpacked(model, recipe, calibration, progress)
+    if recipe is None or recipe.source.of == "prompt":
+        return made
+    return Offline(packed=quantize_params(model.params, recipe, made))
+
+
+def prepare_unpacked(
+    model: Model,
+    recipe: Recipe | None,
+    calibration: np.ndarray | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Offline:
+    """The moments and static factors that a recipe reads, no weight quantized.
+
+    Args:
+      model: see `prepare`.
+      recipe: see `prepare`.
+      calibration: see `prepare`.
+      progress: see `prepare`.
+
+    Returns:
+      What `quantize_params` and `allocate.measure_widths` take.
+
+    Raises:
+      ConfigError: a corpus recipe without a corpus.
+    """
     if recipe is None:
         return Offline()
     source, moments = recipe.source, {}
@@ -115,7 +141,4 @@ def prepare(
         moments = calibrate(model, calibration, recipe.reads, progress)
     elif source.prior == "weights":
         moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
-    made = Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
-    if source.of == "prompt":
-        return made
-    return Offline(packed=quantize_params(model.params, recipe, made))
+    return Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))

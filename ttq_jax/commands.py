@@ -310,6 +310,10 @@ def run(args: argparse.Namespace, cache: Path | None) -> None:
             from ttq_jax.prepare_command import run_prepare
 
             run_prepare(args, progress)
+        elif args.command == "allocate":
+            from ttq_jax.allocate_command import run_allocate
+
+            run_allocate(args, progress)
         elif args.command == "inspect":
             from ttq_jax.inspection import run_inspect
 

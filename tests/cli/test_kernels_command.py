@@ -7,9 +7,9 @@ from compilers import needs_compilers
 
 from pallas_kernels import Target, dispatch
 from ttq_jax.chips import tracing_for
-from ttq_jax.cli import COMPILED
 from ttq_jax.generate import generate_tokens
 from ttq_jax.kernel_list import listing, target_of
+from ttq_jax.parsers import COMPILED
 from ttq_jax.quant.recipe import preset
 from ttq_jax.released import RELEASED, params_shapes, released_config
 from ttq_jax.sampling import Sampling

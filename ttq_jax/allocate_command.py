@@ -1,0 +1,116 @@
+"""`ttq allocate`: a recipe whose widths spend a budget where this model needs it."""
+
+import argparse
+import dataclasses
+
+import numpy as np
+
+from ttq_jax.allocate import Measured, allocate, measure_widths
+from ttq_jax.calibrate import prepare_unpacked
+from ttq_jax.config import ConfigError
+from ttq_jax.corpora import calibration_windows, cut_windows, read_corpus, sha256
+from ttq_jax.options import calibration_text, check_selection, load_model, recipe_of
+from ttq_jax.prefill import decoded_shapes
+from ttq_jax.progress import Progress
+from ttq_jax.quant.grid import BITS
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe_text import save_recipe
+from ttq_jax.report import print_json, print_text, table, versions
+from ttq_jax.types import effective_bits
+
+
+def divergence(measured: Measured, recipe: Recipe) -> float:
+    """The estimate for a recipe's widths: the sum over its projections.
+
+    Args:
+      measured: with all of its widths.
+      recipe: how wide each projection is.
+
+    Returns:
+      Nats per token.
+    """
+    total = 0.0
+    for name, errors in measured.errors.items():
+        for row, grid in zip(errors, recipe.grids(name, len(errors)), strict=True):
+            total += row[measured.widths.index(grid.bits)]
+    return float(total)
+
+
+def _layers_by_width(measured: Measured, recipe: Recipe) -> list[list[str]]:
+    """A table: how many layers of each projection have each width."""
+    rows = [["layers at", *(f"{b} bits" for b in measured.widths)]]
+    for name, errors in measured.errors.items():
+        bits = [grid.bits for grid in recipe.grids(name, len(errors))]
+        rows.append([name, *(str(bits.count(b)) for b in measured.widths)])
+    return rows
+
+
+def _checked_widths(given: list[int]) -> tuple[int, ...]:
+    """The widths to choose from, ascending.
+
+    Raises:
+      ConfigError: fewer than two, or one that there is not.
+    """
+    widths = tuple(sorted(set(given)))
+    if len(widths) < 2 or not set(widths) <= set(BITS):
+        raise ConfigError(
+            f"--widths: expected at least two of {', '.join(map(str, BITS))}, got "
+            f"{' '.join(map(str, given))}"
+        )
+    return widths
+
+
+def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq allocate`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: an option out of range, a text too short, or a recipe that quantizes nothing.
+    """
+    recipe, widths = recipe_of(args), _checked_widths(args.widths)
+    if recipe is None:
+        raise ConfigError(f"recipe {args.method} quantizes nothing, so there is nothing to allot")
+    with progress.stage(f"reading {args.corpus}"):
+        corpus = read_corpus(args.corpus)
+    text = calibration_text(args, recipe, progress)
+    model, _ = load_model(args.model, args.dtype, progress)
+    check_selection(model, recipe)
+    cut = cut_windows(model.tokenizer, corpus, args.window)
+    at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
+    read = None
+    if text is not None:
+        read = calibration_windows(
+            model.tokenizer, text, tokens=args.calibration_tokens,
+            window=min(512, model.config.max_positions),
+        )  # fmt: skip
+    with progress.stage("measuring widths") as update:
+        offline = prepare_unpacked(model, recipe, read)
+        measured = measure_widths(
+            model.params, cut[at], recipe, offline, config=model.config,
+            prompt_tokens=args.prompt_tokens, widths=widths, progress=update,
+        )  # fmt: skip
+    made = dataclasses.replace(recipe, widths=allocate(measured, args.budget))
+    save_recipe(args.out, made)
+    bits = effective_bits(decoded_shapes(model.params, model.config, made, offline))
+    found = divergence(measured, made)
+    uniform = {
+        b: divergence(measured, dataclasses.replace(
+            recipe, widths=(), grid=dataclasses.replace(recipe.grid, bits=b)
+        )) for b in widths
+    }  # fmt: skip
+    if args.json:
+        print_json({
+            "model": args.model, "method": args.method, "recipe": made.describe(),
+            "effective_bits": bits, "divergence": found, "uniform_divergence": uniform,
+            "corpus": args.corpus, "corpus_sha256": sha256(corpus), "windows": len(at),
+            "out": args.out, "versions": versions(),
+        })  # fmt: skip
+        return
+    print_text(table(_layers_by_width(measured, made)))
+    others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
+    print_text(f"\n{bits:.3f} stored bits per weight; estimated divergence {found:.4f} nats per")
+    print_text(f"token ({others})")
+    print_text(f"saved in {args.out}: --recipe {args.out}, with the same model")
