@@ -23,7 +23,9 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,28 +34,43 @@ import numpy as np
 import ttq_jax as ttq
 from ttq_jax.calibrate import prepare
 from ttq_jax.corpora import calibration_windows, sha256
+from ttq_jax.models.cache import empty_cache
 from ttq_jax.perplexity import Protocol, score_window
-from ttq_jax.prefill import decoded_shapes
+from ttq_jax.prefill import decoded_shapes, prefill
 from ttq_jax.quant.recipe import PRESETS, Recipe
+from ttq_jax.quant.source import Source
 from ttq_jax.report import device, table, versions
-from ttq_jax.types import Offline, effective_bits
+from ttq_jax.types import Offline, Prompts, effective_bits
 
 CALIBRATION_TOKENS = 8192
+NAMES = (
+    "FILE.toml or PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-nTOKENS][@CALIBRATION]; n: a prior "
+    "from the weights worth so many tokens"
+)
+
+_SHORT = {"g": "group_size", "r": "rank", "n": "moments"}
 
 
 def recipe_named(name: str) -> Recipe | None:
-    """`paper-3-r16`, `best-4-g192-sym`: preset, bits, group size, rank, no zero points."""
+    """The recipe of a name as in `NAMES`: `paper-3-r16`, `best-4-g192-sym`, `awq-3@c4`."""
+    if name.endswith(".toml"):
+        return ttq.load_recipe(name)
     base, *rest = name.split("@")[0].split("-")
-    given: dict[str, int] = {}
+    given: dict[str, Any] = {}
     for part in rest:
-        key = {"g": "group_size", "r": "rank", "s": "symmetric"}.get(part[0], "bits")
-        number = part.lstrip("gr")
-        if base not in PRESETS or not (number.isdigit() or part == "sym"):
-            raise SystemExit(
-                f"recipe {name!r}: expected PRESET[-BITS][-gGROUP][-rRANK][-sym][@CORPUS], "
-                f"PRESET one of {', '.join(PRESETS)}"
-            )
-        given[key] = part == "sym" or int(number)
+        letter, number = part[0], part[1:]
+        if part in {"sym", "asym"}:
+            given["symmetric"] = part == "sym"
+        elif part.isdigit():
+            given["bits"] = int(part)
+        elif letter in _SHORT and number.isdigit():
+            given[_SHORT[letter]] = int(number)
+        else:
+            base = ""
+    if base not in PRESETS:
+        raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
+    if "moments" in given:
+        given["moments"] = Source(prior="weights", prior_tokens=float(given["moments"]))
     return ttq.preset(base, **given)
 
 
@@ -119,7 +136,7 @@ def measure(args: argparse.Namespace) -> None:
         recipe = recipe_named(name)
         for corpus, at in picked.items():
             rows = store.read()
-            row = rows.get((name, corpus), {"nll": [], "seconds": []})
+            row = rows.get((name, corpus), {"nll": []})
             described = None if recipe is None else recipe.describe()
             same = row.get("recipe", described) == described
             if not same or row.get("protocol", protocol_data(protocol)) != protocol_data(protocol):
@@ -133,15 +150,11 @@ def measure(args: argparse.Namespace) -> None:
             if name not in prepared:
                 prepared = {name: offline_of(model, name, recipe, calibration)}
             offline = prepared[name]
-            for i, tokens in enumerate(missing):
-                start = time.perf_counter()
-                nll = float(score_window(
+            for tokens in missing:
+                row["nll"].append(float(score_window(
                     model.params, jnp.asarray(tokens), offline, config=model.config,
                     recipe=recipe, protocol=protocol,
-                ))  # fmt: skip
-                row["nll"].append(nll)
-                if i:
-                    row["seconds"].append(round(time.perf_counter() - start, 4))
+                )))  # fmt: skip
             shapes = decoded_shapes(model.params, model.config, recipe, offline)
             rows = store.read()
             rows[name, corpus] = {
@@ -149,8 +162,7 @@ def measure(args: argparse.Namespace) -> None:
                 "corpus_sha256": sha256(texts[corpus]), "protocol": protocol_data(protocol),
                 "scored": protocol.scored, "effective_bits": round(effective_bits(shapes), 4),
                 "recipe": described, "windows": at[: len(row["nll"])],
-                "nll": row["nll"], "seconds": row["seconds"],
-                "device": device(), "versions": versions(),
+                "nll": row["nll"], "device": device(), "versions": versions(),
             }  # fmt: skip
             store.write(rows)
             mean = np.exp(np.sum(row["nll"]) / len(row["nll"]) / protocol.scored)
@@ -158,6 +170,36 @@ def measure(args: argparse.Namespace) -> None:
                 f"{args.model} {name} {corpus}: {mean:.3f}, {len(row['nll'])} windows", flush=True
             )
         jax.clear_caches()
+
+
+def measure_times(args: argparse.Namespace) -> None:
+    """Times the prefill of every recipe, quantization included, in turns on the same prompts."""
+    model = ttq.load(args.model)
+    tokens = ttq.cut_windows(model.tokenizer, corpus_text("python")[1], args.prompt_tokens)
+    runs, seconds = {}, {}
+    for name in ["none", *args.recipe]:
+        recipe = recipe_named(name)
+        run = jax.jit(partial(prefill, config=model.config, recipe=recipe))
+        runs[name] = partial(run, offline=prepare(model, recipe))
+    for turn in range(args.repeats + 1):
+        prompts = Prompts(jnp.asarray(tokens[turn][None]), jnp.ones((1, args.prompt_tokens), bool))
+        cache = empty_cache(model.config, 1, args.prompt_tokens, jnp.float32)
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(model.params, prompts, cache))
+            if turn:  # the first compiles
+                seconds.setdefault(name, []).append(time.perf_counter() - start)
+    median = {name: float(np.median(each)) for name, each in seconds.items()}
+    found = {
+        "model": args.model, "prompt_tokens": args.prompt_tokens, "repeats": args.repeats,
+        "seconds": {name: round(value, 4) for name, value in median.items()},
+        "over_plain_prefill": {n: round(v / median["none"], 3) for n, v in median.items()},
+        "device": device(), "versions": versions(),
+    }  # fmt: skip
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(table([["recipe", "prefill over plain"], *(
+        [name, f"{ratio:.2f}"] for name, ratio in found["over_plain_prefill"].items()
+    )]))  # fmt: skip
 
 
 def protocol_data(protocol: Protocol) -> dict:
@@ -185,7 +227,7 @@ def nll_of(row: dict) -> np.ndarray:
 
 
 def gaps(rows: dict[tuple[str, str], dict], draws: int = 1000) -> dict[str, dict]:
-    """Per recipe: the mean gap over corpora, draws of it, bits and seconds beyond `none`."""
+    """Per recipe: the mean gap over corpora, draws of it, its parts and bits."""
     corpora = sorted({corpus for name, corpus in rows if name == "none"})
     rng = np.random.default_rng(0)
     n = min(len(rows["none", corpus]["nll"]) for corpus in corpora)
@@ -198,14 +240,9 @@ def gaps(rows: dict[tuple[str, str], dict], draws: int = 1000) -> dict[str, dict
             continue
         excess = {c: nll_of(rows[name, c])[:n] - nll_of(rows["none", c])[:n] for c in corpora}
         drawn = [[float(np.exp(excess[c][pick].mean()) - 1) for c in corpora] for pick in picks]
-        seconds = [
-            np.median(rows[name, c]["seconds"]) - np.median(rows["none", c]["seconds"])
-            for c in corpora
-        ]
         out[name] = {
             "gap": np.array(drawn).mean(1), "by_corpus": dict(zip(corpora, drawn[0], strict=True)),
-            "bits": rows[name, corpora[0]]["effective_bits"], "seconds": float(np.mean(seconds)),
-            "windows": n,
+            "bits": rows[name, corpora[0]]["effective_bits"], "windows": n,
         }  # fmt: skip
     return out
 
@@ -218,18 +255,22 @@ def interval(draws: np.ndarray) -> str:
 
 def report(args: argparse.Namespace) -> None:
     """Prints a table per model and draws the frontier."""
-    found = {}
+    found, times = {}, {}
+    for path in args.times:
+        one = json.loads(path.read_text())
+        times[one["model"]] = one["over_plain_prefill"]
     for path in args.results:
         rows = Results(path).read()
         model = next(iter(rows.values()))["model"]
         found[model] = gaps(rows)
         reference = found[model].get(args.reference)
         corpora = next(iter(found[model].values()))["by_corpus"]
-        cells = [["recipe", "bits", "gap", f"over {args.reference}", "extra s", *corpora]]
+        cells = [["recipe", "bits", "gap", f"over {args.reference}", "prefill", *corpora]]
         for name, one in sorted(found[model].items(), key=lambda kv: kv[1]["bits"]):
             ratio = interval(one["gap"] / reference["gap"]) if reference and one["gap"][0] else ""
             cells.append([
-                name, f"{one['bits']:.2f}", interval(one["gap"]), ratio, f"{one['seconds']:.2f}",
+                name, f"{one['bits']:.2f}", interval(one["gap"]), ratio,
+                f"{times[model][name]:.2f}" if name in times.get(model, {}) else "",
                 *(f"{v:.3f}" for v in one["by_corpus"].values()),
             ])  # fmt: skip
         windows = next(iter(found[model].values()))["windows"]
@@ -273,7 +314,7 @@ def main() -> None:
     one.add_argument("--corpus", action="append", required=True, metavar="NAME=FILE")
     one.add_argument("--calibration", action="append", default=[], metavar="NAME=FILE")
     one.add_argument("--recipe", action="append", default=[], metavar="NAME",
-                     help="PRESET[-BITS][-gGROUP][-rRANK][-sym][@CALIBRATION]")  # fmt: skip
+                     help=NAMES)  # fmt: skip
     one.add_argument("--windows", type=int, default=40, help="per corpus, default: %(default)s")
     one.add_argument("--window", type=int, default=512)
     one.add_argument("--prompt-tokens", type=int, default=256)
@@ -282,8 +323,16 @@ def main() -> None:
     two = commands.add_parser("report", help="the table and the picture of measured rows")
     two.add_argument("results", nargs="+", type=Path)
     two.add_argument("--reference", default="paper-3", help="default: %(default)s")
+    two.add_argument("--times", nargs="*", type=Path, default=[], help="from time, per model")
     two.add_argument("--picture", type=Path)
     two.set_defaults(run=report)
+    three = commands.add_parser("time", help="prefill and quantization over the plain prefill")
+    three.add_argument("--model", required=True)
+    three.add_argument("--recipe", action="append", default=[], metavar="NAME", help=NAMES)
+    three.add_argument("--prompt-tokens", type=int, default=256)
+    three.add_argument("--repeats", type=int, default=7)
+    three.add_argument("--out", type=Path, required=True)
+    three.set_defaults(run=measure_times)
     args = parser.parse_args()
     args.run(args)
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from tiny_files import write_model
 
+import ttq_jax
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import quality  # noqa: E402
 
 
-def row(name, corpus, nll, bits=4.0, seconds=1.0):
+def row(name, corpus, nll, bits=4.0):
     return {
         "model": "tiny", "recipe_name": name, "corpus": corpus, "scored": 10, "nll": list(nll),
-        "seconds": [seconds] * len(nll), "effective_bits": bits,
+        "effective_bits": bits,
     }  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def synthetic(tmp_path, worse=(0.1, 0.3)):
         for name, nll in (
             ("none", base), ("ttq-3", base + 10 * extra), ("paper-3", base + 20 * extra + noise),
         ):  # fmt: skip
-            rows[name, corpus] = row(name, corpus, nll, seconds=2.0 if name == "none" else 2.5)
+            rows[name, corpus] = row(name, corpus, nll)
     store = quality.Results(tmp_path / "rows.jsonl")
     store.write(rows)
     return store
@@ -43,7 +45,6 @@ def test_the_gap_is_the_mean_over_corpora_and_its_interval_is_paired(tmp_path):
     np.testing.assert_allclose(found["ttq-3"]["gap"], want, rtol=1e-6)
     assert found["none"]["gap"][0] == 0
     assert np.std(found["paper-3"]["gap"][1:]) > 0
-    assert found["ttq-3"]["seconds"] == pytest.approx(0.5)
 
 
 def test_a_recipe_without_all_windows_is_left_out_and_said(tmp_path, capsys):
@@ -77,14 +78,19 @@ def test_the_report_and_its_picture(tmp_path, capsys, monkeypatch):
     assert np.std(matplotlib.image.imread(picture)) > 0.05
 
 
-def test_names_are_recipes():
+def test_names_are_recipes(tmp_path):
     made = quality.recipe_named("best-4-g64-sym")
     assert (made.grid.bits, made.grid.group_size, made.grid.symmetric) == (4, 64, True)
     assert quality.recipe_named("paper-3-r16").low_rank.rank == 16
     assert quality.recipe_named("awq-3@c4").grid.bits == 3
     assert quality.recipe_named("none") is None
+    prior = quality.recipe_named("fast-4-n8").source
+    assert (prior.prior, prior.prior_tokens) == ("weights", 8)
+    file = tmp_path / "mine.toml"
+    ttq_jax.save_recipe(file, made)
+    assert quality.recipe_named(str(file)) == made
     for bad in ("bets-3", "best-x", "best-gg"):
-        with pytest.raises(SystemExit, match="expected PRESET"):
+        with pytest.raises(SystemExit, match=r"expected FILE\.toml or PRESET"):
             quality.recipe_named(bad)
 
 
@@ -93,6 +99,27 @@ def test_windows_are_spread_and_more_of_them_keep_the_first():
     assert many[:8] == few
     assert max(np.diff(sorted(few))) <= 25
     assert sorted(quality.spread(5, 40)) == [0, 1, 2, 3, 4]
+
+
+def test_times_are_ratios_to_the_plain_prefill_and_reach_the_report(tmp_path, monkeypatch, capsys):
+    model, out = write_model(tmp_path / "model"), tmp_path / "times.json"
+    monkeypatch.setattr(sys, "argv", [
+        "quality.py", "time", "--model", str(model), "--recipe", "ttq-3", "--recipe", "best-4",
+        "--prompt-tokens", "32", "--repeats", "3", "--out", str(out),
+    ])  # fmt: skip
+    quality.main()
+    found = json.loads(out.read_text())
+    assert found["over_plain_prefill"]["none"] == 1
+    assert set(found["seconds"]) == {"none", "ttq-3", "best-4"}
+    assert min(found["seconds"].values()) > 0
+    found["model"] = "tiny"
+    out.write_text(json.dumps(found))
+    argv = ["quality.py", "report", str(synthetic(tmp_path).path), "--times", str(out)]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", argv)
+    quality.main()
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("ttq-3"))
+    assert f" {found['over_plain_prefill']['ttq-3']:.2f} " in line
 
 
 def test_measuring_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

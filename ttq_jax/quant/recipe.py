@@ -161,6 +161,10 @@ RULES: dict[str, dict[str, type]] = {
 RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}
 
 
+# 4.3 stored bits per weight: a code's bit is better spent than one on narrow groups.
+_WIDE = Grid(bits=4, group_size=64, symmetric=True)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
     """A named recipe.
@@ -226,13 +230,13 @@ PRESETS: dict[str, Preset] = {
         use="the cheapest per-prompt recipe",
     ),
     "fast": Preset(
-        recipe=Recipe(rounding=ClipSearch()),
-        about="ttq, and a search of each group's range",
+        recipe=Recipe(rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
+        about="ttq on wider groups without zero points, and a search of each group's range",
         cost="as ttq, with more arithmetic in the same read",
         use="when the first token must not wait",
     ),
     "best": Preset(
-        recipe=Recipe(rounding=SecondOrder(act_order=True)),
+        recipe=Recipe(rounding=SecondOrder(act_order=True), grid=_WIDE),
         about="second-order rounding on the prompt itself",
         cost="several times a short prompt's prefill",
         use="when the answer is long or must be good",
