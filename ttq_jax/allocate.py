@@ -114,7 +114,8 @@ def _drawn(
         h, counts, key = args
         log_probs = jax.nn.log_softmax(logits(config, params, h))
         label = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
-        return jnp.sum(counts * jnp.take_along_axis(log_probs, label[:, None], axis=1)[:, 0])
+        drawn = jnp.take_along_axis(log_probs, label[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.where(counts, drawn, 0.0))
 
     return jnp.sum(jax.lax.map(block, (padded, real, jax.random.split(key, len(padded)))))
 
@@ -211,7 +212,8 @@ def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:
 
     Args:
       measured: from `measure_widths`.
-      budget: stored bits per weight on average, everything counted.
+      budget: stored bits per weight on average over what the recipe selects, everything counted
+        but the two int32 by which a layer of mixed widths is found.
 
     Returns:
       Rules, a few per projection; `Recipe.widths` takes them.

@@ -10,30 +10,30 @@ from ttq_jax.calibrate import prepare_unpacked
 from ttq_jax.config import ConfigError
 from ttq_jax.corpora import calibration_windows, cut_windows, read_corpus, sha256
 from ttq_jax.options import calibration_text, check_selection, load_model, recipe_of
-from ttq_jax.prefill import decoded_shapes
 from ttq_jax.progress import Progress
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.report import print_json, print_text, table, versions
-from ttq_jax.types import effective_bits
 
 
-def divergence(measured: Measured, recipe: Recipe) -> float:
-    """The estimate for a recipe's widths: the sum over its projections.
+def judged(measured: Measured, recipe: Recipe) -> tuple[float, float]:
+    """What a recipe's widths cost and leave: sums over its projections.
 
     Args:
       measured: with all of its widths.
       recipe: how wide each projection is.
 
     Returns:
-      Nats per token.
+      (stored bits per weight that is quantized, estimated divergence in nats per token).
     """
-    total = 0.0
+    stored, left, weights = 0.0, 0.0, 0
     for name, errors in measured.errors.items():
         for row, grid in zip(errors, recipe.grids(name, len(errors)), strict=True):
-            total += row[measured.widths.index(grid.bits)]
-    return float(total)
+            at = measured.widths.index(grid.bits)
+            stored, left = stored + measured.bits[name][at], left + row[at]
+            weights += measured.weights[name]
+    return float(stored / weights), float(left)
 
 
 def _layers_by_width(measured: Measured, recipe: Recipe) -> list[list[str]]:
@@ -94,23 +94,24 @@ def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
         )  # fmt: skip
     made = dataclasses.replace(recipe, widths=allocate(measured, args.budget))
     save_recipe(args.out, made)
-    bits = effective_bits(decoded_shapes(model.params, model.config, made, offline))
-    found = divergence(measured, made)
+    bits, found = judged(measured, made)
+    flat = {b: dataclasses.replace(recipe.grid, bits=b) for b in widths}
     uniform = {
-        b: divergence(measured, dataclasses.replace(
-            recipe, widths=(), grid=dataclasses.replace(recipe.grid, bits=b)
-        )) for b in widths
-    }  # fmt: skip
+        b: judged(measured, dataclasses.replace(recipe, widths=(), grid=grid))[1]
+        for b, grid in flat.items()
+    }
     if args.json:
         print_json({
             "model": args.model, "method": args.method, "recipe": made.describe(),
-            "effective_bits": bits, "divergence": found, "uniform_divergence": uniform,
+            "stored_bits": bits, "divergence": found, "uniform_divergence": uniform,
             "corpus": args.corpus, "corpus_sha256": sha256(corpus), "windows": len(at),
             "out": args.out, "versions": versions(),
         })  # fmt: skip
         return
     print_text(table(_layers_by_width(measured, made)))
     others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
-    print_text(f"\n{bits:.3f} stored bits per weight; estimated divergence {found:.4f} nats per")
-    print_text(f"token ({others})")
+    print_text(
+        f"\n{bits:.3f} stored bits per quantized weight; estimated divergence {found:.4f} nats"
+    )
+    print_text(f"estimated divergence {found:.4f} nats per token ({others})")
     print_text(f"saved in {args.out}: --recipe {args.out}, with the same model")

@@ -1,0 +1,54 @@
+"""`ttq allocate`: a budget in, a recipe out that other commands take."""
+
+import pytest
+
+from ttq_jax.quant.recipe_text import load_recipe
+
+# Nearly all the time here is XLA's: few projections, two widths.
+FEW = ["--select", "layers/(o|down)", "--widths", 2, 4, "--group-size", 16]
+SMALL = ["--window", 48, "--prompt-tokens", 16, "--max-windows", 2]
+
+
+def test_the_recipe_keeps_the_budget_and_scores(cli, cli_json, tiny, text_file, tmp_path):
+    out = tmp_path / "mine.toml"
+    common = ["--model", tiny, "--corpus", text_file, *SMALL]
+    (made,) = cli_json("allocate", *common, *FEW, "--recipe", "rtn", "--budget", 5, "--out", out)
+    assert 4 < made["stored_bits"] <= 5
+    assert load_recipe(out).describe() == made["recipe"]
+    worst, best = made["uniform_divergence"]["2"], made["uniform_divergence"]["4"]
+    assert best < made["divergence"] < worst
+    (scored,) = cli_json("perplexity", *common, "--recipe", out)
+    assert scored["recipe"] == made["recipe"]
+    code, printed, _ = cli(
+        "allocate", *common, *FEW, "--recipe", "rtn", "--budget", 5, "--out", out,
+        "--no-compilation-cache",
+    )  # fmt: skip
+    assert code == 0
+    lines = printed.splitlines()
+    assert lines[0].split() == ["layers", "at", "2", "bits", "4", "bits"]
+    assert {line.split()[0] for line in lines[1:3]} == {"o", "down"}
+    assert f"{made['stored_bits']:.3f} stored bits per quantized weight" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        (["--budget", "2.0"], "expected a budget of at least"),
+        (["--budget", "4", "--widths", "4"], "--widths: expected at least two of 2, 3, 4, 5, 8"),
+        (["--budget", "4", "--widths", "4", "6"], "got 4 6"),
+        (["--budget", "4", "--recipe", "none"], "recipe none quantizes nothing"),
+        (["--budget", "4", "--recipe", "awq"], "give a text"),
+        (["--budget", "4", "--prompt-tokens", "48"], "more than 48 tokens"),
+    ],
+)
+def test_what_cannot_be_allotted_is_refused_and_nothing_written(
+    cli, tiny, text_file, tmp_path, options, pattern
+):
+    out = tmp_path / "mine.toml"
+    code, printed, err = cli(
+        "allocate", "--model", tiny, "--corpus", text_file, "--recipe", "rtn", *SMALL,
+        "--select", "layers/o", "--widths", 2, 4, *options, "--out", out, "--no-compilation-cache",
+    )  # fmt: skip
+    assert (code, printed) == (2, "")
+    assert pattern in err
+    assert not out.exists()
