@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ttq_jax._version import __version__
 
 METHODS = ("none", "rtn", "hqq", "awq", "gptq", "paper", "ttq", "fast", "best")
-DEFAULT = "ttq"
+DEFAULT = "fast"
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
 MEASURED = ("gpu", "cpu")
 COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")

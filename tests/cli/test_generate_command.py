@@ -119,7 +119,7 @@ def test_human_output(cli, tiny):
     assert code == 0
     assert out.startswith("abc")
     assert re.search(r"4 prompt tokens, \d new", out)
-    assert "ttq, 4 bits, group 32, moments prompt, scale power_law, rounding nearest" in out
+    assert "fast, 4 bits, group 64, moments prompt, scale power_law, rounding clip" in out
     assert "loading" in err
     assert "generating" in err
     assert "\r" not in err
@@ -141,4 +141,4 @@ def test_a_corpus_given_in_vain_is_mentioned(cli, tiny, text_file):
         text_file, "--no-compilation-cache",
     )  # fmt: skip
     assert code == 0
-    assert "calibration corpus is not read: recipe ttq reads none" in err
+    assert "calibration corpus is not read: recipe fast reads none" in err

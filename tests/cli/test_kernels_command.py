@@ -23,7 +23,10 @@ SERVES = {"t4": "xla", "cpu": "xla"} | {
 @pytest.mark.parametrize("chip", [*COMPILED, "cpu"])
 def test_each_chip(cli_json, chip):
     dtype = "float16" if chip == "t4" else "bfloat16"
-    (found,) = cli_json("kernels", "--model", "llama-3-8b", "--chip", chip, "--dtype", dtype)
+    # The default's clip search needs more fast memory for `down` than a v4 has.
+    (found,) = cli_json(
+        "kernels", "--model", "llama-3-8b", "--chip", chip, "--dtype", dtype, "--recipe", "ttq"
+    )
     assert (found["model"], found["chip"], found["dtype"]) == ("llama-3-8b", chip, dtype)
     assert found["recipe"]["grid"]["bits"] == 4
     rows = found["kernels"]

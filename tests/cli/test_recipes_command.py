@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ttq_jax.cli import main
+from ttq_jax.parsers import DEFAULT
 from ttq_jax.quant.recipe import PRESETS, RULES
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, save_recipe, with_settings
 
@@ -59,7 +60,7 @@ def test_a_recipe_printed_is_a_recipe_s_file(cli, tmp_path, name):
 
 def test_an_infinite_prior_is_said_in_json(cli_json, tiny):
     prior = ["--set", "moments.prior=weights", "--set", "moments.prior_tokens=inf"]
-    (shown,) = cli_json("recipes", "ttq", *prior)
+    (shown,) = cli_json("recipes", DEFAULT, *prior)
     assert shown["recipe"]["moments"]["prior_tokens"] == "inf"
     (inspected,) = cli_json("inspect", "--model", tiny, *prior)
     assert inspected["recipe"] == shown["recipe"]
@@ -116,7 +117,7 @@ def test_the_recipe_that_was_used_is_saved(cli_json, tiny, tmp_path):
         "scale.alpha=0.6", "--save-recipe", path,
     )  # fmt: skip
     assert load_recipe(path) == with_settings(
-        PRESETS["ttq"].recipe, ["grid.bits=3", "scale.alpha=0.6", "select=layers/down"]
+        PRESETS[DEFAULT].recipe, ["grid.bits=3", "scale.alpha=0.6", "select=layers/down"]
     )
     (two,) = cli_json("generate", "--model", tiny, *NEW, "--recipe", path)
     assert (two["recipe"], two["text"]) == (one["recipe"], one["text"])
@@ -259,7 +260,7 @@ def test_what_was_kept_for_something_else_is_refused(cli, tiny, tmp_path):
         (["recipes", "nobody"], "expected one of none, rtn"),
         (["recipes", "nobody.toml"], "no such file"),
         (["prepare", "--model", "m"], "--out"),
-        (["prepare", "--model", "m", "--out", "o"], "ttq needs nothing besides the prompt"),
+        (["prepare", "--model", "m", "--out", "o"], f"{DEFAULT} needs nothing besides the prompt"),
         (["prepare", "--model", "m", "--out", "o", "--recipe", "none"], "none needs nothing"),
     ],
 )

@@ -166,9 +166,11 @@ def error_factors(
     d_out = error.shape[1]
     rank = min(rule.error_rank, *error.shape)
     width = min(rank + _OVERSAMPLING, d_out)
+    # An error is as small as a rounding step, and a TPU would multiply in bfloat16.
+    times = partial(jnp.matmul, precision="highest")
 
     def seen(v: Array) -> Array:
-        return error.T @ (gram @ (error @ v))
+        return times(error.T, times(gram, times(error, v)))
 
     def orthonormal(v: Array) -> Array:
         return jnp.linalg.qr(v)[0]
@@ -178,6 +180,6 @@ def error_factors(
     basis = jax.lax.fori_loop(
         0, rule.iterations, lambda _, v: orthonormal(seen(v)), orthonormal(seen(start))
     )
-    _, vectors = jnp.linalg.eigh(basis.T @ seen(basis))
-    top = basis @ vectors[:, ::-1][:, :rank]
-    return LowRank(error @ top, top.T)
+    _, vectors = jnp.linalg.eigh(times(basis.T, seen(basis)))
+    top = times(basis, vectors[:, ::-1][:, :rank])
+    return LowRank(times(error, top), top.T)

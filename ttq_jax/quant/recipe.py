@@ -231,13 +231,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "fast": Preset(
         recipe=Recipe(rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
-        about="ttq on wider groups without zero points, and a search of each group's range",
+        about="ttq on groups of 64, each group's range searched",
         cost="as ttq, with more arithmetic in the same read",
-        use="when the first token must not wait",
+        use="the default",
     ),
     "best": Preset(
         recipe=Recipe(rounding=SecondOrder(act_order=True), grid=_WIDE),
-        about="second-order rounding on the prompt itself",
+        about="second-order rounding on the prompt, groups of 64",
         cost="several times a short prompt's prefill",
         use="when the answer is long or must be good",
     ),
