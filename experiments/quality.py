@@ -226,11 +226,16 @@ def nll_of(row: dict) -> np.ndarray:
     return np.array(row["nll"]) / row["scored"]
 
 
-def gaps(rows: dict[tuple[str, str], dict], draws: int = 1000) -> dict[str, dict]:
-    """Per recipe: the mean gap over corpora, draws of it, its parts and bits."""
+def gaps(
+    rows: dict[tuple[str, str], dict], windows: int | None = None, draws: int = 1000
+) -> dict[str, dict]:
+    """Per recipe: the mean gap over corpora, draws of it, its parts and bits.
+
+    Only recipes that have as many windows as `none`, or as `windows` says, on every corpus.
+    """
     corpora = sorted({corpus for name, corpus in rows if name == "none"})
     rng = np.random.default_rng(0)
-    n = min(len(rows["none", corpus]["nll"]) for corpus in corpora)
+    n = min([len(rows["none", c]["nll"]) for c in corpora] + ([windows] if windows else []))
     picks = [np.arange(n), *rng.integers(0, n, (draws, n))]
     out = {}
     for name in dict.fromkeys(name for name, _ in rows):
@@ -259,10 +264,17 @@ def report(args: argparse.Namespace) -> None:
     for path in args.times:
         one = json.loads(path.read_text())
         times[one["model"]] = one["over_plain_prefill"]
+    files: dict[str, dict] = {}
     for path in args.results:
         rows = Results(path).read()
-        model = next(iter(rows.values()))["model"]
-        found[model] = gaps(rows)
+        first = next(iter(rows.values()))
+        of_model = files.setdefault(first["model"], {})
+        before = next(iter(of_model.values()), first)
+        if before["protocol"] != first["protocol"]:
+            raise SystemExit(f"{path} was measured by another protocol: report it by itself")
+        of_model |= rows
+    for model, rows in files.items():
+        found[model] = gaps(rows, args.windows)
         reference = found[model].get(args.reference)
         corpora = next(iter(found[model].values()))["by_corpus"]
         cells = [["recipe", "bits", "gap", f"over {args.reference}", "prefill", *corpora]]
@@ -323,6 +335,7 @@ def main() -> None:
     two = commands.add_parser("report", help="the table and the picture of measured rows")
     two.add_argument("results", nargs="+", type=Path)
     two.add_argument("--reference", default="paper-3", help="default: %(default)s")
+    two.add_argument("--windows", type=int, help="only the first of each corpus")
     two.add_argument("--times", nargs="*", type=Path, default=[], help="from time, per model")
     two.add_argument("--picture", type=Path)
     two.set_defaults(run=report)

@@ -18,7 +18,7 @@ import quality  # noqa: E402
 def row(name, corpus, nll, bits=4.0):
     return {
         "model": "tiny", "recipe_name": name, "corpus": corpus, "scored": 10, "nll": list(nll),
-        "effective_bits": bits,
+        "effective_bits": bits, "protocol": {"window": 20},
     }  # fmt: skip
 
 
@@ -53,6 +53,30 @@ def test_a_recipe_without_all_windows_is_left_out_and_said(tmp_path, capsys):
     del rows["paper-3", "b"]
     assert set(quality.gaps(rows)) == {"none", "ttq-3"}
     assert "leaving out paper-3" in capsys.readouterr().err
+
+
+def test_files_of_one_model_are_one_table_if_their_protocol_is_one(tmp_path, monkeypatch, capsys):
+    store = synthetic(tmp_path)
+    rows = store.read()
+    extra = {("awq-3@a", c): rows["ttq-3", c] | {"recipe_name": "awq-3@a"} for c in ("a", "b")}
+    # It has fewer windows: it takes part if no more are asked for.
+    extra = {key: row | {"nll": row["nll"][:6]} for key, row in extra.items()}
+    other = quality.Results(tmp_path / "other.jsonl")
+
+    def lines(*options):
+        other.write(extra)
+        files = [str(store.path), str(other.path)]
+        monkeypatch.setattr(sys, "argv", ["quality.py", "report", *files, *options])
+        quality.main()
+        return capsys.readouterr().out.splitlines()
+
+    assert not any(line.startswith("awq-3@a") for line in lines())
+    short = lines("--windows", "6")
+    assert short[0] == "tiny, 6 windows per corpus"
+    assert any(line.startswith("awq-3@a") for line in short)
+    extra = {key: row | {"protocol": {"window": 99}} for key, row in extra.items()}
+    with pytest.raises(SystemExit, match="another protocol"):
+        lines()
 
 
 def test_a_line_cut_short_is_ignored_and_said(tmp_path, capsys):
