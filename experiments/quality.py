@@ -69,8 +69,10 @@ def recipe_named(name: str) -> Recipe | None:
             base = ""
     if base not in PRESETS:
         raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
-    if "moments" in given:
-        given["moments"] = Source(prior="weights", prior_tokens=float(given["moments"]))
+    if tokens := given.pop("moments", None):
+        given["moments"] = Source(prior="weights", prior_tokens=float(tokens))
+    elif tokens == 0:
+        given["moments"] = Source()
     return ttq.preset(base, **given)
 
 

@@ -215,7 +215,7 @@ def test_a_conversation_goes_on_from_call_to_call(cli, cli_json, tiny, tmp_path)
         (["--recipe", "best", "--clip"], ["--clip", "second_order", "rounding=clip"]),
         (["--recipe", "gptq"], ["gptq", "--calibration", "--prepared"]),
         (CORPUS_PRIOR, ["corpus", "--calibration", "--prepared"]),
-        (["--set", "moments.prior=weights"], ["prior", "prior_tokens"]),
+        (["--recipe", "ttq", "--set", "moments.prior=weights"], ["prior", "prior_tokens"]),
         (["--conversation", "c"], ["--conversation", "ttq", "moments.decay=0.5"]),
         (["--recipe", "none", "--conversation", "c"], ["--conversation", "none"]),
         ([*CHAT, "--conversation", "c", "--batch-size", 2], ["--conversation", "--batch-size 2"]),
@@ -260,7 +260,10 @@ def test_what_was_kept_for_something_else_is_refused(cli, tiny, tmp_path):
         (["recipes", "nobody"], "expected one of none, rtn"),
         (["recipes", "nobody.toml"], "no such file"),
         (["prepare", "--model", "m"], "--out"),
-        (["prepare", "--model", "m", "--out", "o"], f"{DEFAULT} needs nothing besides the prompt"),
+        (
+            ["prepare", "--model", "m", "--out", "o", "--recipe", "ttq"],
+            "ttq needs nothing besides the prompt",
+        ),
         (["prepare", "--model", "m", "--out", "o", "--recipe", "none"], "none needs nothing"),
     ],
 )

@@ -163,6 +163,8 @@ RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.ite
 
 # 4.3 stored bits per weight: a code's bit is better spent than one on narrow groups.
 _WIDE = Grid(bits=4, group_size=64, symmetric=True)
+# A long prompt does not feel it; a short one says too little by itself.
+_BLEND = Source(prior="weights", prior_tokens=16.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,13 +232,13 @@ PRESETS: dict[str, Preset] = {
         use="the cheapest per-prompt recipe",
     ),
     "fast": Preset(
-        recipe=Recipe(rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
+        recipe=Recipe(moments=_BLEND, rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
         about="ttq on groups of 64, each group's range searched",
         cost="as ttq, with more arithmetic in the same read",
         use="the default",
     ),
     "best": Preset(
-        recipe=Recipe(rounding=SecondOrder(act_order=True), grid=_WIDE),
+        recipe=Recipe(moments=_BLEND, rounding=SecondOrder(act_order=True), grid=_WIDE),
         about="second-order rounding on the prompt, groups of 64",
         cost="several times a short prompt's prefill",
         use="when the answer is long or must be good",
