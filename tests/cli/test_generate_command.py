@@ -119,9 +119,7 @@ def test_human_output(cli, tiny):
     assert code == 0
     assert out.startswith("abc")
     assert re.search(r"4 prompt tokens, \d new", out)
-    assert (
-        "fast, 4 bits, group 64, moments prompt + weights prior (16 tokens), scale power_law" in out
-    )
+    assert "fast, 4 bits, group 64, moments prompt + weights prior (16 tokens)" in out
     assert "loading" in err
     assert "generating" in err
     assert "\r" not in err
