@@ -1,7 +1,7 @@
 """How much of the unquantized model each recipe keeps, at how many bits, in how much time.
 
-Claim     `fast`, the default, leaves a quarter of the gap of the paper's TTQ at 3 bits, `best` a
-          sixth, at 4.27 stored bits against the paper's 4.02 (4.76 with its 16 ranks).
+Claim     `fast`, the default, leaves a quarter of the gap of the paper's TTQ at 3 bits, `best`
+          (measured without its prior) a sixth, at 4.27 stored bits against the paper's 4.02.
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
@@ -9,6 +9,9 @@ Command   python experiments/quality.py measure --model smollm2 --corpus wikitex
               --picture experiments/results/frontier.png
           python experiments/quality.py time --model smollm2 --recipe fast …
               --out experiments/results/prefill_times_smollm2.json
+          ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 96
+              --set moments.prior=none --set moments.prior_tokens=0 --max-windows 6
+              --budget 4.02 --out experiments/recipes/smollm2_4.02.toml
 Cost      SmolLM2-135M on 2 cores: 1 s per window unquantized, 2 s with `ttq`, 6 s with second
           order; a corpus of 40 windows and ten recipes is about 20 minutes. A run that was cut goes
           on where it stopped: finished (recipe, corpus) pairs are skipped, more windows are added.
@@ -48,7 +51,7 @@ from ttq_jax.types import Offline, Prompts, effective_bits
 CALIBRATION_TOKENS = 8192
 NAMES = (
     "FILE.toml or PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-nTOKENS][@CALIBRATION]; n: a prior "
-    "from the weights worth so many tokens"
+    "from the weights worth so many tokens, 0 for none"
 )
 
 _SHORT = {"g": "group_size", "r": "rank", "n": "moments"}

@@ -8,8 +8,8 @@ import numpy as np
 from ttq_jax.allocate import Measured, allocate, measure_widths
 from ttq_jax.calibrate import prepare_unpacked
 from ttq_jax.config import ConfigError
-from ttq_jax.corpora import calibration_windows, cut_windows, read_corpus, sha256
-from ttq_jax.options import calibration_text, check_selection, load_model, recipe_of
+from ttq_jax.corpora import cut_windows, read_corpus, sha256
+from ttq_jax.options import calibration_text, check_selection, load_model, recipe_of, windows_read
 from ttq_jax.progress import Progress
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
@@ -80,14 +80,8 @@ def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
     check_selection(model, recipe)
     cut = cut_windows(model.tokenizer, corpus, args.window)
     at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
-    read = None
-    if text is not None:
-        read = calibration_windows(
-            model.tokenizer, text, tokens=args.calibration_tokens,
-            window=min(512, model.config.max_positions),
-        )  # fmt: skip
     with progress.stage("measuring widths") as update:
-        offline = prepare_unpacked(model, recipe, read)
+        offline = prepare_unpacked(model, recipe, windows_read(args, model, text))
         measured = measure_widths(
             model.params, cut[at], recipe, offline, config=model.config,
             prompt_tokens=args.prompt_tokens, widths=widths, progress=update,

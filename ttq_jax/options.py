@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import Model, load
@@ -166,15 +167,29 @@ def prepare_offline(
         return kept, time.perf_counter() - start
     if not prepares(recipe):
         return prepare(model, recipe), 0.0
-    windows = None
-    if text is not None:
-        windows = calibration_windows(
-            model.tokenizer, text, tokens=args.calibration_tokens,
-            window=min(512, model.config.max_positions),
-        )  # fmt: skip
+    windows = windows_read(args, model, text)
     with progress.stage(f"preparing {args.method}") as update:
         offline = jax.block_until_ready(prepare(model, recipe, windows, update))
     return offline, time.perf_counter() - start
+
+
+def windows_read(args: argparse.Namespace, model: Model, text: str | None) -> np.ndarray | None:
+    """The windows of a calibration text that a recipe's moments come from.
+
+    Args:
+      args: with the calibration options.
+      model: its tokenizer cuts them, no longer than its context.
+      text: from `calibration_text`.
+
+    Returns:
+      int32[n, W]; None without a text.
+    """
+    if text is None:
+        return None
+    return calibration_windows(
+        model.tokenizer, text, tokens=args.calibration_tokens,
+        window=min(512, model.config.max_positions),
+    )  # fmt: skip
 
 
 def prepares(recipe: Recipe) -> bool:

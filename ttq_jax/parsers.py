@@ -174,6 +174,14 @@ def _generate_parser(commands: Any) -> None:
     _add_common(parser)
 
 
+def _add_window(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--window", type=int, default=512, metavar="W", help="tokens (default: %(default)s)")
+    add("--prompt-tokens", type=int, default=256, metavar="P",
+        help="of a window (causal): the first P make the weights and the rest judges them "
+        "(default: %(default)s)")  # fmt: skip
+
+
 def _perplexity_parser(commands: Any) -> None:
     parser = commands.add_parser("perplexity", help="score a text, window by window")
     _add_model(parser)
@@ -184,9 +192,7 @@ def _perplexity_parser(commands: Any) -> None:
     add("--protocol", default="causal", choices=("causal", "window"),
         help="causal: weights from the first P tokens of a window, the rest is scored; window: "
         "weights from the window that is scored (default: %(default)s)")  # fmt: skip
-    add("--window", type=int, default=512, metavar="W", help="tokens (default: %(default)s)")
-    add("--prompt-tokens", type=int, default=256, metavar="P",
-        help="causal: tokens read before scoring (default: %(default)s)")  # fmt: skip
+    _add_window(parser)
     add("--max-windows", type=int, metavar="N", help="score only the first N windows")
     add("--with-baseline", action="store_true", help="score the unquantized model too")
     _add_prepared(parser)
@@ -226,10 +232,7 @@ def _allocate_parser(commands: Any) -> None:
         help="to choose from: 2, 3, 4, 5, 8 (default: 2 3 4 5)")  # fmt: skip
     add("--max-windows", type=int, default=4, metavar="N",
         help="of the text, spread over it (default: %(default)s)")  # fmt: skip
-    add("--window", type=int, default=512, metavar="W", help="tokens (default: %(default)s)")
-    add("--prompt-tokens", type=int, default=256, metavar="P",
-        help="the weights are made from the first P tokens of a window and judged by the rest "
-        "(default: %(default)s)")  # fmt: skip
+    _add_window(parser)
     _add_recipe(parser)
     _add_calibration(parser)
     _add_common(parser)

@@ -58,7 +58,8 @@ class Moments:
       sums: float32[P, d_in]; row j is Σ |x|^powers[j] over the observed tokens.
       count: float32[]; number of observed tokens.
       gram: float32[n_block, b, b] or None; Σ x xᵀ within each of n_block runs of b consecutive
-        channels, the last one padded with zeros. One block is the whole Gram matrix.
+        channels, the last one padded with zeros. One block is the whole Gram matrix; a prior
+        from the weights knows only the diagonal, b = 1.
       powers: the P exponents, each > 0.
     """
 
