@@ -52,3 +52,14 @@ def test_what_cannot_be_allotted_is_refused_and_nothing_written(
     assert (code, printed) == (2, "")
     assert pattern in err
     assert not out.exists()
+
+
+def test_a_recipe_with_a_prior_is_measured_with_it(cli_json, tiny, text_file, tmp_path):
+    common = ["--model", tiny, "--corpus", text_file, *SMALL, *FEW, "--budget", 5]
+    found = [
+        cli_json("allocate", *common, "--recipe", "ttq", *prior, "--out", tmp_path / "mine.toml")[0]
+        for prior in ([], ["--set", "moments.prior=weights", "--set", "moments.prior_tokens=64"])
+    ]
+    plain, leaning = (one["uniform_divergence"] for one in found)
+    assert plain.keys() == leaning.keys()
+    assert all(0 < leaning[bits] != plain[bits] for bits in plain)
