@@ -90,10 +90,7 @@ def corpus_text(spec: str) -> tuple[str, str]:
     name, _, path = spec.partition("=")
     if not path:
         raise SystemExit(f"corpus {spec!r}: expected NAME=FILE, or python")
-    if not path.endswith(".jsonl"):
-        return name, ttq.read_corpus(path)
-    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    return name, "\n\n".join("\n".join(v for v in r.values() if isinstance(v, str)) for r in rows)
+    return name, ttq.read_corpus(path)
 
 
 @dataclasses.dataclass

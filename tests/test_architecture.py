@@ -22,7 +22,7 @@ ORDER = [
     ("ttq_jax.bench", "ttq_jax.bench_device"),
     ("ttq_jax.models", "ttq_jax.quant"),
     ("ttq_jax.released",),
-    ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.corpora"),
+    ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.hub_text", "ttq_jax.corpora"),
     ("ttq_jax.prefill", "ttq_jax.decode"),
     ("ttq_jax.prior",),
     ("ttq_jax.calibrate", "ttq_jax.allocate"),

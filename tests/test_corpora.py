@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,17 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttq_jax import corpora
+from ttq_jax import corpora, hub_text
 from ttq_jax.corpora import (
     DOMAINS,
     CorpusError,
-    HubText,
     calibration_windows,
     cut_windows,
-    parse_hub_spec,
     read_corpus,
     sha256,
 )
+from ttq_jax.hub_text import HubText, parse_hub_spec
 
 
 class Letters:
@@ -97,6 +97,41 @@ def test_files(tmp_path):
         read_corpus(str(tmp_path))
 
 
+def test_a_part_of_a_text_begins_and_ends_with_a_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(10)))
+    first, second = read_corpus(f"{path}[:50%]"), read_corpus(f"{path}[50%:]")
+    assert first + second == path.read_text()
+    assert first.endswith("line 5\n")
+    assert read_corpus(f"{path}[:]") == read_corpus(f"{path}[0%:100%]") == path.read_text()
+    thirds = [read_corpus(f"{path}[{a}%:{b}%]") for a, b in ((0, 30), (30, 60), (60, 100))]
+    assert "".join(thirds) == path.read_text()
+    for bad in ("[50%:50%]", "[70%:60%]", "[0%:101%]"):
+        with pytest.raises(CorpusError, match="A < B <= 100"):
+            read_corpus(f"{path}{bad}")
+    # A part of one long line would be the next line's beginning: there is none.
+    path.write_text("one line")
+    with pytest.raises(CorpusError, match="found none"):
+        read_corpus(f"{path}[50%:]")
+
+
+def test_every_string_of_json_lines_is_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "q", "year": 1, "turns": ["a", "b", 3]}, {"answer": "x"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_corpus(str(path)) == "q\na\nb\n\nx"
+    for bad in ("[1]", "{"):
+        path.write_text('{"a": "b"}\n' + bad)
+        with pytest.raises(CorpusError, match="line 2: expected a JSON object"):
+            read_corpus(str(path))
+
+
+def test_builtin_texts_have_names():
+    assert read_corpus("builtin:python") == DOMAINS[1].read()
+    with pytest.raises(CorpusError, match=r"builtin:\{prose,python,"):
+        read_corpus("builtin:poetry")
+
+
 def test_hub_specs():
     assert parse_hub_spec("a/b") == HubText(path="a/b")
     assert parse_hub_spec("a/b:train") == HubText(path="a/b", split="train")
@@ -107,6 +142,7 @@ def test_hub_specs():
     assert (wikitext.path, wikitext.split) == ("Salesforce/wikitext", "train")
     assert wikitext.config == "wikitext-2-raw-v1"
     assert parse_hub_spec("c4").max_rows
+    assert parse_hub_spec("gsm8k:train").columns == ("question", "answer")
     for bad in ("", ":en", "a:b:c:d"):
         with pytest.raises(CorpusError, match="hf:NAME"):
             parse_hub_spec(bad)
@@ -165,8 +201,8 @@ def test_local_datasets_and_no_network(local_datasets, tmp_path):
 
 
 def test_streamed_rows_are_capped(local_datasets, monkeypatch):
-    source = HubText(path="x", column="text", join=" ", max_rows=2)
-    monkeypatch.setitem(corpora.SHORT_NAMES, "many", source)
+    source = HubText(path="x", columns=("text",), join=" ", max_rows=2)
+    monkeypatch.setitem(hub_text.SHORT_NAMES, "many", source)
 
     class Rows:
         features = None
@@ -174,7 +210,7 @@ def test_streamed_rows_are_capped(local_datasets, monkeypatch):
         def __iter__(self):
             return iter([{"text": "a"}, {"text": "b"}, {"text": "c"}])
 
-    monkeypatch.setattr(corpora, "_load_rows", lambda source: Rows())
+    monkeypatch.setattr(hub_text, "_load_rows", lambda source: Rows())
     assert read_corpus("hf:many") == "a b"
 
 

@@ -1,28 +1,27 @@
 """Text -> evaluation and calibration windows.
 
-A corpus is named by one string: a UTF-8 text file, or `hf:NAME[:CONFIG][:SPLIT]` for a Hugging
-Face dataset (NAME may be a local directory in the hub's layout). The evaluation sets that papers
-quote have short names with the usual split and way of joining, so that a number can be set
-against theirs.
+A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file of
+which every string is read, `hf:NAME[:CONFIG][:SPLIT]` for a Hugging Face dataset (NAME may be a
+local directory in the hub's layout), or `builtin:NAME` for a text that comes with every
+installation. The percentages, which may be left out, take a part of the text: `[:50%]` to calibrate
+and `[50%:]` to score.
 """
 
 import dataclasses
 import hashlib
 import importlib.util
-import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from ttq_jax.hub_text import CorpusError, read_hub
+
 # Characters per token that no natural text exceeds on average.
 _LONG_TOKEN = 16
-
-
-class CorpusError(ValueError):
-    """A text that cannot be used; the message says what to change."""
 
 
 class Tokenizer(Protocol):
@@ -31,144 +30,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_bos: bool = True) -> Sequence[int]:
         """Token ids, after the begin-of-text token where the model uses one."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HubText:
-    """Where a dataset's text is and how its rows become one.
-
-    Attributes:
-      path: hub id or local directory.
-      config: configuration name; None for the only one.
-      split: which rows.
-      column: which column; None finds it.
-      join: what stands between two rows.
-      max_rows: rows taken from the start, streamed; None takes all.
-      data_files: {split: glob} inside the repository; None for its own layout.
-      revision: branch of the repository.
-    """
-
-    path: str
-    config: str | None = None
-    split: str = "test"
-    column: str | None = None
-    join: str = "\n\n"
-    max_rows: int | None = None
-    data_files: tuple[tuple[str, str], ...] | None = None
-    revision: str | None = None
-
-
-# The joins and the cut of C4 are those of the GPTQ evaluation, which later papers kept.
-SHORT_NAMES = {
-    "wikitext2": HubText(path="Salesforce/wikitext", config="wikitext-2-raw-v1", column="text"),
-    "ptb": HubText(
-        path="ptb-text-only/ptb_text_only",
-        column="sentence",
-        join=" ",
-        # The repository holds a script, which is never run: the hub's own conversion is read.
-        revision="refs/convert/parquet",
-        data_files=(
-            ("train", "penn_treebank/train/*.parquet"),
-            ("validation", "penn_treebank/validation/*.parquet"),
-            ("test", "penn_treebank/test/*.parquet"),
-        ),
-    ),
-    "c4": HubText(
-        path="allenai/c4",
-        split="validation",
-        column="text",
-        join=" ",
-        max_rows=1100,
-        data_files=(
-            ("train", "en/c4-train.00000-of-01024.json.gz"),
-            ("validation", "en/c4-validation.00000-of-00008.json.gz"),
-        ),
-    ),
-}
-
-_SPLITS = ("train", "validation", "test", "dev")
-
-
-def parse_hub_spec(spec: str) -> HubText:
-    """Reads `NAME[:CONFIG][:SPLIT]`.
-
-    Args:
-      spec: what follows "hf:". With one part after the name, it is the split if it is called
-        like one (train, validation, test, dev), else the configuration.
-
-    Returns:
-      Where the text is; the split is "test" unless given or fixed by a short name.
-
-    Raises:
-      CorpusError: no name, or too many parts.
-    """
-    name, *rest = spec.split(":")
-    if not name or len(rest) > 2:
-        raise CorpusError(f"corpus: expected hf:NAME[:CONFIG][:SPLIT], got hf:{spec}")
-    known = SHORT_NAMES.get(name, HubText(path=name))
-    if len(rest) == 2:
-        return dataclasses.replace(known, config=rest[0] or known.config, split=rest[1])
-    if rest and rest[0] in _SPLITS:
-        return dataclasses.replace(known, split=rest[0])
-    return dataclasses.replace(known, config=rest[0]) if rest else known
-
-
-def _load_rows(source: HubText) -> Any:
-    """The dataset's rows, through the `datasets` library.
-
-    Raises:
-      CorpusError: it cannot be had.
-    """
-    import datasets
-
-    local = Path(source.path).expanduser()
-    try:
-        return datasets.load_dataset(
-            str(local) if local.is_dir() else source.path,
-            source.config,
-            split=source.split,
-            revision=source.revision,
-            data_files=dict(source.data_files) if source.data_files else None,
-            streaming=source.max_rows is not None,
-        )
-    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise CorpusError(
-            f"cannot load dataset {source.path!r} (config {source.config}, split "
-            f"{source.split!r}): {reason}; check the name and the network, or give a text file"
-        ) from e
-
-
-def _text_column(source: HubText, rows: Any) -> str:
-    """The column that holds the text.
-
-    Raises:
-      CorpusError: it cannot be told.
-    """
-    features = rows.features or {}
-    strings = [n for n, f in features.items() if getattr(f, "dtype", None) in _STRINGS]
-    for name in (source.column, "text", "sentence"):
-        if name in strings or (name and not features):
-            return str(name)
-    if len(strings) == 1:
-        return strings[0]
-    raise CorpusError(
-        f"dataset {source.path!r}: expected a column 'text' or 'sentence', or a single column of "
-        f"strings; it has {', '.join(features)}; write the text you want to a file instead"
-    )
-
-
-_STRINGS = ("string", "large_string")
-
-
-def _read_hub(spec: str) -> str:
-    """All rows of a dataset's text column, joined."""
-    source = parse_hub_spec(spec)
-    rows = _load_rows(source)
-    column = _text_column(source, rows)
-    if source.max_rows is None:
-        return source.join.join(t for t in rows[column] if t is not None)
-    return source.join.join(row[column] for row in itertools.islice(rows, source.max_rows))
 
 
 def read_file(path: Path) -> str:
@@ -197,12 +58,16 @@ def read_file(path: Path) -> str:
         raise CorpusError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
+# A part of a text, as Hugging Face's datasets write it.
+_PART = re.compile(r"(.+)\[(?:(\d{1,3})%)?:(?:(\d{1,3})%)?\]")
+
+
 def read_corpus(spec: str) -> str:
     """The text that a string names.
 
     Args:
-      spec: path of a UTF-8 text file, or "hf:NAME[:CONFIG][:SPLIT]", NAME being a key of
-        `SHORT_NAMES`, a hub id or a local directory.
+      spec: "SOURCE" or "SOURCE[A%:B%]" with 0 <= A < B <= 100, see the module's docstring; the
+        parts of a text begin at line ends.
 
     Returns:
       The text, not empty.
@@ -210,10 +75,59 @@ def read_corpus(spec: str) -> str:
     Raises:
       CorpusError: it cannot be read, or there is no text in it.
     """
-    text = _read_hub(spec[3:]) if spec.startswith("hf:") else read_file(Path(spec).expanduser())
+    part = _PART.fullmatch(spec)
+    text = _read_source(part[1] if part else spec)
+    if part:
+        first, last = int(part[2] or 0), int(part[3] or 100)
+        if not first < last <= 100:
+            raise CorpusError(f"{spec}: expected a part [A%:B%] with 0 <= A < B <= 100")
+        begin, end = (_line_at(text, share) for share in (first, last))
+        text = text[begin:end]
     if not text.strip():
         raise CorpusError(f"{spec}: expected some text, found none")
     return text
+
+
+def _line_at(text: str, percent: int) -> int:
+    """Where the line begins that comes after so much of a text."""
+    at = len(text) * percent // 100
+    return text.find("\n", at) + 1 or len(text) if 0 < at < len(text) else at
+
+
+def _read_source(source: str) -> str:
+    """A whole text.
+
+    Raises:
+      CorpusError: it cannot be read.
+    """
+    if source.startswith("hf:"):
+        return read_hub(source[3:])
+    if source.startswith("builtin:"):
+        known = {domain.name: domain for domain in DOMAINS}
+        if source[8:] not in known:
+            raise CorpusError(f"corpus: expected builtin:{{{','.join(known)}}}, got {source!r}")
+        return known[source[8:]].read()
+    text = read_file(Path(source).expanduser())
+    return _strings_of(source, text) if source.endswith(".jsonl") else text
+
+
+def _strings_of(source: str, text: str) -> str:
+    """Every string that stands in the objects of JSON lines, an empty line between objects.
+
+    Raises:
+      CorpusError: a line is no JSON object.
+    """
+    rows = []
+    for i, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise CorpusError(f"{source}, line {i}: expected a JSON object: {e}") from e
+        if not isinstance(row, dict):
+            raise CorpusError(f"{source}, line {i}: expected a JSON object, got {line[:40]!r}")
+        values = (v if isinstance(v, list) else [v] for v in row.values())
+        rows.append("\n".join(v for each in values for v in each if isinstance(v, str)))
+    return "\n\n".join(rows)
 
 
 def sha256(text: str) -> str:
