@@ -82,7 +82,7 @@ def calibrate(
 def prepare(
     model: Model,
     recipe: Recipe | None,
-    calibration: np.ndarray | None = None,
+    calibration: np.ndarray | dict[str, Moments] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Offline:
     """Everything that a recipe needs besides the prompt.
@@ -93,7 +93,8 @@ def prepare(
     Args:
       model: the unquantized model.
       recipe: how to quantize; None for not at all.
-      calibration: int32[n, W] token ids for a recipe that reads a corpus's moments.
+      calibration: for a recipe that reads a corpus's moments: int32[n, W] token ids, or what
+        `calibrate` made of them.
       progress: called with (windows done, windows in all) of the calibration.
 
     Returns:
@@ -111,7 +112,7 @@ def prepare(
 def prepare_unpacked(
     model: Model,
     recipe: Recipe | None,
-    calibration: np.ndarray | None = None,
+    calibration: np.ndarray | dict[str, Moments] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Offline:
     """The moments and static factors that a recipe reads, no weight quantized.
@@ -138,7 +139,9 @@ def prepare_unpacked(
                 "one (--calibration FILE on the command line) or use recipe 'ttq' or 'rtn', or a "
                 "prior from the weights"
             )
-        moments = calibrate(model, calibration, recipe.reads, progress)
+        if not isinstance(calibration, dict):
+            calibration = calibrate(model, calibration, recipe.reads, progress)
+        moments = calibration
     elif source.prior == "weights":
         moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
     return Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))

@@ -314,6 +314,14 @@ def run(args: argparse.Namespace, cache: Path | None) -> None:
             from ttq_jax.allocate_command import run_allocate
 
             run_allocate(args, progress)
+        elif args.command == "sweep":
+            from ttq_jax.sweep_command import run_sweep
+
+            run_sweep(args, progress)
+        elif args.command == "report":
+            from ttq_jax.report_command import run_report
+
+            run_report(args, progress)
         elif args.command == "inspect":
             from ttq_jax.inspection import run_inspect
 

@@ -5,6 +5,7 @@ Nothing here imports jax: `--help` and a mistyped option answer at once.
 
 import argparse
 import difflib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
@@ -32,6 +33,34 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ttq: error: {message} (see {self.prog} --help)\n")
+
+
+class BadOption(ValueError):
+    """An option or a value that a command does not take."""
+
+
+class _Strict(_Parser):
+    """Raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadOption(message)
+
+
+def perplexity_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options of `ttq perplexity`, for whoever calls it by other means.
+
+    Args:
+      words: what would follow the command's name.
+
+    Returns:
+      What the parser makes of them.
+
+    Raises:
+      BadOption: it does not take them.
+    """
+    root = _Strict(prog="ttq")
+    _perplexity_parser(root.add_subparsers(dest="command"))
+    return root.parse_args(["perplexity", *words])
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -187,8 +216,9 @@ def _perplexity_parser(commands: Any) -> None:
     _add_model(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
-        help="UTF-8 text file, or hf:NAME[:CONFIG][:SPLIT] for a Hugging Face dataset; short "
-        "names: hf:wikitext2, hf:ptb, hf:c4")  # fmt: skip
+        help="UTF-8 text file, JSON lines (.jsonl), hf:NAME[:CONFIG][:SPLIT] for a Hugging Face "
+        "dataset (short names: hf:wikitext2, hf:ptb, hf:c4, hf:gsm8k), or builtin:prose, python, "
+        "javascript, languages; [50%%:] after it takes a part")  # fmt: skip
     add("--protocol", default="causal", choices=("causal", "window"),
         help="causal: weights from the first P tokens of a window, the rest is scored; window: "
         "weights from the window that is scored (default: %(default)s)")  # fmt: skip
@@ -235,6 +265,35 @@ def _allocate_parser(commands: Any) -> None:
     _add_window(parser)
     _add_recipe(parser)
     _add_calibration(parser)
+    _add_common(parser)
+
+
+def _sweep_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep", help="perplexity at every point of a grid, in a table that survives being killed"
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE.toml",
+        help="each key an option of ttq perplexity, a recipe's field or seed, its value a list; "
+        "[[part]] tables add further products")  # fmt: skip
+    add("--out", required=True, metavar="DIR",
+        help="where finished cells are kept, rows.jsonl; what is there is not done again, and "
+        "several processes may share it")  # fmt: skip
+    add("--axis", action="append", default=[], metavar="KEY=V,V",
+        help="in the place of the file's values; a corpus, calibration or model may have a label, "
+        "as in corpus=wikitext2=FILE; may be repeated")  # fmt: skip
+    add("--shard", metavar="I/N", help="only every N-th cell, from the I-th, for several machines")
+    add("--retry", action="store_true", help="run the cells again that failed before")
+    add("--dry-run", action="store_true", help="list the cells and what is done, run nothing")
+    _add_common(parser)
+
+
+def _report_parser(commands: Any) -> None:
+    parser = commands.add_parser("report", help="a sweep as tables and pictures, beside the paper")
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR",
+        help="of ttq sweep; report.html and report.md are written into the first",
+    )  # fmt: skip
     _add_common(parser)
 
 
@@ -318,6 +377,8 @@ def build_parser() -> argparse.ArgumentParser:
     _perplexity_parser(commands)
     _prepare_parser(commands)
     _allocate_parser(commands)
+    _sweep_parser(commands)
+    _report_parser(commands)
     inspect = commands.add_parser("inspect", help="what is in a model, and what would be quantized")
     _add_model(inspect)
     _add_recipe(inspect)

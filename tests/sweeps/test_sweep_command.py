@@ -1,0 +1,224 @@
+"""Sweeps as a user runs them: resumed, killed, shared, failing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ttq_jax import cut_windows, load, prepare
+from ttq_jax.cli import main
+from ttq_jax.corpora import calibration_windows, read_corpus
+from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.sweeps import run
+from ttq_jax.sweeps.axes import read_sweep
+from ttq_jax.sweeps.rows import read_rows
+
+
+@pytest.fixture
+def sweep(capsys):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        code = main(["sweep", *map(str, words), "--no-compilation-cache"])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(sweep_file, tmp_path_factory):
+    """The directory of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("finished")
+    assert main(["sweep", str(sweep_file), "--out", str(out), "--no-compilation-cache"]) == 2
+    return out
+
+
+def measured(directory):
+    """What has to be the same, however a sweep came about."""
+    names = ("cell", "recipe", "nll", "perplexity", "effective_bits", "corpus_sha256",
+             "calibration_sha256", "windows", "error")  # fmt: skip
+    return {
+        key: {name: row.get(name) for name in names} for key, row in read_rows(directory).items()
+    }
+
+
+def test_rows_say_all_that_a_number_depends_on(finished, place, sweep_file):
+    rows, cells = read_rows(finished), read_sweep(str(sweep_file))
+    assert set(rows) == {cell.key for cell in cells}
+    assert len(rows) == len(cells) == 14
+    model = load(str(place / "model"))
+    for cell in cells:
+        row = rows[cell.key]
+        assert row["cell"] == cell.values
+        assert str(place) not in json.dumps(row)
+        assert set(row["versions"]) >= {"ttq_jax", "jax", "python"}
+        if row["cell"].get("bits") == 6:
+            assert row["error"].startswith("ConfigError: bits")
+            continue
+        text = read_corpus(str(place / f"{row['cell']['corpus']}.txt"))
+        windows = cut_windows(model.tokenizer, text, 48, max_windows=2)
+        offline = None
+        if cell.options.calibration and cell.recipe.source.reads_corpus:
+            read = read_corpus(cell.options.calibration)
+            offline = calibration_windows(model.tokenizer, read, tokens=96, window=96)
+        made = prepare(model, cell.recipe, offline)
+        nll = [
+            float(score_window(
+                model.params, jnp.asarray(w), made, config=model.config, recipe=cell.recipe,
+                protocol=Protocol(window=48, prompt_tokens=24),
+            ))
+            for w in windows
+        ]  # fmt: skip
+        np.testing.assert_allclose(row["nll"], nll, rtol=1e-6)
+        assert row["perplexity"] == pytest.approx(np.exp(np.sum(nll) / 48))
+        assert row["seconds"]["score"] > 0
+        assert row["peak_memory_bytes"] > 1e7
+        bits = cell.values.get("bits", 32)
+        assert bits <= row["effective_bits"] <= bits + 3
+
+
+def test_what_is_done_is_not_done_again(finished, sweep_file, sweep, monkeypatch):
+    before = (finished / "rows.jsonl").read_bytes()
+
+    def never(*_):
+        raise AssertionError("a finished cell was run")
+
+    monkeypatch.setattr(run.Runner, "run", never)
+    code, _, err = sweep(sweep_file, "--out", finished)
+    assert code == 2
+    assert "2 of 14 cells failed" in err
+    assert "14 of 14 cells are done" in err
+    assert (finished / "rows.jsonl").read_bytes() == before
+
+
+def test_a_failing_cell_does_not_stop_the_rest_and_can_be_retried(
+    finished, sweep_file, sweep, tmp_path, monkeypatch
+):
+    real, broken = run.Runner.run, [True]
+
+    def sometimes(self, cell, progress):
+        if broken[0] and cell.values.get("bits") == 4:
+            raise MemoryError("no room")
+        return real(self, cell, progress)
+
+    monkeypatch.setattr(run.Runner, "run", sometimes)
+    code, _, err = sweep(sweep_file, "--out", tmp_path)
+    assert code == 2
+    assert "4 of 14 cells failed" in err
+    errors = [row["error"] for row in read_rows(tmp_path).values() if "error" in row]
+    assert errors.count("MemoryError: no room") == 2
+    broken[0] = False
+    code, _, err = sweep(sweep_file, "--out", tmp_path)
+    assert "4 of 14 cells failed" in err
+    code, _, err = sweep(sweep_file, "--out", tmp_path, "--retry")
+    assert "2 of 14 cells failed" in err
+    assert measured(tmp_path) == measured(finished)
+
+
+def test_dry_run_lists_and_runs_nothing(sweep_file, sweep, tmp_path, finished):
+    code, out, _ = sweep(sweep_file, "--out", tmp_path, "--dry-run")
+    assert code == 0
+    assert out.count("to do") == 12
+    assert out.count("illegal") == 2
+    assert not read_rows(tmp_path)
+    code, out, _ = sweep(sweep_file, "--out", finished, "--dry-run", "--json")
+    states = [json.loads(line)["state"] for line in out.splitlines()]
+    assert (states.count("done"), states.count("failed")) == (12, 2)
+
+
+def test_shards_are_disjoint_and_complete(sweep_file, sweep, tmp_path, finished):
+    for i in (2, 1):
+        sweep(sweep_file, "--out", tmp_path, "--shard", f"{i}/2")
+    assert measured(tmp_path) == measured(finished)
+    assert len(list(tmp_path.glob("rows-*of2.jsonl"))) == 2
+    for bad in ("0/2", "3/2", "x", "1/"):
+        code, _, err = sweep(sweep_file, "--out", tmp_path, "--shard", bad)
+        assert code == 2
+        assert "--shard: expected I/N" in err
+
+
+def test_another_text_of_the_same_name_is_refused(finished, sweep_file, sweep, place, tmp_path):
+    other = tmp_path / "sums.txt"
+    other.write_text((place / "words.txt").read_text())
+    words = f"words={place}/words.txt"
+    code, _, err = sweep(sweep_file, "--out", finished, "--axis", f"corpus=sums={other},{words}")
+    assert code == 2
+    assert "corpus sums is another text than in the rows that are there" in err
+
+
+def test_the_seed_draws_windows(place, sweep, tmp_path):
+    path = tmp_path / "seeds.toml"
+    path.write_text(
+        f"""
+        model = "{place}/model"
+        corpus = "{place}/sums.txt"
+        recipe = "none"
+        window = 48
+        prompt_tokens = 24
+        max_windows = [2, 4]
+        seed = [0, 1]
+        """
+    )
+    assert sweep(path, "--out", tmp_path / "out")[0] == 0
+    nll = {
+        (row["cell"]["seed"], row["cell"]["max_windows"]): row["nll"]
+        for row in read_rows(tmp_path / "out").values()
+    }
+    assert nll[0, 4][:2] == nll[0, 2]
+    assert nll[0, 2] != nll[1, 2]
+
+
+def started(sweep_file, out, cache):
+    words = [sys.executable, "-m", "ttq_jax", "sweep", str(sweep_file), "--out", str(out),
+             "--cache-dir", str(cache), "--quiet"]  # fmt: skip
+    return subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_killed_again_and_again_the_table_is_the_same(
+    finished, sweep_file, tmp_path, tmp_path_factory
+):
+    """Killed at random moments, most of them while cells are being finished."""
+    out, cache = tmp_path / "out", tmp_path_factory.mktemp("xla")
+    rng, kills, lines = random.Random(0), 0, [0]
+    while True:
+        process = started(sweep_file, out, cache)
+        path, target = out / "rows.jsonl", lines[-1] + rng.randint(1, 2)
+        while process.poll() is None:
+            done = path.read_bytes().count(b"\n") if path.exists() else 0
+            if done >= target and done < 14:
+                time.sleep(rng.random() * 0.2)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        code = process.wait()
+        lines.append(path.read_bytes().count(b"\n"))
+        assert lines[-1] >= lines[-2]
+        if code != -signal.SIGKILL:
+            break
+        kills += 1
+    assert kills >= 4
+    assert measured(out) == measured(finished)
+    keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
+    assert len(keys) == len(set(keys)), "no cell twice"
+
+
+def test_two_processes_share_the_work(finished, sweep_file, tmp_path, tmp_path_factory):
+    out, cache = tmp_path / "out", tmp_path_factory.mktemp("xla")
+    pair = [started(sweep_file, out, cache) for _ in range(2)]
+    assert {process.wait() for process in pair} == {2}
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    keys = [line["key"] for line in lines]
+    assert len(keys) == len(set(keys)) == 14
+    assert len({line["process"] for line in lines}) == 2, "both did some"
+    assert measured(out) == measured(finished)

@@ -1,0 +1,291 @@
+"""A sweep file -> cells: the product of its axes, each cell one call of `ttq perplexity`.
+
+A key of the file is an option of that command (`bits`, `corpus`, `method`), a recipe field
+(`rounding = "clip"`, `moments.prior_tokens`), or `seed`; its value is a list, or one value. Keys
+before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the union of the
+parts' products.
+
+What a cell does not read is no part of it: bits of the unquantized model, the calibration of a
+recipe that looks at the prompt. Such cells of a product are one, and run once.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ttq_jax.config import ConfigError
+from ttq_jax.corpora import CorpusError, read_file
+from ttq_jax.options import recipe_of
+from ttq_jax.parsers import BadOption, perplexity_options
+from ttq_jax.perplexity import Protocol
+from ttq_jax.quant.recipe import Recipe
+
+# Axes whose value may be given as LABEL=VALUE: the label is what rows and reports show.
+LABELLED = ("model", "corpus", "calibration")
+
+# What is not an axis although `ttq perplexity` has the option.
+_NOT_AXES = {
+    "with_baseline", "prepared", "save_recipe", "settings", "json", "quiet", "cache_dir",
+    "no_compilation_cache", "command", "method",
+}  # fmt: skip
+
+# What the unquantized model depends on.
+_OF_NONE = {
+    "model", "dtype", "corpus", "recipe", "max_windows", "seed", "protocol", "window",
+    "prompt_tokens",
+}  # fmt: skip
+
+_FLAGS = {"clip", "symmetric"}
+
+# Slowest first: cells that share a model, a calibration or a program stand together.
+_ORDER = ("model", "dtype", "seed", "protocol", "window", "prompt_tokens", "calibration",
+          "calibration_tokens", "recipe")  # fmt: skip
+_LAST = ("max_windows", "corpus")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of a sweep.
+
+    Attributes:
+      values: axis -> value of everything that was given and is read, defaults of the protocol
+        included; labels in the place of what they stand for.
+      options: of `ttq perplexity`, as its parser gives them; `seed` too.
+      recipe: None for the unquantized model, or if it is illegal.
+      protocol: what is read and scored; None if it is illegal.
+      error: why the cell cannot run, "" if it can.
+    """
+
+    values: dict[str, Any]
+    options: argparse.Namespace
+    recipe: Recipe | None
+    protocol: Protocol | None
+    error: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from other cells: a digest of its values and of its recipe in full."""
+        recipe = None if self.recipe is None else self.recipe.describe()
+        text = json.dumps([self.values, recipe], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def name(self, axes: Iterable[str] | None = None) -> str:
+        """Its values along some axes, or along all, for people."""
+        shown = self.values if axes is None else [a for a in axes if a in self.values]
+        return ", ".join(f"{axis} {self.values[axis]}" for axis in shown)
+
+
+def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a sweep file.
+
+    Args:
+      path: of a TOML file, see the module's docstring.
+      changes: each "KEY=VALUE,VALUE,…", in the place of that key in every part.
+
+    Returns:
+      Cells without repetition, in the order in which they run best.
+
+    Raises:
+      ConfigError: not TOML, a key that is no axis, or a value that its option does not take.
+      CorpusError: the file cannot be read.
+    """
+    try:
+        data = tomllib.loads(read_file(Path(path).expanduser()))
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path}: not TOML: {e}") from e
+    except CorpusError as e:
+        raise CorpusError(str(e).replace(" (a corpus may also be hf:NAME)", "")) from e
+    given = dict(map(_change, changes))
+    parts = data.pop("part", [{}])
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise ConfigError(f"{path}: part: expected tables, [[part]]")
+    cells: dict[str, Cell] = {}
+    try:
+        for part in parts:
+            axes = _axes(data) | _axes(part) | given
+            for point in itertools.product(*axes.values()):
+                cell = make_cell(dict(zip(axes, point, strict=True)))
+                cells.setdefault(cell.key, cell)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
+    return sorted(cells.values(), key=_rank(list(cells.values())))
+
+
+def varying_axes(cells: Iterable[Cell]) -> list[str]:
+    """The axes along which cells differ.
+
+    Args:
+      cells: of one sweep.
+
+    Returns:
+      Names, in the order of the cells' values.
+    """
+    seen: dict[str, set[str]] = {}
+    for cell in cells:
+        for axis, value in cell.values.items():
+            seen.setdefault(axis, set()).add(str(value))
+    return [axis for axis, values in seen.items() if len(values) > 1 or axis == "recipe"]
+
+
+def _change(text: str) -> tuple[str, list[Any]]:
+    """`KEY=VALUE,VALUE` -> the axis.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    key, equals, values = text.partition("=")
+    if not equals or not key.strip() or not values:
+        raise ConfigError(f"--axis: expected KEY=VALUE,VALUE,…, got {text!r}")
+    return _axis_name(key.strip()), values.split(",")
+
+
+def _axis_name(key: str) -> str:
+    """The key by which an axis is known: the option's name with underscores."""
+    name = key.replace("-", "_")
+    return "recipe" if name == "method" else name
+
+
+def _axes(table: dict[str, Any], inside: str = "") -> dict[str, list[Any]]:
+    """A (nested) table as axes; `scale.alpha` may be written as a dotted key.
+
+    Raises:
+      ConfigError: an empty list, or a value that no option takes.
+    """
+    axes: dict[str, list[Any]] = {}
+    for key, value in table.items():
+        name = inside + _axis_name(key)
+        if isinstance(value, dict):
+            axes |= _axes(value, f"{name}.")
+            continue
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(v, str | int | float | bool) for v in values):
+            raise ConfigError(f"{name}: expected a value or a list of values, got {value!r}")
+        axes[name] = values
+    return axes
+
+
+def make_cell(point: dict[str, Any]) -> Cell:
+    """A cell from one value per axis.
+
+    Args:
+      point: axis -> value, "model" and "corpus" among them.
+
+    Returns:
+      The cell; one whose choices do not go together has an `error`.
+
+    Raises:
+      ConfigError: an axis that there is not, or a value that its option does not take.
+    """
+    labels, plain = {}, {}
+    for axis, value in point.items():
+        label, is_labelled, rest = str(value).partition("=")
+        labelled = axis in LABELLED and bool(is_labelled)
+        labels[axis] = label if labelled else value
+        plain[axis] = rest if labelled else value
+    options = _options(plain)
+    error, recipe, protocol = "", None, None
+    try:
+        recipe = recipe_of(options)
+        protocol = Protocol(
+            kind=options.protocol, window=options.window, prompt_tokens=options.prompt_tokens
+        )
+        if recipe is not None and recipe.source.reads_corpus and options.calibration is None:
+            raise ConfigError(f"recipe {options.method} reads a corpus: give the axis calibration")
+    except ConfigError as e:
+        error = str(e)
+    return Cell(_values(labels, options, recipe), options, recipe, protocol, error)
+
+
+def _options(point: dict[str, Any]) -> argparse.Namespace:
+    """What the parser of `ttq perplexity` makes of a point.
+
+    Raises:
+      ConfigError: it does not take it.
+    """
+    for axis in ("model", "corpus"):
+        if axis not in point:
+            raise ConfigError(f'expected the axis {axis}, as in {axis} = ["…"]; it is not given')
+    axes, words = set(vars(perplexity_options(["--model", "m", "--corpus", "c"]))) - _NOT_AXES, []
+    fields = {f.name for f in dataclasses.fields(Recipe)}
+    seed = point.get("seed")
+    if seed is not None and not str(seed).isdecimal():
+        raise ConfigError(f"seed: expected a whole number from 0, got {seed!r}")
+    known = {*axes, "recipe", "seed"}
+    for axis, value in point.items():
+        field, dot, _ = axis.partition(".")
+        if axis not in known and field not in fields:
+            raise ConfigError(
+                f"{axis} is no axis; expected one of {', '.join(sorted(known))}, or a recipe's "
+                f"field as in {'rounding.damping' if dot else 'scale'}"
+            )
+        if axis == "seed" or (point.get("recipe") == "none" and axis not in _OF_NONE):
+            continue
+        option = f"--{axis.replace('_', '-')}"
+        text = str(value).lower() if isinstance(value, bool) else value
+        if axis not in known:
+            words.append(f"--set={axis}={text}")
+        elif axis not in _FLAGS:
+            words.append(f"{option}={text}")
+        elif str(text).lower() not in {"true", "false"}:
+            raise ConfigError(f"{axis}: expected true or false, got {value!r}")
+        elif str(text).lower() == "true":
+            words.append(option)
+        elif axis == "symmetric":
+            words.append("--no-symmetric")
+    try:
+        options = perplexity_options(words)
+    except BadOption as e:
+        raise ConfigError(str(e)) from e
+    options.seed = None if seed is None else int(seed)
+    return options
+
+
+def _values(
+    labels: dict[str, Any], options: argparse.Namespace, recipe: Recipe | None
+) -> dict[str, Any]:
+    """What identifies a cell: what was given, less what is not read, and the protocol in full."""
+    values = {axis: _number(value) for axis, value in labels.items()}
+    values["recipe"] = options.method
+    for axis in ("protocol", "window", "prompt_tokens"):
+        values[axis] = getattr(options, axis)
+    if options.protocol == "window":
+        del values["prompt_tokens"]
+    if options.method == "none":
+        values = {k: v for k, v in values.items() if k in _OF_NONE}
+    elif recipe is not None:
+        if recipe.source.reads_corpus:
+            values["calibration_tokens"] = options.calibration_tokens
+        else:
+            values = {k: v for k, v in values.items() if not k.startswith("calibration")}
+    return values
+
+
+def _number(value: Any) -> Any:
+    """A value that came from the command line as a text, as TOML would have given it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower() if value.lower() in {"true", "false"} else value)
+    except ValueError:
+        return value
+
+
+def _rank(cells: Iterable[Cell]) -> Any:
+    """A sort key that keeps each axis's own order of values."""
+    seen: dict[str, dict[str, int]] = {}
+    for cell in cells:
+        for axis, value in cell.values.items():
+            seen.setdefault(axis, {}).setdefault(str(value), len(seen[axis]))
+    free = [a for a in seen if a not in _ORDER and a not in _LAST]
+    axes = [*_ORDER, *free, *_LAST]
+
+    def key(cell: Cell) -> tuple[int, ...]:
+        return tuple(seen.get(a, {}).get(str(cell.values.get(a)), -1) for a in axes)
+
+    return key

@@ -1,0 +1,349 @@
+"""Rows -> the parts of a report, in the order in which they are read."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ttq_jax.sweeps.page import Heading, Part, Picture, Table, Text
+from ttq_jax.sweeps.pictures import draw_domains, draw_lines, drawable
+from ttq_jax.sweeps.published import MACRO, PUBLISHED, SOURCE, Published
+from ttq_jax.sweeps.rows import Row
+from ttq_jax.sweeps.tables import (
+    SETTING,
+    Summary,
+    along,
+    corpora,
+    domain_grids,
+    plain_of,
+    settings,
+    summaries,
+    varying,
+)
+
+_GAP = "gap"
+
+_READING = (
+    "Perplexity is exp of the mean negative log-likelihood per scored token; lower is better. "
+    "The gap is perplexity over that of the unquantized model on the same windows, minus 1, its "
+    "mean taken over corpora; in brackets the 95 % interval of a bootstrap over windows, which "
+    "holds for these texts and says nothing of others. Bits are stored bits per weight of the "
+    "linear layers, scales, zero points, channel scales and low-rank factors counted. The best of "
+    "the quantized ones is marked in each column. Protocol causal: the weights are made from the "
+    "first P tokens of a window and the tokens after them are scored, as a user meets it; window: "
+    "they are made from the very window that is scored, as in the paper, which flatters whatever "
+    "fits the prompt closely. Numbers of different protocols, windows or P do not compare."
+)
+
+
+def parts_of(rows: Sequence[Row]) -> list[Part]:
+    """A whole report.
+
+    Args:
+      rows: of one or several sweeps, failed ones among them.
+
+    Returns:
+      What `page.write` takes.
+    """
+    found = summaries(rows)
+    failed = [row for row in rows if "error" in row]
+    parts: list[Part] = [Text(_counts(rows, failed)), *_domains(found)]
+    for setting, group in settings(found):
+        parts += [Heading(f"Results: {_said(setting)}"), _results(group, found)]
+    for axis in varying(found):
+        if axis not in {"model", "calibration"}:
+            parts += _axis(axis, found)
+    parts += [Heading("How to read it"), Text(_READING), *_paper(found)]
+    if failed:
+        parts += [Heading("Failed cells"), Table(
+            ["cell", "error"], [[_named(r["cell"]), " ".join(r["error"].split())] for r in failed],
+            left=2,
+        )]  # fmt: skip
+    return [*parts, *_made_by([row for row in rows if "error" not in row])]
+
+
+def _counts(rows: Sequence[Row], failed: Sequence[Row]) -> str:
+    ended = max((row["finished"] for row in rows), default="")
+    also = f", {len(failed)} that failed and are listed below" if failed else ""
+    return f"{len(rows)} cells{also}; the last ended {ended}."
+
+
+def _named(values: dict[str, Any]) -> str:
+    return ", ".join(f"{axis} {value}" for axis, value in values.items())
+
+
+def _said(setting: dict[str, Any]) -> str:
+    """A setting in words."""
+    parts = [f"{setting['model']}, {setting['protocol']}, windows of {setting['window']}"]
+    if "prompt_tokens" in setting:
+        parts.append(f"P {setting['prompt_tokens']}")
+    if "max_windows" in setting:
+        parts.append(f"up to {setting['max_windows']} windows per corpus")
+    parts += [f"{axis} {setting[axis]}" for axis in ("dtype", "seed") if axis in setting]
+    return ", ".join(parts)
+
+
+def _interval(gap: tuple[float, float, float] | None) -> str:
+    return "" if gap is None else "{:.3f} [{:.3f}, {:.3f}]".format(*gap)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+
+
+def _best(columns: Sequence[Sequence[float | None]], skip: set[int]) -> frozenset[tuple[int, int]]:
+    """Where each column's least value is, rows `skip` left out.
+
+    A column with fewer than two to choose from has no best.
+    """
+    marks = set()
+    for j, column in enumerate(columns):
+        known = {i: v for i, v in enumerate(column) if v is not None and i not in skip}
+        if len(known) > 1:
+            marks |= {(i, j) for i, v in known.items() if v == min(known.values())}
+    return frozenset(marks)
+
+
+def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
+    """Every recipe of a setting on every corpus."""
+    names, axes = corpora(group), [a for a in varying(found) if a not in SETTING]
+    several = len(names) > 1
+    header = ["recipe", "bits", *names, *(["mean"] if several else []), _GAP]
+    rows, values = [], []
+    for one in group:
+        perplexities = [one.rows[n]["perplexity"] if n in one.rows else None for n in names]
+        # A mean over other corpora than the rest of its column would mislead.
+        means = [one.mean if None not in perplexities else None] if several else []
+        numbers = [*perplexities, *means, one.gap[0] if one.gap else None]
+        values.append([None, None, *numbers])
+        shown = ["" if v is None else _perplexity(v) for v in numbers[:-1]]
+        rows.append([one.label(axes), f"{one.bits:.2f}", *shown, _interval(one.gap)])
+    plain = {i for i, one in enumerate(group) if one.is_plain}
+    columns = list(zip(*values, strict=True))
+    return Table(header, rows, _best(columns, plain))
+
+
+def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
+    """A table along an axis and, for numbers, a picture; per model."""
+    parts: list[Part] = []
+    for model in dict.fromkeys(one.values["model"] for one in found):
+        lines = along([one for one in found if one.values["model"] == model], axis)
+        lines = {label: line for label, line in lines.items() if len(line) > 1}
+        if not lines:
+            continue
+        have_gap = all(one.gap for line in lines.values() for one in line.values())
+        steps = [v for v in varying(found)[axis] if any(v in line for line in lines.values())]
+        values = [
+            [None if v not in line else _quality(line[v], have_gap) for v in steps]
+            for line in lines.values()
+        ]
+        shown = [
+            [label, *("" if v not in line else _cell(line[v], have_gap) for v in steps)]
+            for label, line in lines.items()
+        ]
+        columns = [[None] * len(lines), *zip(*values, strict=True)]
+        what = "mean gap" if have_gap else "mean perplexity"
+        name = axis.replace("_", " ")
+        parts += [
+            Heading(f"{what.capitalize()} by {name}: {model}", 3),
+            Table([name, *map(str, steps)], shown, _best(columns, set())),
+        ]
+        if drawable(lines):
+            tested = corpora(one for line in lines.values() for one in line.values())
+            windows = _windows(one for line in lines.values() for one in line.values())
+            title = f"{model}: {', '.join(tested)}; {windows}"
+            parts.append(Picture(
+                f"{_file_name(axis)}_{_file_name(str(model))}.png",
+                draw_lines(axis.rpartition(".")[2], lines, title),
+                f"{what.capitalize()} by {name}, {model}, over {', '.join(tested)}; {windows}"
+                + ("; bars are 95 % intervals over windows." if have_gap else "."),
+            ))  # fmt: skip
+    return [Heading(f"By {axis.replace('_', ' ')}"), *parts] if parts else []
+
+
+def _windows(found: Iterable[Summary]) -> str:
+    """How many windows per corpus, and of which protocol."""
+    rows = [(one, row) for one in found for row in one.rows.values()]
+    counts = sorted({row["windows"] for _, row in rows})
+    protocols = sorted({one.values["protocol"] for one, _ in rows})
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{span} windows per corpus, {' and '.join(protocols)}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
+
+
+def _quality(one: Summary, have_gap: bool) -> float:
+    return one.gap[0] if have_gap and one.gap else one.mean
+
+
+def _cell(one: Summary, have_gap: bool) -> str:
+    return f"{_quality(one, True):.3f}" if have_gap else _perplexity(one.mean)
+
+
+def _domains(found: Sequence[Summary]) -> list[Part]:
+    """Calibration domain against test domain, the per-prompt recipes below."""
+    parts: list[Part] = []
+    for i, (setting, group) in enumerate(settings(found)):
+        grids, plain, tested = domain_grids(group), plain_of(group), corpora(group)
+        if not grids or len(tested) < 2:
+            continue
+
+        def values(one: Summary, tested: list[str] = tested, plain: Summary | None = plain) -> Any:
+            if plain is None:
+                return [one.rows[c]["perplexity"] if c in one.rows else None for c in tested]
+            return [one.corpus_gap(c, plain) for c in tested]
+
+        what = "perplexity" if plain is None else "perplexity over unquantized, minus 1"
+        free = [one for one in group if "calibration" not in one.values and not one.is_plain]
+        panels, compared = {}, []
+        for label, line in grids.items():
+            beside = [one for one in free if _comparable(one, next(iter(line.values())))]
+            # In the order of the columns, so that a domain on itself stands on the diagonal.
+            ordered = sorted(line, key=lambda name: [*tested, name].index(name))
+            panels[label] = {str(name): values(line[name]) for name in ordered}
+            panels[label] |= {f"({one.values['recipe']})": values(one) for one in beside}
+            compared += [_contest(label, line, one) for one in beside]
+        parts += [
+            Heading(f"Domain shift: {_said(setting)}"),
+            Picture(
+                f"domains_{i}.png", draw_domains(panels, tested, what),
+                "Recipes calibrated on one domain and scored on another; in parentheses those that "
+                f"read no calibration text. {what.capitalize()}, the best of each column in bold.",
+            ),
+            Table(
+                ["calibrated", "against", "better in", "of pairs",
+                 "better at its best other domain, of test domains"],
+                compared, left=2,
+            ),
+        ]  # fmt: skip
+    return parts
+
+
+def _comparable(one: Summary, other: Summary) -> bool:
+    """Whether all that both read, the recipe apart, is the same."""
+    both = set(one.values) & set(other.values) - {"recipe"}
+    return all(one.values[axis] == other.values[axis] for axis in both)
+
+
+def _contest(label: str, line: dict[Any, Summary], one: Summary) -> list[str]:
+    """How often a recipe beats one that is not calibrated, its calibration's domain left out."""
+    pairs = [
+        (corpus, row["perplexity"] < one.rows[corpus]["perplexity"])
+        for name, calibrated in line.items()
+        for corpus, row in calibrated.rows.items()
+        if corpus != name and corpus in one.rows
+    ]
+    domains = {corpus for corpus, _ in pairs}
+    won = {corpus for corpus, better in pairs if better}
+    return [
+        label, str(one.values["recipe"]), str(sum(better for _, better in pairs)), str(len(pairs)),
+        f"{len(won)} of {len(domains)}",
+    ]  # fmt: skip
+
+
+_METHODS = {"RTN": ("rtn",), "AWQ": ("awq",), "TTQ": ("paper", "ttq"), "none": ("none",)}
+
+
+def _is_macro(one: Summary) -> bool:
+    """Whether it was scored on the three test sets of the paper's mean."""
+    return {c.removeprefix("hf:").partition(":")[0] for c in one.rows} >= set(MACRO)
+
+
+def _macro(one: Summary) -> float:
+    rows = [row for c, row in one.rows.items() if c.removeprefix("hf:").partition(":")[0] in MACRO]
+    return sum(row["perplexity"] for row in rows) / len(rows)
+
+
+def _differs(cell: Published, one: Summary, same_model: bool) -> str:
+    """In what ours is not what the paper measured."""
+    recipe, said = next(iter(one.rows.values()))["recipe"], []
+    if not same_model:
+        said.append(f"model {one.values['model']}")
+    if one.values["protocol"] != "window":
+        said.append(f"protocol {one.values['protocol']} (P {one.values['prompt_tokens']})")
+    if recipe["prefill"] != "quantized" and cell.method == "TTQ":
+        said.append("prompt read by unquantized weights")
+    if recipe["grid"]["group_size"] != 32:
+        said.append(f"group {recipe['grid']['group_size']}")
+    if recipe["grid"]["symmetric"]:
+        said.append("symmetric grid")
+    said.append(f"windows of {one.values['window']}; the paper's length is not at hand")
+    return ", ".join(said)
+
+
+def _ours(cell: Published, found: Sequence[Summary]) -> list[tuple[Summary, bool]]:
+    """Our measurements of a published cell: of that model, or else of others."""
+    names = {name for hub in cell.hub for name in (hub.lower(), hub.split("/")[-1].lower())}
+    alike = [
+        one for one in found
+        if one.values["recipe"] in _METHODS[cell.method]
+        and _is_macro(one)
+        and (recipe := next(iter(one.rows.values()))["recipe"]) is not None
+        and recipe["grid"]["bits"] == cell.bits
+        and recipe["low_rank"]["rank"] == cell.rank
+    ]  # fmt: skip
+
+    def same(one: Summary) -> bool:
+        return str(one.values["model"]).lower().rstrip("/").split("/")[-1] in names
+
+    exact = [one for one in alike if same(one)]
+    return [(one, True) for one in exact] or [(one, False) for one in alike]
+
+
+def _paper(found: Sequence[Summary]) -> list[Part]:
+    """Every published cell, with ours beside it."""
+    plains = {repr(s): plain_of(group) for s, group in settings(found)}
+    rows = []
+    for cell in PUBLISHED:
+        rank = f" r={cell.rank}" if cell.method == "TTQ" else ""
+        head = [f"{cell.table}: {cell.model}", f"{cell.method}{rank}",
+                "?" if cell.bits is None else str(cell.bits), _perplexity(cell.perplexity),
+                _ratio(cell.perplexity, cell.unquantized)]  # fmt: skip
+        ours = _ours(cell, found)
+        for one, same in ours:
+            plain = plains.get(repr(one.setting))
+            base = _macro(plain) if plain is not None and _is_macro(plain) else None
+            notes = [n for n in (_differs(cell, one, same), cell.note) if n]
+            rows.append([*head, _perplexity(_macro(one)), _ratio(_macro(one), base),
+                         "; ".join(notes)])  # fmt: skip
+        if not ours:
+            rows.append([*head, "not run", "", cell.note])
+    text = (
+        f"Published perplexities ({SOURCE}), mean over WikiText-2, PTB and C4, beside ours where a "
+        "row has the same method, bits and rank on those three. Where the model differs, only the "
+        "ratios over the unquantized model compare, and those loosely."
+    )
+    header = ["published", "method", "bits", "paper", "over unq.", "ours", "over unq.",
+              "ours differs in"]  # fmt: skip
+    # The last column is text too, but a table has its text on the left.
+    return [Heading("Beside the paper"), Text(text), Table(header, rows, left=2)]
+
+
+def _ratio(value: float, base: float | None) -> str:
+    return "" if base is None else f"{value / base:.3g}"
+
+
+def _made_by(rows: Sequence[Row]) -> list[Part]:
+    """What a number depends on besides its cell."""
+    if not rows:
+        return []
+    facts: dict[str, dict[str, None]] = {}
+    for row in rows:
+        packages = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+        facts.setdefault("versions", {})[packages] = None
+        facts.setdefault("device", {})[row["device"]] = None
+        facts.setdefault("commit", {})[str(row["git_commit"])] = None
+        text = f"{row['cell']['corpus']} {row['corpus_sha256'][:16]}"
+        facts.setdefault("texts scored (sha256)", {})[text] = None
+        if row["calibration_sha256"]:
+            text = f"{row['cell']['calibration']} {row['calibration_sha256'][:16]}"
+            facts.setdefault("texts calibrated on (sha256)", {})[text] = None
+    seconds = sum(sum(row["seconds"].values()) for row in rows)
+    peak = max(row["peak_memory_bytes"] for row in rows)
+    table = [[name, "; ".join(values)] for name, values in facts.items()]
+    table += [
+        ["time", f"{seconds / 60:.1f} minutes in all"],
+        ["peak memory", f"{peak / 1e9:.2f} GB"],
+    ]
+    return [Heading("What made these numbers"), Table(["", ""], table, left=2)]

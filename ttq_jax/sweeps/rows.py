@@ -1,0 +1,154 @@
+"""The file of finished cells: what is in it survives, and processes share it.
+
+A row is one line of JSON, written by one call and fsynced, so that a process killed at any moment
+leaves whole lines and at most one that is cut short, which the next writer removes. A cell is
+claimed by locking one byte of a lock file, at an offset that its key gives: the system lets go of
+the lock when the process ends, however it ends, so nothing is ever left locked.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ttq_jax.config import ConfigError
+
+Row = dict[str, Any]
+
+# The byte that is locked while rows are written; cells are at the offsets above it.
+_WRITING = 0
+
+
+class Rows:
+    """The rows of one directory.
+
+    Locks belong to the process (POSIX record locks): processes exclude each other, threads of one
+    process do not.
+
+    Attributes:
+      path: the file that is written, `rows.jsonl`, or `rows-IofN.jsonl` of a shard.
+      note: told what was repaired.
+    """
+
+    def __init__(self, directory: Path, shard: str = "", note: Callable[[str], Any] = print):
+        """Opens the directory, making it if it is not there.
+
+        Args:
+          directory: see `ttq sweep --out`.
+          shard: "" or "IofN".
+          note: called with a line about what was repaired.
+
+        Raises:
+          ConfigError: it cannot be written.
+        """
+        self.path = directory / (f"rows-{shard}.jsonl" if shard else "rows.jsonl")
+        self.note = note
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as e:
+            raise ConfigError(f"{directory}: cannot be written: {e.strerror}") from e
+        _sync_directory(directory)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Claims a cell for the time of the block.
+
+        Args:
+          key: the cell's, hexadecimal.
+
+        Yields:
+          Whether it is ours; False if another process has it.
+        """
+        at = 1 + int(key[:15], 16)
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, at)
+
+    def append(self, row: Row) -> None:
+        """Adds a row; when this returns, it is on the disk.
+
+        Args:
+          row: JSON data without infinities and NaN.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WRITING)
+        try:
+            self._repair()
+            os.write(self._file, line.encode())
+            os.fsync(self._file)
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WRITING)
+
+    def _repair(self) -> None:
+        """Removes a last line that a killed process did not finish."""
+        end = os.fstat(self._file).st_size
+        if not end or os.pread(self._file, 1, end - 1) == b"\n":
+            return
+        whole = self.path.read_bytes().rfind(b"\n") + 1
+        os.ftruncate(self._file, whole)
+        self.note(f"{self.path.name}: dropped a last line that was cut short ({end - whole} bytes)")
+
+    def repair(self) -> None:
+        """Removes a last line that was cut short, and says so; nothing if there is none."""
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WRITING)
+        try:
+            self._repair()
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WRITING)
+
+    def read(self) -> dict[str, Row]:
+        """The rows of this directory, its shards' too, by key; see `read_rows`."""
+        return read_rows(self.path.parent)
+
+    def close(self) -> None:
+        """Lets go of the files, and of every claim."""
+        os.close(self._file)
+        os.close(self._lock)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a new file's name survive a power cut, too."""
+    at = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def read_rows(directory: Path) -> dict[str, Row]:
+    """Every whole row of a directory.
+
+    Args:
+      directory: with `rows*.jsonl` in it.
+
+    Returns:
+      The last row of each key, by key, in the order in which they were first written. A last line
+      without its end is being written, or was cut short, and is left out.
+
+    Raises:
+      ConfigError: another line is not a row.
+    """
+    rows: dict[str, Row] = {}
+    for path in sorted(directory.glob("rows*.jsonl")):
+        *lines, _ = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except (ValueError, KeyError, TypeError) as e:
+                raise ConfigError(
+                    f"{path}, line {number}: expected a row that ttq sweep wrote, got "
+                    f"{line[:40]!r}; remove that line"
+                ) from e
+    return rows
