@@ -65,6 +65,9 @@ SHORT_NAMES = {
             ("validation", "en/c4-validation.00000-of-00008.json.gz"),
         ),
     ),
+    "dolly": HubText(
+        path="databricks/databricks-dolly-15k", split="train", columns=("instruction", "response")
+    ),
     "gsm8k": HubText(path="openai/gsm8k", config="main", columns=("question", "answer")),
 }
 
