@@ -46,6 +46,7 @@ from ttq_jax.prefill import decoded_shapes, prefill
 from ttq_jax.quant.recipe import PRESETS, Recipe
 from ttq_jax.quant.source import Source
 from ttq_jax.report import device, table, versions
+from ttq_jax.sweeps.tables import gap_draws
 from ttq_jax.types import Offline, Prompts, effective_bits
 
 CALIBRATION_TOKENS = 8192
@@ -226,33 +227,25 @@ def offline_of(
     return prepare(model, recipe, cut)
 
 
-def nll_of(row: dict) -> np.ndarray:
-    """Nats per scored token, by window."""
-    return np.array(row["nll"]) / row["scored"]
-
-
-def gaps(
-    rows: dict[tuple[str, str], dict], windows: int | None = None, draws: int = 1000
-) -> dict[str, dict]:
+def gaps(rows: dict[tuple[str, str], dict], windows: int | None = None) -> dict[str, dict]:
     """Per recipe: the mean gap over corpora, draws of it, its parts and bits.
 
     Only recipes that have as many windows as `none`, or as `windows` says, on every corpus.
     """
     corpora = sorted({corpus for name, corpus in rows if name == "none"})
-    rng = np.random.default_rng(0)
     n = min([len(rows["none", c]["nll"]) for c in corpora] + ([windows] if windows else []))
-    picks = [np.arange(n), *rng.integers(0, n, (draws, n))]
     out = {}
     for name in dict.fromkeys(name for name, _ in rows):
-        have = [c for c in corpora if (name, c) in rows]
-        if len(have) < len(corpora) or min(len(rows[name, c]["nll"]) for c in have) < n:
+        have = [rows[name, c] for c in corpora if (name, c) in rows]
+        if len(have) < len(corpora) or min(len(row["nll"]) for row in have) < n:
             print(f"leaving out {name}: not measured on all corpora and windows", file=sys.stderr)
             continue
-        excess = {c: nll_of(rows[name, c])[:n] - nll_of(rows["none", c])[:n] for c in corpora}
-        drawn = [[float(np.exp(excess[c][pick].mean()) - 1) for c in corpora] for pick in picks]
+        nll = {c: rows[name, c]["nll"][:n] for c in corpora}
+        base, scored = {c: rows["none", c]["nll"][:n] for c in corpora}, have[0]["scored"]
         out[name] = {
-            "gap": np.array(drawn).mean(1), "by_corpus": dict(zip(corpora, drawn[0], strict=True)),
-            "bits": rows[name, corpora[0]]["effective_bits"], "windows": n,
+            "gap": gap_draws(list(nll.values()), list(base.values()), scored),
+            "by_corpus": {c: gap_draws([nll[c]], [base[c]], scored, 0)[0] for c in corpora},
+            "bits": have[0]["effective_bits"], "windows": n,
         }  # fmt: skip
     return out
 
