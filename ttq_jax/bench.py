@@ -212,10 +212,10 @@ def estimate(
     dense: dict[tuple[int, int, int], float | None] = {}
     records = []
     for i, case in enumerate(cases):
-        cycles, block, note = _kernel_cycles(case, chip)
+        cycles, block, note = kernel_cycles(case, chip)
         key = (max(case.m, 1), case.k, case.n)
         if cycles is not None and key not in dense:
-            plain, _, why = _cycles(chip, dense_product, dense_shapes(case))
+            plain, _, why = cycles_of(chip, dense_product, dense_shapes(case))
             dense[key] = plain and max(plain, case.dense_bytes() / per_cycle)
             note = note or (f"the bfloat16 product: {why}" if why else "")
         record = _record(case, cycles, per_cycle, dense.get(key))
@@ -243,8 +243,19 @@ def _record(
     return record
 
 
-def _kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
-    """(cycles, blocks, why there are none or what to know of them) of a kernel."""
+def kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
+    """Cycles of a kernel on a TPU that is not there.
+
+    Args:
+      case: what to compile.
+      chip: see `estimate`.
+
+    Returns:
+      Cycles or None, its blocks, and why there are none or what to know of them.
+
+    Raises:
+      ChipError: see `estimate`.
+    """
     why = refusal(case.problem, "tpu", Target(platform="tpu", chip=chip))
     if why is not None:
         return None, "", why
@@ -252,13 +263,27 @@ def _kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
     def call(x: Any, weight: Any) -> Any:
         return case.run(x, weight, implementation="tpu")
 
-    return _cycles(chip, call, case.operands(), block_note(case), kernel=case.kernel)
+    return cycles_of(chip, call, case.operands(), block_note(case), kernel=case.kernel)
 
 
-def _cycles(
+def cycles_of(
     chip: str, fn: Callable[..., Any], shapes: Any, note: Callable[[], str] = str, kernel: str = ""
 ) -> tuple[int | None, str, str]:
-    """The same of any program; cycles count if there are some of an operation named `kernel`."""
+    """Cycles of any program on a TPU that is not there, its operations one after another.
+
+    Args:
+      chip: see `estimate`.
+      fn: the program.
+      shapes: its arguments.
+      note: called where it is traced.
+      kernel: cycles count only if there are some of an operation named like it.
+
+    Returns:
+      Cycles or None, what `note` gave, and why there are none or what to know of them.
+
+    Raises:
+      ChipError: see `estimate`.
+    """
     try:
         found = estimate_program(chip, fn, *shapes, note=note)
     except CompileError as e:

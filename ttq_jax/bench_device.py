@@ -26,15 +26,27 @@ _SPEED = {"gpu": 1.5e12, "tpu": 0.8e12, "cpu": 2e9}
 _SECONDS = {"gpu": 0.02, "tpu": 0.02, "cpu": 0.2}
 
 
+# Copies are written out one after another in the measured program, and compile slowly; 16 of the
+# smallest dense weights of interest (1024 x 2048) are more than a cache still.
+_MOST_COPIES, _MOST_LAYERS = 16, 64
+
+
 @dataclasses.dataclass(frozen=True)
-class _Contender:
-    """A program that runs `steps` calls, and its arguments."""
+class Contender:
+    """A program that runs `steps` calls, and its arguments.
+
+    Attributes:
+      run: the program.
+      arguments: arrays, on the device.
+      steps: how many calls a run makes.
+    """
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     steps: int
 
     def seconds(self) -> float:
+        """Of one call, the mean over a run; the first run compiles."""
         start = time.perf_counter()
         jax.block_until_ready(self.run(*self.arguments))
         return (time.perf_counter() - start) / self.steps
@@ -54,7 +66,7 @@ def _random(shape: Any, depth: int, seed: int) -> jax.Array:
     return (jax.random.uniform(key, full, jnp.float32, 0.5, 1.5) / 64).astype(shape.dtype)
 
 
-def _indexed(call: Callable[..., Any], x: Any, stack: Any, depth: int, steps: int) -> _Contender:
+def _indexed(call: Callable[..., Any], x: Any, stack: Any, depth: int, steps: int) -> Contender:
     """Calls that find their weight in a stack: ``call(x, stack, layer)``."""
 
     def body(i: Any, carry: Any) -> Any:
@@ -67,10 +79,10 @@ def _indexed(call: Callable[..., Any], x: Any, stack: Any, depth: int, steps: in
         first = call(x, stack, jnp.int32(0))
         return jax.lax.fori_loop(1, steps, body, ((x, stack), first))[1]
 
-    return _Contender(run, (x, stack), steps)
+    return Contender(run, (x, stack), steps)
 
 
-def _apart(call: Callable[..., Any], x: Any, weights: list[Any], steps: int) -> _Contender:
+def _apart(call: Callable[..., Any], x: Any, weights: list[Any], steps: int) -> Contender:
     """Calls on separate weights, as a product reads a dense one without copying it."""
     # A loop of one turn would be inlined, and its calls merged with the first ones.
     turns = max(3, steps // len(weights))
@@ -88,19 +100,59 @@ def _apart(call: Callable[..., Any], x: Any, weights: list[Any], steps: int) -> 
         first = [call(x, w) for w in weights]
         return jax.lax.fori_loop(1, turns, body, ((x, weights), first))[1]
 
-    return _Contender(run, (x, weights), turns * len(weights))
+    return Contender(run, (x, weights), turns * len(weights))
 
 
-def _contenders(case: Case, platform: str) -> dict[str, _Contender]:
-    """The kernel, the dense product, and plain XLA on the same packed arrays."""
-    size, dense_size = case.floor_bytes(), case.dense_bytes()
-    work = 2.0 * case.m * case.k * case.n
-    depth = int(np.clip(_CACHE[platform] // size, 2, 64))
-    apart = int(np.clip(_CACHE[platform] // dense_size, 2, 8))
-    x_shape, weight = case.operands()
-    x = tuple(_random(s, 1, 0)[0] for s in x_shape)
+def over_stack(
+    calls: dict[str, Callable[..., Any]], x: Any, weight: Any, *,
+    size: float, work: float, platform: str,
+) -> dict[str, Contender]:  # fmt: skip
+    """Loops of calls that find their weight in one stack, which outgrows the caches.
+
+    Args:
+      calls: by name, ``call(x, stack, layer)`` with ``layer`` int32[].
+      x: a tree of shapes, what every call reads; arrays in their place are random.
+      weight: the same of one layer of the stack.
+      size: bytes that a call moves.
+      work: floating point operations of a call.
+      platform: "gpu", "tpu" or "cpu"; jax's default device is one.
+
+    Returns:
+      A contender per call.
+    """
+    depth = int(np.clip(_CACHE[platform] // size, 2, _MOST_LAYERS))
+    x = jax.tree.map(lambda s: _random(s, 1, 0)[0], x)
     stack = jax.tree.map(lambda s: _random(s, depth, 1), weight)
     steps = _steps(size, work, platform)
+    return {name: _indexed(call, x, stack, depth, steps) for name, call in calls.items()}
+
+
+def over_copies(
+    call: Callable[..., Any], x: Any, weight: Any, *, size: float, work: float, platform: str
+) -> Contender:
+    """A loop of ``call(x, weight)`` over separate weights, which together outgrow the caches.
+
+    Args:
+      call: what is measured.
+      x: see `over_stack`, as the arguments after it.
+      weight: of one call.
+      size: bytes that a call moves.
+      work: floating point operations of a call.
+      platform: "gpu", "tpu" or "cpu".
+
+    Returns:
+      The contender.
+    """
+    count = int(np.clip(_CACHE[platform] // size, 2, _MOST_COPIES))
+    x = jax.tree.map(lambda s: _random(s, 1, 0)[0], x)
+    made = [jax.tree.map(lambda s, i=i: _random(s, 1, i)[0], weight) for i in range(count)]
+    return _apart(call, x, made, _steps(size, work, platform))
+
+
+def _contenders(case: Case, platform: str) -> dict[str, Contender]:
+    """The kernel, the dense product, and plain XLA on the same packed arrays."""
+    x, weight = case.operands()
+    work = 2.0 * case.m * case.k * case.n
 
     def kernel(implementation: str | None) -> Callable[..., Any]:
         def call(x: Any, stack: Any, layer: Any) -> Any:
@@ -117,16 +169,36 @@ def _contenders(case: Case, platform: str) -> dict[str, _Contender]:
         return dense_matmul(x[0], planes, scales, zeros, layer, **case.static)
 
     packed = case.kernel == "packed_matmul"
-    made = {
-        "kernel": _indexed(kernel(None), x, stack, depth, steps),
-        "xla": _indexed(unpacked if packed else kernel("xla"), x, stack, depth, steps),
-    }
+    calls = {"kernel": kernel(None), "xla": unpacked if packed else kernel("xla")}
+    made = over_stack(calls, x, weight, size=case.floor_bytes(), work=work, platform=platform)
     if case.kernel != "quantize_pack":
         dense = jax.ShapeDtypeStruct((case.k, case.n), jnp.dtype(case.dtype))
-        weights = [_random(dense, 1, i)[0] for i in range(apart)]
-        steps = _steps(dense_size, work, platform)
-        made["dense"] = _apart(lambda x, w: dense_product(x[0], w), x, weights, steps)
+        made["dense"] = over_copies(
+            lambda x, w: dense_product(x[0], w), x, dense,
+            size=case.dense_bytes(), work=work, platform=platform,
+        )  # fmt: skip
     return made
+
+
+def device_of(platform: str) -> jax.Device:
+    """The device that measurements are made on.
+
+    Args:
+      platform: "gpu", "tpu" or "cpu".
+
+    Returns:
+      The first one.
+
+    Raises:
+      ChipError: there is none.
+    """
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError as e:
+        raise ChipError(
+            f"--chip {platform} measures on a {platform.upper()}, and jax finds none here "
+            f"({' '.join(str(e).split())[:200]}); choose the name of a TPU to estimate instead"
+        ) from e
 
 
 def measure(
@@ -151,13 +223,7 @@ def measure(
     Raises:
       ChipError: the device is not there.
     """
-    try:
-        device = jax.devices(platform)[0]
-    except RuntimeError as e:
-        raise ChipError(
-            f"--chip {platform} measures on a {platform.upper()}, and jax finds none here "
-            f"({' '.join(str(e).split())[:200]}); choose the name of a TPU to estimate instead"
-        ) from e
+    device = device_of(platform)
     records = []
     with jax.default_device(device):
         target = current_target()
@@ -184,15 +250,28 @@ def measure(
     return records
 
 
-def _measured(contenders: dict[str, _Contender], turns: int) -> dict[str, float]:
-    """Median seconds per call of each contender, after a warm-up."""
+def take_turns(contenders: dict[str, Contender], turns: int) -> dict[str, list[float]]:
+    """Measures contenders in turns, after a warm-up of each.
+
+    Args:
+      contenders: by name.
+      turns: measurements of each, >= 1.
+
+    Returns:
+      Per contender, seconds per call in every turn.
+    """
     for contender in contenders.values():
         contender.seconds()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(turns):
         for name, contender in contenders.items():
             times[name].append(contender.seconds())
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
+
+
+def _measured(contenders: dict[str, Contender], turns: int) -> dict[str, float]:
+    """Median seconds per call of each contender."""
+    return {name: statistics.median(t) for name, t in take_turns(contenders, turns).items()}
 
 
 def _record(case: Case, times: dict[str, float], bandwidth: float | None) -> dict[str, Any]:
