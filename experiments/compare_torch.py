@@ -22,8 +22,8 @@ check of the arithmetic, not of a loss. The same holds of any peer on that grid,
 quality: both sides store scales and factors in float32, so that a difference is not one of storage;
 the prompt is read by the unquantized weights. PyTorch's weights are fake-quantized: its seconds are
 those of the evaluation (read, quantize, score) and say nothing of decoding. What differs is ties:
-TTQ at 2 bits on a first window of WikiText-2, 9 of 106 million weights sit one step apart, 0.03 % of
-perplexity; with ttq_jax's matrices in transformers' model the two agree to 1e-6.
+of TTQ's weights at 2 bits on the first window of WikiText-2, 9 in 106 million sit one step apart,
+0.03 % of perplexity; with ttq_jax's matrices in transformers' model the two agree to 1e-6.
 
 speed: the PyTorch contenders run eagerly, as `generate` runs a model on a CPU. qwix has no decoder
 of its own: its arrays are multiplied by its own product inside ttq_jax's.

@@ -205,8 +205,14 @@ def median(values: np.ndarray) -> float | None:
     return round(float(np.median(values)), 3) if len(values) else None
 
 
-def quartiles(values: np.ndarray) -> list[float]:
-    return [round(float(q), 3) for q in np.percentile(values, [25, 75])] if len(values) else []
+def priced(costs: np.ndarray, dense: np.ndarray, with_them: np.ndarray) -> dict[str, Any]:
+    """Costs, and the speed-up over dense of what they are in, turn by turn."""
+    ratios = dense / with_them
+    quartiles = np.percentile(ratios, [25, 75]) if len(ratios) else np.array([])
+    return {
+        "cost": median(costs), "speedup": median(ratios),
+        "speedup_quartiles": quartiles.round(3).tolist(), "turns": costs.round(2).tolist(),
+    }  # fmt: skip
 
 
 def summary(costs: dict[str, list[float]], answer_tokens: int) -> dict[str, Any]:
@@ -216,23 +222,13 @@ def summary(costs: dict[str, list[float]], answer_tokens: int) -> dict[str, Any]
     that there is not, [], leaves no number of what it enters.
     """
     turns = {name: np.array(each) for name, each in costs.items()}
-    dense = turns["dense"]
-    quantize = turns["quantize"] - turns.get("product", 0.0)
-    decode = {
-        name: {
-            "cost": median(turns[name]), "speedup": median(dense / turns[name]),
-            "speedup_quartiles": quartiles(dense / turns[name]),
-            "turns": turns[name].round(2).tolist(),
-        }
-        for name in CONTENDERS
-    }  # fmt: skip
+    dense, quantize = turns["dense"], turns["quantize"] - turns.get("product", 0.0)
     per_token = quantize / answer_tokens
-    quantization = {
-        "cost": median(quantize), "per_token": median(per_token),
-        "speedup": median(dense / (turns["ttq r=0"] + per_token)),
-        "turns": quantize.round(2).tolist(),
-    }  # fmt: skip
-    return {"decode": decode, "quantization": quantization}
+    once = priced(quantize, dense, turns["ttq r=0"] + per_token)
+    return {
+        "decode": {name: priced(turns[name], dense, turns[name]) for name in CONTENDERS},
+        "quantization": once | {"per_token": median(per_token)},
+    }
 
 
 def record_of(
@@ -335,7 +331,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     grids = sorted({(r["group_size"], r["bits"]) for one in results for r in one["records"]})
     figure, axes = plt.subplots(
         len(results), len(grids), figsize=(4 * len(grids), 3.3 * len(results) + 0.6),
-        squeeze=False, sharex=True, sharey="row", layout="constrained",
+        squeeze=False, sharex=True, sharey=True, layout="constrained",
     )  # fmt: skip
     for row, result in zip(axes, results, strict=True):
         for axis, (group_size, bits) in zip(row, grids, strict=True):
@@ -355,20 +351,21 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def panel(axis: Any, records: list[dict[str, Any]]) -> None:
     """One grid of one result."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     sizes = [SIZES[r["model"].partition("-")[2]][0] for r in records]
     for name, (label, look) in _LOOKS.items():
         found = [r["quantization"] if name == "once" else r["decode"][name] for r in records]
         # None becomes NaN, which leaves a gap.
         speedups = np.array([one["speedup"] for one in found], float)
-        axis.plot(sizes, speedups, label=label, **look)
+        ends = np.array([one["speedup_quartiles"] or [np.nan] * 2 for one in found]).T
+        axis.errorbar(sizes, speedups, np.abs(ends - speedups), label=label, capsize=2, **look)
     axis.axhline(1, color="black", linewidth=1, label="dense")
     axis.set(xscale="log", yscale="log", xticks=sizes)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        one.set_minor_formatter(NullFormatter())
+        one.set_minor_locator(NullLocator())
     axis.grid(visible=True, alpha=0.3)
 
 

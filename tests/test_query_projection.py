@@ -72,6 +72,7 @@ def test_ratios_are_between_costs_of_the_same_turn():
     # 100 / (25 + 70), 300 / (300 + 90), 40 / (20 + 64).
     assert found["quantization"]["speedup"] == pytest.approx(300 / 390, abs=1e-3)
     assert (found["quantization"]["cost"], found["quantization"]["per_token"]) == (700.0, 70.0)
+    assert found["quantization"]["turns"] == costs["quantize"]
     costs["product"] = [600.0, 600.0, 600.0]
     less = qp.summary(costs, answer_tokens=10)["quantization"]
     assert less["turns"] == [100.0, 300.0, 40.0]

@@ -217,8 +217,8 @@ def _perplexity_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
         help="UTF-8 text file, JSON lines (.jsonl), hf:NAME[:CONFIG][:SPLIT] for a Hugging Face "
-        "dataset (short names: hf:wikitext2, hf:ptb, hf:c4, hf:gsm8k, hf:dolly), or builtin:prose, python, "
-        "javascript, languages; [50%%:] after it takes a part")  # fmt: skip
+        "dataset (short names: hf:wikitext2, hf:ptb, hf:c4, hf:gsm8k, hf:dolly), or builtin:prose, "
+        "builtin:python, …; [50%%:] after it takes a part")  # fmt: skip
     add("--protocol", default="causal", choices=("causal", "window"),
         help="causal: weights from the first P tokens of a window, the rest is scored; window: "
         "weights from the window that is scored (default: %(default)s)")  # fmt: skip
