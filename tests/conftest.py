@@ -13,7 +13,7 @@ import jaxtyping
 import pytest
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
-              "generate", "calibrate", "perplexity"]  # fmt: skip
+              "generate", "calibrate", "perplexity", "continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )

@@ -27,6 +27,7 @@ ORDER = [
     ("ttq_jax.prior",),
     ("ttq_jax.calibrate", "ttq_jax.allocate"),
     ("ttq_jax.generate", "ttq_jax.perplexity"),
+    ("ttq_jax.continuations",),
     ("ttq_jax",),
 ]
 FORBIDDEN = [("ttq_jax.models", "ttq_jax.quant"), ("ttq_jax.quant", "ttq_jax.models")]
@@ -104,7 +105,7 @@ def test_public_names_are_documented(path):
 
 def test_no_tuned_imports_at_start_up():
     """The heavy libraries are imported where they are used, never on the way in."""
-    heavy = {"transformers", "torch", "datasets", "optax", "orbax"}
+    heavy = {"transformers", "torch", "datasets", "optax", "orbax", "lm_eval", "matplotlib"}
     for module, path in MODULES.items():
         top = ast.parse(path.read_text()).body
         names = {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}

@@ -75,7 +75,7 @@ def test_methods_under_both_protocols(tiny, capsys):
             assert row["recipe"]["grid"]["store_dtype"] == "float32"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["method", "protocol", "corpus"]
-    assert lines[-1] == "all 6 perplexities within 0.5% of PyTorch's"
+    assert lines[-1] == "all 6 perplexities within 0.5% of PyTorch's, but for ties"
 
 
 def test_a_side_that_computes_something_else_is_exit_status_1(tiny, monkeypatch, capsys):
@@ -84,19 +84,52 @@ def test_a_side_that_computes_something_else_is_exit_status_1(tiny, monkeypatch,
     assert status == 1
     wrong = found["rows"][-1]["difference"]
     assert abs(wrong) > compare_torch.LIMIT
+    why = found["rows"][-1]["explanation"]
+    assert why["weights_apart"] > 0.01 * why["weights"]
+    assert abs(why["difference_with_equal_weights"]) < 1e-4
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("1 of 2 perplexities differ by more than 0.5%: ttq-2 window t")
-    assert f"({wrong:+.2%})" in line
+    assert line.startswith(f"ttq-2 window t differs by {wrong:+.2%}: {why['weights_apart']} of")
+    assert line.endswith("expected at most 0.5%: one of the two sides is wrong")
+
+
+def row_of(difference, **more):
+    return {
+        "recipe_name": "rtn-2", "protocol": {"kind": "causal"}, "corpus": "t",
+        "perplexity": {"ours": 9.0, "theirs": 9.0}, "difference": difference,
+        "seconds_per_window": {"ours": 0.1, "theirs": 0.1}, **more,
+    }  # fmt: skip
+
+
+def test_a_few_ties_are_an_explanation_and_nothing_else_is(capsys):
+    def status(apart, equal):
+        why = {"weights_apart": apart, "weights": 10**8, "difference_with_equal_weights": equal}
+        return compare_torch.verdict([row_of(0.02, explanation=why)])
+
+    assert status(10, 0.0001) == 0
+    assert "10 of 100000000 weights are apart" in capsys.readouterr().out
+    assert status(10_000, 0.0001) == 1
+    assert status(10, 0.02) == 1
+    assert status(10, float("nan")) == 1
+    assert compare_torch.verdict([row_of(0.02)]) == 1
 
 
 def test_a_difference_that_is_no_number_is_too_large(capsys):
-    row = {
-        "recipe_name": "rtn-2", "protocol": {"kind": "causal"}, "corpus": "t",
-        "perplexity": {"ours": float("inf"), "theirs": float("inf")}, "difference": float("nan"),
-        "seconds_per_window": {"ours": 0.1, "theirs": 0.1},
-    }  # fmt: skip
-    assert compare_torch.verdict([row]) == 1
-    assert "rtn-2 causal t" in capsys.readouterr().err
+    assert compare_torch.verdict([row_of(0.004), row_of(float("nan"))]) == 1
+    assert "rtn-2 causal t differs by" in capsys.readouterr().err
+    assert compare_torch.verdict([row_of(0.004), row_of(-0.004)]) == 0
+
+
+def test_the_explanation_of_two_right_sides(tiny):
+    """Next to no weight is apart, and with equal weights the score is the same."""
+    recipe = compare_torch.recipes_of(["rtn-g64"], [4])["rtn-g64-4"]
+    sides = compare_torch.Sides(str(tiny[0]), {})
+    sides.prepare("rtn-g64-4", recipe)
+    windows = np.random.default_rng(0).integers(3, 264, (2, 64)).astype(np.int32)
+    why = sides.explain(Protocol(window=64, prompt_tokens=40), windows)
+    weights = sum(m.weight.numel() for m in torch_quantizers.linears(tiny[1]).values())
+    assert why["weights"] == 2 * weights
+    assert why["weights_apart"] <= 2
+    assert abs(why["difference_with_equal_weights"]) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["best", "fast", "paper", "hqq", "ttq-n16"])

@@ -19,7 +19,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
-from ttq_jax.perplexity import _read_refreshing
+from ttq_jax.perplexity import read_refreshing
 from ttq_jax.prefill import last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
@@ -89,7 +89,7 @@ def score_padded(
         read = tokens[:, :-1]
         if recipe is not None and every:
             again = lambda moments: requantize(params, moments, recipe, offline)  # noqa: E731
-            after = _read_refreshing(config, recipe, packed, read[0], filled, seen, again)[None]
+            after = read_refreshing(config, recipe, packed, read[0], filled, seen, again)[None]
         else:
             # A row's last token is not read.
             after, _, _ = forward(config, packed, read, real[:, 1:], _copies(filled, together))

@@ -142,7 +142,7 @@ def score_window(
     hidden, rest = hidden[0, -1:], tokens[None, length:-1]
     if rest.size and recipe is not None and every:
         again = lambda m: requantize(params, m, recipe, offline)  # noqa: E731
-        after = _read_refreshing(config, recipe, packed, rest[0], filled, seen, again)
+        after = read_refreshing(config, recipe, packed, rest[0], filled, seen, again)
         hidden = jnp.concatenate([hidden, after])
     elif rest.size:
         after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
@@ -150,11 +150,24 @@ def score_window(
     return _nll(config, packed, hidden, tokens[length:])
 
 
-def _read_refreshing(
+def read_refreshing(
     config: ModelConfig, recipe: Recipe, packed: Params, tokens: Int[Array, "T"], cache: Cache,
     moments: dict[str, Moments], again: Callable[[dict[str, Moments]], Params],
 ) -> Float[Array, "T D"]:  # fmt: skip
-    """Hidden states of tokens read as a refreshing decode loop would have generated them."""
+    """Reads tokens as a refreshing decode loop would have generated them.
+
+    Args:
+      config: the model's.
+      recipe: its source's `refresh` is n > 0.
+      packed: the weights that the prompt made.
+      tokens: what follows the prompt.
+      cache: with room for them, padded to whole stretches of n.
+      moments: of the prompt.
+      again: weights from moments.
+
+    Returns:
+      The final hidden state at every token.
+    """
     every, length = recipe.source.refresh, len(tokens)
     padding = -length % every
     stretches = jnp.pad(tokens, (0, padding)).reshape(-1, 1, every)
