@@ -9,7 +9,7 @@ Command   python experiments/query_projection.py --chip cpu
           python experiments/query_projection.py --results
               experiments/results/query_projection_{v5e,v6e}.json
               --picture experiments/results/query_projection.png
-Cost      Estimates: some minutes per chip, on any machine with libtpu. Measuring wants a machine that
+Cost      Estimates: minutes per chip, on any machine with libtpu. Measuring wants a machine that
           does nothing else, or the ratios are noise: no CPU result is kept yet for that reason.
 Expect    Estimates, group 32, over dense bfloat16. v5e: AWQ and TTQ r = 0 from 1.3 times as fast
           (0.6B) to 4.85, 3.99 and 3.20 (32B at 2, 3 and 4 bits), r = 16 from 0.8 to 4.16, 3.73 and

@@ -221,6 +221,17 @@ class FakeQuantized:
                 copies[key].weight.copy_(w)
         return self.copy
 
+    def replace(self, weights: Mapping[Key, torch.Tensor]) -> int:
+        """Gives the copy these weights; how many of them are not those that it had."""
+        apart = 0
+        with torch.no_grad():
+            for key, module in linears(self.copy).items():
+                new, old = weights[key], module.weight
+                # Far above rounding, far below a step of 5 bits.
+                apart += int(((new - old).abs() > 1e-3 * old.abs().max()).sum())
+                old.copy_(new)
+        return apart
+
     def score(self, tokens: torch.Tensor, prompt_tokens: int | None) -> float:
         """See `score`."""
         assert self.rule is not None, "prepare comes first"
