@@ -9,6 +9,9 @@ Command   python experiments/quality.py measure --model smollm2 --corpus wikitex
               --picture experiments/results/frontier.png
           python experiments/quality.py time --model smollm2 --recipe fast …
               --out experiments/results/prefill_times_smollm2.json
+          ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 192
+              --set grid.symmetric=false --max-windows 6 --widths 2 3 4 --budget 2.8
+              --out experiments/recipes/smollm2_2.8.toml
           ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 96
               --set moments.prior=none --set moments.prior_tokens=0 --max-windows 6
               --budget 4.02 --out experiments/recipes/smollm2_4.02.toml
