@@ -47,6 +47,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from query_projection_picture import draw
 
 import ttq_jax as ttq
 from pallas_kernels import Choice, Target, choose, current_target
@@ -315,64 +316,6 @@ def text_of(result: dict[str, Any]) -> str:
     return "\n".join([head, "", table(rows, left=2), *notes])
 
 
-# Okabe & Ito's colours, which the colour-blind tell apart; every line has a marker too.
-_LOOKS = {
-    "awq": ("AWQ", {"color": "#CC79A7", "marker": "v", "markersize": 11, "fillstyle": "none"}),
-    "ttq r=0": ("TTQ r = 0", {"color": "#E69F00", "marker": "D", "markersize": 5}),
-    "ttq r=16": ("TTQ r = 16", {"color": "#D55E00", "marker": "s"}),
-    "once": ("TTQ r = 0 and its share of the quantization",
-             {"color": "#0072B2", "marker": "o", "linestyle": "--"}),
-}  # fmt: skip
-
-
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Speed-up over dense against the model's size: a row per result, a column per grid."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    grids = sorted({(r["group_size"], r["bits"]) for one in results for r in one["records"]})
-    figure, axes = plt.subplots(
-        len(results), len(grids), figsize=(4 * len(grids), 3.3 * len(results) + 0.6),
-        squeeze=False, sharex=True, sharey=True, layout="constrained",
-    )  # fmt: skip
-    for row, result in zip(axes, results, strict=True):
-        for axis, (group_size, bits) in zip(row, grids, strict=True):
-            records = [r for r in result["records"] if r["group_size"] == group_size]
-            panel(axis, [r for r in records if r["bits"] == bits])
-            axis.set_title(f"{result['chip']}, {bits} bits, group {group_size}")
-        how = "measured" if result["chip"] in PRESENT else "estimated"
-        row[0].set_ylabel(f"speed-up over dense {result['dtype']}\n{how}, rows: {result['m']}")
-    for axis in axes[-1]:
-        axis.set_xlabel("billions of parameters")
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
-        title=f"a prompt's quantization is shared by {results[0]['answer_tokens']} tokens",
-    )  # fmt: skip
-    figure.savefig(path, dpi=110)
-
-
-def panel(axis: Any, records: list[dict[str, Any]]) -> None:
-    """One grid of one result."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    sizes = [SIZES[r["model"].partition("-")[2]][0] for r in records]
-    for name, (label, look) in _LOOKS.items():
-        found = [r["quantization"] if name == "once" else r["decode"][name] for r in records]
-        # None becomes NaN, which leaves a gap.
-        speedups = np.array([one["speedup"] for one in found], float)
-        ends = np.array([one["speedup_quartiles"] or [np.nan] * 2 for one in found]).T
-        axis.errorbar(sizes, speedups, np.abs(ends - speedups), label=label, capsize=2, **look)
-    axis.axhline(1, color="black", linewidth=1, label="dense")
-    axis.set(xscale="log", yscale="log", xticks=sizes)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6)))
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        one.set_minor_locator(NullLocator())
-    axis.grid(visible=True, alpha=0.3)
-
-
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -412,7 +355,7 @@ def main() -> None:
     if "out" in args:
         args.out.write_text(json.dumps(results[0], indent=1) + "\n")
     if "picture" in args:
-        draw(results, args.picture)
+        draw(results, {f"Qwen3-{n}": b for n, (b, _, _) in SIZES.items()}, args.picture)
 
 
 if __name__ == "__main__":

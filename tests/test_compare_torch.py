@@ -1,31 +1,22 @@
 """The comparison with PyTorch: its rows, its exit status, and what it says of who is not there."""
 
-import copy
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from tiny_models import write_checkpoint
 
-import ttq_jax as ttq
 from ttq_jax.corpora import sha256
-from ttq_jax.models.decoder import plain, unstack
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.perplexity import Protocol
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import Offline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import compare_torch
 import torch_quantizers
 
 TEXT = "".join(f"Line {i}: {i * i}.\n" for i in range(900))
-PEERS = {"torchao": "int8", "hqq": "4-bit", "qwix": "int4"}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +28,10 @@ def tiny(tmp_path_factory):
     return path, reference
 
 
-def run(tiny, command, *options):
-    path, out = tiny[0], tiny[0] / f"{command}.json"
+def run(tiny, *options):
+    path, out = tiny[0], tiny[0] / "quality.json"
     status = compare_torch.main([
-        command, "--model", str(path), "--corpus", f"t={path / 'text.txt'}", "--window", "64",
+        "--model", str(path), "--corpus", f"t={path / 'text.txt'}", "--window", "64",
         "--prompt-tokens", "40", "--windows", "2", "--out", str(out), *options,
     ])  # fmt: skip
     return status, json.loads(out.read_text())
@@ -49,9 +40,7 @@ def run(tiny, command, *options):
 def test_methods_under_both_protocols(tiny, capsys):
     calibration = f"c={tiny[0] / 'text.txt'}"
     methods = ["awq@c", "ttq-r8"]
-    status, found = run(
-        tiny, "quality", "--calibration", calibration, "--method", *methods, "--bits", "3"
-    )
+    status, found = run(tiny, "--calibration", calibration, "--method", *methods, "--bits", "3")
     assert status == 0
     assert {"model", "device", "torch_threads", "dtype", "load_average", "limit"} <= set(found)
     assert {"jax", "torch", "transformers", "ttq_jax"} <= set(found["versions"])
@@ -80,7 +69,7 @@ def test_methods_under_both_protocols(tiny, capsys):
 
 def test_a_side_that_computes_something_else_is_exit_status_1(tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch_quantizers, "ALPHA", 1.0)
-    status, found = run(tiny, "quality", "--method", "ttq", "--bits", "2", "--protocol", "window")
+    status, found = run(tiny, "--method", "ttq", "--bits", "2", "--protocol", "window")
     assert status == 1
     wrong = found["rows"][-1]["difference"]
     assert abs(wrong) > compare_torch.LIMIT
@@ -154,109 +143,4 @@ def test_rules_say_what_recipes_say():
 
 def test_awq_without_its_corpus_is_refused(tiny):
     with pytest.raises(SystemExit, match="--calibration NAME=FILE"):
-        run(tiny, "quality", "--method", "awq@c", "--bits", "3")
-
-
-def test_speed_without_the_other_quantizers(tiny, monkeypatch, capsys):
-    for package in PEERS:
-        monkeypatch.setitem(sys.modules, package, None)
-    names = [
-        compare_torch.UNQUANTIZED, "ttq_jax ttq 3-bit", compare_torch.TRANSFORMERS,
-        *(f"{package} {what}" for package, what in PEERS.items()),
-    ]  # fmt: skip
-    few = {name: compare_torch.CONTENDERS[name] for name in names}
-    monkeypatch.setattr(compare_torch, "CONTENDERS", few)
-    monkeypatch.setattr(compare_torch, "NEW_TOKENS", 8)
-    status, found = run(tiny, "speed", "--turns", "1")
-    assert status == 0
-    rows = {row["contender"]: row for row in found["rows"]}
-    assert list(rows) == names[:3]
-    assert {"torch", "transformers"} <= set(found["versions"]) and not set(PEERS) & set(
-        found["versions"]
-    )
-    dense, packed, theirs = (rows[name] for name in names[:3])
-    assert dense["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
-    assert abs(packed["perplexity"] / theirs["perplexity"] - 1) > 1e-3
-    assert packed["bits"] < 5 and dense["bits"] == theirs["bits"] == 32
-    assert (dense["over_unquantized"], theirs["over_transformers"]) == (1, 1)
-    for row in rows.values():
-        ratio = row["tokens_per_second"] / theirs["tokens_per_second"]
-        assert row["over_transformers"] == pytest.approx(ratio, rel=0.02, abs=0.01)
-    assert found["left_out"] == {
-        f"{package} {what}": f"not installed: pip install {package}"
-        for package, what in PEERS.items()
-    }
-    out = capsys.readouterr().out
-    for name, why in found["left_out"].items():
-        assert f"left out: {name}: {why}" in out
-
-
-def test_a_peer_that_breaks_is_listed_and_one_of_ours_is_an_error(monkeypatch):
-    def broken(race):
-        raise RuntimeError("no kernel\n for this CPU")
-
-    def breaks_later(race):
-        return compare_torch.Contender("", lambda limit: partial(broken, None), len, 4.0)
-
-    monkeypatch.setattr(compare_torch, "PEERS", ("json", "ast"))  # two that are installed
-    monkeypatch.setattr(compare_torch, "CONTENDERS", {"json a": broken, "ast b": breaks_later})
-    ready, left_out = compare_torch.line_up(None)
-    why = "does not run here: RuntimeError: no kernel for this CPU"
-    assert not ready and left_out == {"json a": why, "ast b": why}
-    monkeypatch.setattr(compare_torch, "CONTENDERS", {"ttq_jax c": broken})
-    with pytest.raises(RuntimeError, match="no kernel"):
-        compare_torch.line_up(None)
-
-
-def test_the_decoder_that_other_products_run_in_is_the_same_decoder(tiny):
-    """With the plain product it gives the tokens of transformers and the score of score_window."""
-    path, reference = tiny
-    model = ttq.load(str(path))
-    window = np.random.default_rng(0).integers(3, model.config.vocab_size, 64).astype(np.int32)
-    tree = unstack(model.params)
-    made = compare_torch.decode_greedily(
-        model.params, tree, jnp.asarray(window[None]), 6,
-        config=model.config, project=plain, capacity=8,
-    )  # fmt: skip
-    with torch.no_grad():
-        want = reference.generate(
-            compare_torch.as_torch(window)[None], do_sample=False, max_new_tokens=6,
-            min_new_tokens=6, pad_token_id=0,
-            attention_mask=torch.ones(1, 64, dtype=torch.int64),
-        )[0, 64:]  # fmt: skip
-    assert made.tolist() == [*want.tolist(), 0, 0]
-    score = compare_torch.score_projected(
-        model.params, tree, jnp.asarray(window),
-        config=model.config, project=plain, prompt_tokens=40,
-    )  # fmt: skip
-    ours = score_window(
-        model.params, jnp.asarray(window), Offline(), config=model.config, recipe=None,
-        protocol=Protocol(window=64, prompt_tokens=40),
-    )  # fmt: skip
-    np.testing.assert_allclose(score, ours, rtol=1e-5)
-    jax.clear_caches()
-
-
-class Packed:
-    """A tensor as torchao makes them: a shell around others."""
-
-    def __init__(self, *parts):
-        self.parts = dict(zip("ab", parts, strict=True))
-        vars(self).update(self.parts)
-
-    def __tensor_flatten__(self):
-        return list(self.parts), None
-
-
-def test_every_stored_byte_counts(tiny):
-    model = copy.deepcopy(tiny[1])
-    assert compare_torch.torch_bits(model) == 32
-    codes, scales = torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 2)
-    assert compare_torch.stored_bytes(Packed(codes, scales)) == 64 * 32 + 4 * 128
-    # HQQ's layers: one q projection of 64 x 64 at 4 bits and 4 bytes per scale and zero point.
-    layer = torch.nn.Module()
-    layer.W_q, layer.meta = codes, {"scale": scales, "zero": scales, "shape": torch.Size((64, 64))}
-    weights = sum(m.weight.numel() for m in torch_quantizers.linears(model).values())
-    model.model.layers[0].self_attn.q_proj = layer
-    want = (32 * (weights - 64 * 64) + 8 * (64 * 32 + 2 * 512)) / weights
-    assert compare_torch.torch_bits(model) == pytest.approx(want)
+        run(tiny, "--method", "awq@c", "--bits", "3")

@@ -26,7 +26,10 @@ from ttq_jax.types import SITE_OF, Offline, Prompts, kernels
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import learned_recipe  # noqa: E402
-from learned_recipe import Setting, Theta, Training, at_resolution, default_theta  # noqa: E402
+import learned_scores  # noqa: E402
+import straight_through  # noqa: E402
+from learned_recipe import Training  # noqa: E402
+from straight_through import Setting, Theta, at_resolution, default_theta  # noqa: E402
 
 CONFIG = small_config()
 PARAMS = small_params(CONFIG)
@@ -54,16 +57,16 @@ GRIDS = [
 def test_at_the_start_the_weights_are_those_that_ttq_stores(grid):
     one = setting(**grid)
     recipe = preset("ttq", **{"bits": 3, **grid})
-    assert recipe == learned_recipe.closed_forms(one.grid)["ttq"]
+    assert recipe == learned_scores.closed_forms(one.grid)["ttq"]
     read = WINDOW[None, : PROTOCOL.prompt_tokens]
     packed = prefill(
         PARAMS, Prompts(read, jnp.ones(read.shape, bool)), empty_cache(CONFIG, 1, 48, jnp.float32),
         config=CONFIG, recipe=recipe, offline=Offline(),
     )[2]  # fmt: skip
     _, _, m = one.read_prompt(PARAMS, WINDOW)
-    numbers = learned_recipe.by_projection(start("global"), NAMES, CONFIG.n_layers)
+    numbers = straight_through.by_projection(start("global"), NAMES, CONFIG.n_layers)
     for name in NAMES:
-        fake = jax.vmap(partial(learned_recipe.fake_quantized, grid=one.grid))
+        fake = jax.vmap(partial(straight_through.fake_quantized, grid=one.grid))
         got = fake(PARAMS["layers"][name]["kernel"], m[SITE_OF[name]], numbers[name])
         want = dense_weight(packed["layers"][name]["kernel"])
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7, err_msg=name)
@@ -82,13 +85,13 @@ def test_the_loss_is_the_causal_score_of_the_real_quantizer(other, dtype):
     want = score_window(
         PARAMS, WINDOW, Offline(), config=CONFIG, recipe=recipe, protocol=PROTOCOL
     )  # fmt: skip
-    got = learned_recipe.loss_of(theta, PARAMS, WINDOW, setting=one, kind="nll") * PROTOCOL.scored
+    got = straight_through.loss_of(theta, PARAMS, WINDOW, setting=one, kind="nll") * PROTOCOL.scored
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 def test_the_divergence_is_zero_without_quantization_error_and_positive_with_it():
-    fine = learned_recipe.loss_of(start(), PARAMS, WINDOW, setting=setting(bits=8), kind="kl")
-    coarse = learned_recipe.loss_of(start(), PARAMS, WINDOW, setting=setting(), kind="kl")
+    fine = straight_through.loss_of(start(), PARAMS, WINDOW, setting=setting(bits=8), kind="kl")
+    coarse = straight_through.loss_of(start(), PARAMS, WINDOW, setting=setting(), kind="kl")
     assert 0 <= fine < 0.01 * coarse
 
 
@@ -97,7 +100,7 @@ def test_without_rounding_the_gradient_is_a_finite_difference(kind, symmetric, m
     def unrounded(groups, scales, zeros, grid):
         return jnp.clip(groups / scales[:, None] + zeros[:, None], 0, 2.0**grid.bits - 1)
 
-    monkeypatch.setattr(learned_recipe, "encode", unrounded)
+    monkeypatch.setattr(straight_through, "encode", unrounded)
     one = setting(store_dtype="float32", symmetric=symmetric)
     # What is clipped makes the loss depend on α and λ without any rounding.
     theta = start().replace(clip=jnp.full((len(NAMES), CONFIG.n_layers), 0.6))
@@ -127,7 +130,7 @@ def test_the_straight_through_gradient_is_that_of_the_mean_error(symmetric):
     @jax.jit
     @jax.value_and_grad
     def error(theta, w, m):
-        fake = learned_recipe.fake_quantized(w, m, theta, grid)
+        fake = straight_through.fake_quantized(w, m, theta, grid)
         return jnp.mean(jnp.square(m)[:, None] * jnp.square(w - fake))
 
     base = Theta(alpha=jnp.float32(0.5), log_lam=jnp.log(0.4), clip=jnp.float32(0.9))
@@ -173,7 +176,7 @@ def test_descent_finds_an_optimum_that_was_put_there():
 
     def watched(theta):
         return np.mean([
-            learned_recipe.loss_of(theta, params, w, setting=one, kind="kl") for w in watch
+            straight_through.loss_of(theta, params, w, setting=one, kind="kl") for w in watch
         ])  # fmt: skip
 
     before = watched(theta)
@@ -256,8 +259,8 @@ def test_a_finer_variant_starts_where_a_coarser_one_ended(tiny, monkeypatch):
 def test_from_training_to_the_picture(tiny, monkeypatch, capsys):
     import matplotlib.image
 
-    some = {name: learned_recipe.closed_forms(Grid(bits=3))[name] for name in ("none", "ttq")}
-    monkeypatch.setattr(learned_recipe, "closed_forms", lambda grid: some)
+    some = {name: learned_scores.closed_forms(Grid(bits=3))[name] for name in ("none", "ttq")}
+    monkeypatch.setattr(learned_scores, "closed_forms", lambda grid: some)
     files = [train(monkeypatch, tiny, "layer", "--variant", "layer")]
     rows, picture = tiny.folder / "rows.jsonl", tiny.folder / "picture.png"
 
@@ -266,9 +269,9 @@ def test_from_training_to_the_picture(tiny, monkeypatch, capsys):
             windows, *protocol, "--out", rows)  # fmt: skip
 
     score(2)
-    first = learned_recipe.Results(rows).read()
+    first = learned_scores.Results(rows).read()
     score(3)
-    again = learned_recipe.Results(rows).read()
+    again = learned_scores.Results(rows).read()
     for key, row in first.items():
         assert again[key]["nll"][:2] == row["nll"]
         assert len(again[key]["nll"]) == 3
@@ -288,17 +291,17 @@ def test_from_training_to_the_picture(tiny, monkeypatch, capsys):
 
 def test_the_learned_score_is_of_the_learned_numbers(tiny, monkeypatch):
     file = train(monkeypatch, tiny, "one", "--variant", "global", "--learning-rate", "0.1")
-    learned = learned_recipe.Learned.read(file)
+    learned = learned_scores.Learned.read(file)
     rule = PowerLaw(alpha=float(learned.theta.alpha[0, 0]),
                     lam=float(np.exp(learned.theta.log_lam[0, 0])))  # fmt: skip
     assert abs(rule.alpha - 0.5) > 0.05
-    model = learned_recipe.ttq.load(tiny.model)
+    model = learned_scores.ttq.load(tiny.model)
     protocol = Protocol(window=48, prompt_tokens=24)
     one = Setting(config=model.config, protocol=protocol, grid=learned.data["grid"])
     whole = dataclasses.replace(
         learned, data=learned.data | {"theta": learned.data["theta"] | {"clip": [[1.0]]}}
     )
-    *_, (name, _, _, nats) = learned_recipe.contenders(model, [whole], one)
+    *_, (name, _, _, nats) = learned_scores.contenders(model, [whole], one)
     assert name == whole.name
     window = np.arange(48, dtype=np.int32)
     want = score_window(

@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import io
-import itertools
 import json
 import re
 import sys
@@ -11,6 +10,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from report_tables import table_under
 
 from ttq_jax.cli import main
 from ttq_jax.sweeps.axes import make_cell
@@ -74,15 +74,6 @@ def made(tmp_path_factory):
     write_rows(directory, sweep_rows())
     assert main(["report", str(directory), "--no-compilation-cache", "--quiet"]) == 0
     return directory
-
-
-def table_under(text, heading):
-    """The cells of the first table below a heading of the Markdown."""
-    lines = itertools.dropwhile(lambda line: heading not in line, text.splitlines())
-    lines = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1]
-            for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]  # fmt: skip
-    return [[cell.strip() for cell in one] for one in rows if not set(one[0]) <= set(" -")]
 
 
 def test_the_results_are_those_of_the_rows(made):

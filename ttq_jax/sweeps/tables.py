@@ -16,7 +16,6 @@ from ttq_jax.sweeps.rows import Row
 # What two perplexities must share to be compared.
 SETTING = ("model", "dtype", "protocol", "window", "prompt_tokens", "max_windows", "seed")
 
-# Between these a line in a picture means something.
 _DRAWS = 1000
 
 
