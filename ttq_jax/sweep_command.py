@@ -11,7 +11,7 @@ from ttq_jax.perplexity import Perplexity
 from ttq_jax.progress import Progress, clock
 from ttq_jax.report import print_json, print_text, table
 from ttq_jax.sweeps.axes import Cell, read_sweep, varying_axes
-from ttq_jax.sweeps.rows import Row, Rows
+from ttq_jax.sweeps.rows import Row, Rows, read_rows
 from ttq_jax.sweeps.run import Runner, git_commit, head_of
 
 
@@ -115,12 +115,13 @@ def run_sweep(args: argparse.Namespace, progress: Progress) -> None:
     """
     i, n = _shard(args.shard)
     cells = read_sweep(args.file, args.axis)[i - 1 :: n]
-    rows = Rows(Path(args.out).expanduser(), f"{i}of{n}" if n > 1 else "", progress.note)
+    directory = Path(args.out).expanduser()
+    if args.dry_run:
+        _list(cells, read_rows(directory), args.json)
+        return
+    rows = Rows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
     rows.repair()
     done = rows.read()
-    if args.dry_run:
-        _list(cells, done, args.json)
-        return
     runner = Runner()
     _of_other_texts(cells, done, runner)
 
