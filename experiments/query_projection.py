@@ -7,14 +7,19 @@ Command   python experiments/query_projection.py --chip cpu
           python experiments/query_projection.py --chip v5e
               --out experiments/results/query_projection_v5e.json
           python experiments/query_projection.py --results
-              experiments/results/query_projection_{v5e,v6e}.json
+              experiments/results/query_projection_{v5e,v6e,cpu}.json
               --picture experiments/results/query_projection.png
-Cost      Estimates: minutes per chip, on any machine with libtpu. Measuring wants a machine that
-          does nothing else, or the ratios are noise: no CPU result is kept yet for that reason.
+Cost      Estimates: minutes per chip, on any machine with libtpu. Measuring: 5 minutes on 2 CPU
+          cores that do nothing else, or the ratios are noise.
 Expect    Estimates, group 32, over dense bfloat16. v5e: AWQ and TTQ r = 0 from 1.3 times as fast
           (0.6B) to 4.85, 3.99 and 3.20 (32B at 2, 3 and 4 bits), r = 16 from 0.8 to 4.16, 3.73 and
           3.15. v6e: from 2.2 to 3.27, 2.80 and 3.20, r = 16 from 1.6 to 3.11, 2.68 and 3.15. The
           quantization, spread over 128 tokens, takes 4 % of that at most.
+          Measured on a CPU, over float32: AWQ and TTQ r = 0 2.6 to 4.1 at 2 bits, 1.6 to 3.3 at 3,
+          1.4 to 3.8 at 4; r = 16 within 6 % of that from 4B on but for one case, the quantization
+          spread over 128 tokens takes 5 to 24 %. Not in the order of sizes: where 4096 or 8192
+          output channels stand in a row (4B, 8B, 32B), XLA walks down columns a power of two
+          apart, which share few sets of the cache (4096 x 4224: 0.4 of the time of 4096 x 4096).
 
 The experiment is that of TTQ's tables of the runtime of the query projection (arXiv:2603.19296). Of
 them only a summary is at hand: Qwen3 0.6B to 32B on A40, A100, L40, RTX3090 and RTX4090, up to 4.9

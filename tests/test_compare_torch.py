@@ -125,7 +125,7 @@ def test_the_explanation_of_two_right_sides(tiny):
 def test_what_the_other_side_does_not_have_is_refused_before_loading(method):
     with pytest.raises(SystemExit, match=r"the PyTorch side knows rtn, awq@CALIBRATION and ttq"):
         compare_torch.main([
-            "quality", "--model", "absent", "--corpus", "t=absent", "--method", method,
+            "--model", "absent", "--corpus", "t=absent", "--method", method,
         ])  # fmt: skip
 
 

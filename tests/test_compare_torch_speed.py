@@ -86,9 +86,7 @@ def test_a_peer_that_breaks_is_listed_and_one_of_ours_is_an_error(monkeypatch):
         return speed.Contender("", lambda limit: partial(broken, None), len, 4.0)
 
     monkeypatch.setattr(speed, "PEERS", ("json", "ast"))  # two that are installed
-    monkeypatch.setattr(
-        compare_torch_speed, "CONTENDERS", {"json a": broken, "ast b": breaks_later}
-    )
+    monkeypatch.setattr(speed, "CONTENDERS", {"json a": broken, "ast b": breaks_later})
     ready, left_out = speed.line_up(None)
     why = "does not run here: RuntimeError: no kernel for this CPU"
     assert not ready and left_out == {"json a": why, "ast b": why}

@@ -8,14 +8,16 @@ import re
 import sys
 
 import matplotlib.image
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from report_tables import table_under
 
 from ttq_jax.cli import main
+from ttq_jax.sweeps import pictures
 from ttq_jax.sweeps.axes import make_cell
 from ttq_jax.sweeps.published import PUBLISHED
-from ttq_jax.sweeps.tables import gap_draws, summaries
+from ttq_jax.sweeps.tables import along, gap_draws, summaries
 
 CORPORA = ("wikitext2", "ptb", "c4")
 SCORED, WINDOWS = 10, 6
@@ -186,6 +188,26 @@ def test_a_model_of_the_paper_is_recognised(tmp_path):
         assert "model" not in one["ours differs in"].replace("model name", "")
         assert "protocol" not in one["ours differs in"]
     assert all("model facebook/opt-125m" in o["ours differs in"] for o in ours if o not in exact)
+
+
+def test_nothing_of_the_paper_to_compare_with_is_one_sentence(tmp_path):
+    write_rows(tmp_path / "s", [row({"corpus": "c4", "recipe": "none"}, 0)])
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "No row has the method, bits and rank of one of the 50 published cells" in text
+    assert "OPT-125M" not in text
+
+
+def test_along_bits_a_point_stands_at_the_bits_it_stores(monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+    lines = along(summaries(sweep_rows()), "bits")
+    pictures.draw_lines("bits", lines, "")
+    (axes,) = figures[0].axes
+    drawn = [line[0].get_xdata().tolist() for line in axes.containers]
+    assert drawn == [[bits + 1.0 for bits in line] for line in lines.values()]
+    assert "stored" in axes.get_xlabel()
+    matplotlib.pyplot.close(figures[0])
 
 
 class Checked(html.parser.HTMLParser):

@@ -154,7 +154,8 @@ def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
             parts.append(Picture(
                 f"{_file_name(axis)}_{_file_name(str(model))}.png",
                 draw_lines(axis.rpartition(".")[2], lines, title),
-                f"{what.capitalize()} by {name}, {model}, over {', '.join(tested)}; {windows}"
+                f"{what.capitalize()} by {'stored ' * (axis == 'bits')}{name}, {model}, over "
+                f"{', '.join(tested)}; {windows}"
                 + ("; bars are 95 % intervals over windows." if have_gap else "."),
             ))  # fmt: skip
     return [Heading(f"By {axis.replace('_', ' ')}"), *parts] if parts else []
@@ -292,7 +293,12 @@ def _ours(cell: Published, found: Sequence[Summary]) -> list[tuple[Summary, bool
 
 
 def _paper(found: Sequence[Summary]) -> list[Part]:
-    """Every published cell, with ours beside it."""
+    """Every published cell, with ours beside it, if any of them has ours beside it."""
+    if not any(_ours(cell, found) for cell in PUBLISHED):
+        return [Heading("Beside the paper"), Text(
+            f"No row has the method, bits and rank of one of the {len(PUBLISHED)} published cells "
+            f"({SOURCE}) on WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
+        )]  # fmt: skip
     plains = {repr(s): plain_of(group) for s, group in settings(found)}
     rows = []
     for cell in PUBLISHED:

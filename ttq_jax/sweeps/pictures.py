@@ -21,7 +21,8 @@ _DASHES = ("-", "--", "-.", ":")
 _LOG2 = {"group_size", "prompt_tokens", "calibration_tokens", "window"}
 
 _NAMES = {
-    "bits": "bits per code", "group_size": "group size (weights that share a scale)",
+    "bits": "stored bits per weight, everything counted",
+    "group_size": "group size (weights that share a scale)",
     "rank": "rank of the static low-rank part", "prompt_tokens": "prompt length (tokens)",
     "calibration_tokens": "calibration tokens", "window": "window (tokens)",
     "alpha": "α, exponent of the channel scale", "lam": "λ, added to the relative moment",
@@ -58,7 +59,8 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
     """Quality along an axis of numbers.
 
     Args:
-      axis: its name.
+      axis: its name; along "bits" a point stands at the bits it stores, not at its code's, so that
+        recipes are compared at what they cost.
       lines: label -> value -> summary, all with a gap or none.
       title: what is the same for all.
 
@@ -70,8 +72,9 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
     ticks: set[float] = set()
     heights = []
     for i, (label, line) in enumerate(lines.items()):
-        x = [v for v in line if is_number(v)]
-        y = np.array([_value(line[v]) for v in x])
+        points = {v: one for v, one in line.items() if is_number(v)}
+        x = [one.bits if axis == "bits" else v for v, one in points.items()]
+        y = np.array([_value(one) for one in points.values()])
         ticks |= set(x)
         heights += list(y[:, 0])
         spread = np.abs(y[:, 1:] - y[:, :1]).T
@@ -86,7 +89,8 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
     positive = [h for h in heights if h > 0]
     if len(positive) == len(heights) and max(heights) > 8 * min(heights):
         axes.set_yscale("log")
-    axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
+    if axis != "bits":
+        axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
     axes.minorticks_off()
     axes.set_xlabel(_NAMES.get(axis, axis.replace("_", " ")))
     axes.set_ylabel(
