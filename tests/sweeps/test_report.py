@@ -198,6 +198,18 @@ def test_nothing_of_the_paper_to_compare_with_is_one_sentence(tmp_path):
     assert "OPT-125M" not in text
 
 
+def test_two_ways_of_reading_the_prompt_in_one_table_are_said(tmp_path, made):
+    cells = [{"corpus": "c4", "recipe": name, "bits": 3, "protocol": "causal", "window": 16,
+              "prompt_tokens": 8} for name in ("rtn", "awq", "paper")]  # fmt: skip
+    cells[1]["calibration"] = "c4"
+    write_rows(tmp_path / "s", [row(cell, 0.1) for cell in cells])
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "do not compare: rtn, awq read the prompt by the unquantized weights" in text
+    assert "paper by the quantized ones" in text
+    assert "Two flavours" not in (made / "report.md").read_text()
+
+
 def test_along_bits_a_point_stands_at_the_bits_it_stores(monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")

@@ -48,7 +48,7 @@ def parts_of(rows: Sequence[Row]) -> list[Part]:
     failed = [row for row in rows if "error" in row]
     parts: list[Part] = [Text(_counts(rows, failed)), *_domains(found)]
     for setting, group in settings(found):
-        parts += [Heading(f"Results: {_said(setting)}"), _results(group, found)]
+        parts += [Heading(f"Results: {_said(setting)}"), _results(group, found), *_readers(group)]
     for axis in varying(found):
         if axis not in {"model", "calibration"}:
             parts += _axis(axis, found)
@@ -83,7 +83,14 @@ def _said(setting: dict[str, Any]) -> str:
 
 
 def _interval(gap: tuple[float, float, float] | None) -> str:
-    return "" if gap is None else "{:.3f} [{:.3f}, {:.3f}]".format(*gap)
+    if gap is None:
+        return ""
+    middle, low, high = map(_gap_text, gap)
+    return f"{middle} [{low}, {high}]"
+
+
+def _gap_text(gap: float) -> str:
+    return f"{gap:.3f}" if gap < 10 else f"{gap:.3g}"
 
 
 def _perplexity(value: float) -> str:
@@ -120,6 +127,22 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
     plain = {i for i, one in enumerate(group) if one.is_plain}
     columns = list(zip(*values, strict=True))
     return Table(header, rows, _best(columns, plain))
+
+
+def _readers(group: Sequence[Summary]) -> list[Part]:
+    """Who reads the prompt by which weights, where that is not the same for all."""
+    readers: dict[str, dict[str, None]] = {}
+    for one in group:
+        recipe = next(iter(one.rows.values()))["recipe"]
+        if recipe is not None and one.values["protocol"] == "causal":
+            readers.setdefault(recipe["prefill"], {})[str(one.values["recipe"])] = None
+    if len(readers) < 2:
+        return []
+    return [Text(
+        f"Two flavours are in this table, which do not compare: {', '.join(readers['full'])} read "
+        "the prompt by the unquantized weights (prefill full), "
+        f"{', '.join(readers['quantized'])} by the quantized ones (prefill quantized)."
+    )]  # fmt: skip
 
 
 def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
@@ -179,7 +202,7 @@ def _quality(one: Summary, have_gap: bool) -> float:
 
 
 def _cell(one: Summary, have_gap: bool) -> str:
-    return f"{_quality(one, True):.3f}" if have_gap else _perplexity(one.mean)
+    return _gap_text(_quality(one, True)) if have_gap else _perplexity(one.mean)
 
 
 def _domains(found: Sequence[Summary]) -> list[Part]:
