@@ -190,6 +190,20 @@ def test_a_model_of_the_paper_is_recognised(tmp_path):
     assert all("model facebook/opt-125m" in o["ours differs in"] for o in ours if o not in exact)
 
 
+def test_another_scale_than_the_paper_s_is_said(tmp_path):
+    rows = []
+    for corpus in CORPORA:
+        for alpha in (0.5, 0.75):
+            point = {"corpus": corpus, "recipe": "paper", "bits": 3, "rank": 16, "alpha": alpha}
+            rows.append(row(point, 0.2, model="facebook/opt-125m"))
+    write_rows(tmp_path / "s", rows)
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    text = (tmp_path / "s" / "report.md").read_text()
+    said = [line for line in text.splitlines() if "OPT-125M | TTQ r=16 | 3 |" in line]
+    assert ["alpha 0.75" in line for line in said] == [False, True]
+    assert not any("alpha 0.5," in line for line in said)
+
+
 def test_nothing_of_the_paper_to_compare_with_is_one_sentence(tmp_path):
     write_rows(tmp_path / "s", [row({"corpus": "c4", "recipe": "none"}, 0)])
     assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0

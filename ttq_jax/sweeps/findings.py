@@ -266,6 +266,8 @@ def _contest(label: str, line: dict[Any, Summary], one: Summary) -> list[str]:
     ]  # fmt: skip
 
 
+# The paper's D.
+_SCALE = {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
 _METHODS = {"RTN": ("rtn",), "AWQ": ("awq",), "TTQ": ("paper", "ttq"), "none": ("none",)}
 
 
@@ -288,6 +290,8 @@ def _differs(cell: Published, one: Summary, same_model: bool) -> str:
         said.append(f"protocol {one.values['protocol']} (P {one.values['prompt_tokens']})")
     if recipe["prefill"] != "quantized" and cell.method == "TTQ":
         said.append("prompt read by unquantized weights")
+    if cell.method == "TTQ" and recipe["scale"] != _SCALE:
+        said.append("scale " + ", ".join(f"{k} {v}" for k, v in recipe["scale"].items()))
     if recipe["grid"]["group_size"] != 32:
         said.append(f"group {recipe['grid']['group_size']}")
     if recipe["grid"]["symmetric"]:
