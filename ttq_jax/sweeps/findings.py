@@ -146,10 +146,12 @@ def _readers(group: Sequence[Summary]) -> list[Part]:
 
 
 def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
-    """A table along an axis and, for numbers, a picture; per model."""
+    """A table along an axis and, for numbers, a picture; per model and protocol."""
     parts: list[Part] = []
-    for model in dict.fromkeys(one.values["model"] for one in found):
-        lines = along([one for one in found if one.values["model"] == model], axis)
+    apart = [key for key in ("model", "protocol") if key != axis]
+    for place in dict.fromkeys(tuple(str(one.values[key]) for key in apart) for one in found):
+        here = [one for one in found if tuple(str(one.values[key]) for key in apart) == place]
+        lines = along(here, axis)
         lines = {label: line for label, line in lines.items() if len(line) > 1}
         if not lines:
             continue
@@ -167,17 +169,17 @@ def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
         what = "mean gap" if have_gap else "mean perplexity"
         name = axis.replace("_", " ")
         parts += [
-            Heading(f"{what.capitalize()} by {name}: {model}", 3),
+            Heading(f"{what.capitalize()} by {name}: {', '.join(place)}", 3),
             Table([name, *map(str, steps)], shown, _best(columns, set())),
         ]
         if drawable(lines):
             tested = corpora(one for line in lines.values() for one in line.values())
             windows = _windows(one for line in lines.values() for one in line.values())
-            title = f"{model}: {', '.join(tested)}; {windows}"
+            title = f"{place[0]}: {', '.join(tested)}; {windows}"
             parts.append(Picture(
-                f"{_file_name(axis)}_{_file_name(str(model))}.png",
+                f"{_file_name(' '.join((axis, *place)))}.png",
                 draw_lines(axis.rpartition(".")[2], lines, title),
-                f"{what.capitalize()} by {'stored ' * (axis == 'bits')}{name}, {model}, over "
+                f"{what.capitalize()} by {'stored ' * (axis == 'bits')}{name}, {place[0]}, over "
                 f"{', '.join(tested)}; {windows}"
                 + ("; bars are 95 % intervals over windows." if have_gap else "."),
             ))  # fmt: skip

@@ -17,8 +17,11 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "os^vDPX*"
 _DASHES = ("-", "--", "-.", ":")
 
-# Axes whose values are chosen by doubling.
+# Axes whose values are chosen by doubling; others are logarithmic from this ratio on.
 _LOG2 = {"group_size", "prompt_tokens", "calibration_tokens", "window"}
+_WIDE = 16
+# Below this a gap is noise, and the axis linear: it may be zero, or less.
+_SMALL = 0.01
 
 _NAMES = {
     "bits": "stored bits per weight, everything counted",
@@ -83,12 +86,14 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
             color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
             linestyle=_DASHES[i // len(_COLOURS) % len(_DASHES)],
         )  # fmt: skip
-    if axis in _LOG2 and min(ticks) > 0:
+    if min(ticks) > 0 and (axis in _LOG2 or max(ticks) >= _WIDE * min(ticks)):
         axes.set_xscale("log", base=2)
     has_gap = next(iter(next(iter(lines.values())).values())).gap is not None
-    positive = [h for h in heights if h > 0]
-    if len(positive) == len(heights) and max(heights) > 8 * min(heights):
-        axes.set_yscale("log")
+    if max(heights) > 8 * max(min(heights), _SMALL):
+        axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
+        if min(heights) < _SMALL:
+            axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.yaxis.set_major_formatter("{x:g}")
     if axis != "bits":
         axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
     axes.minorticks_off()
