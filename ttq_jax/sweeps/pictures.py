@@ -73,13 +73,14 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     ticks: set[float] = set()
-    heights = []
+    heights, lowest = [], []
     for i, (label, line) in enumerate(lines.items()):
         points = {v: one for v, one in line.items() if is_number(v)}
         x = [one.bits if axis == "bits" else v for v, one in points.items()]
         y = np.array([_value(one) for one in points.values()])
         ticks |= set(x)
         heights += list(y[:, 0])
+        lowest += list(y[:, 1])
         spread = np.abs(y[:, 1:] - y[:, :1]).T
         axes.errorbar(
             x, y[:, 0], yerr=spread if spread.any() else None, label=label, capsize=3,
@@ -90,9 +91,12 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
         axes.set_xscale("log", base=2)
     has_gap = next(iter(next(iter(lines.values())).values())).gap is not None
     if max(heights) > 8 * max(min(heights), _SMALL):
-        axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
         if min(heights) < _SMALL:
+            axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
             axes.axhline(0, color="#999999", linewidth=0.8)
+            axes.set_ylim(bottom=1.5 * min(*lowest, -_SMALL / 4))
+        else:
+            axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     if axis != "bits":
         axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
