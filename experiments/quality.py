@@ -5,8 +5,8 @@ Claim     `fast`, the default, leaves a quarter of the gap of the paper's TTQ at
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
-          python experiments/quality.py report experiments/results/quality_*.jsonl
-              --picture experiments/results/frontier.png
+          python experiments/quality.py report experiments/results/quality_{smollm2,gemma3}.jsonl
+              --windows 8 4 --picture experiments/results/frontier.png
           python experiments/quality.py time --model smollm2 --recipe fast …
               --out experiments/results/prefill_times_smollm2.json
           ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 192
@@ -274,8 +274,14 @@ def report(args: argparse.Namespace) -> None:
         if before["protocol"] != first["protocol"]:
             raise SystemExit(f"{path} was measured by another protocol: report it by itself")
         of_model |= rows
-    for model, rows in files.items():
-        found[model] = gaps(rows, args.windows)
+    if len(args.windows) not in (0, 1, len(files)):
+        raise SystemExit(
+            f"--windows: expected one number or one for each of {', '.join(files)}, "
+            f"got {len(args.windows)}"
+        )
+    counts = args.windows if len(args.windows) > 1 else len(files) * (args.windows or [None])
+    for (model, rows), windows in zip(files.items(), counts, strict=True):
+        found[model] = gaps(rows, windows)
         reference = found[model].get(args.reference)
         corpora = next(iter(found[model].values()))["by_corpus"]
         cells = [["recipe", "bits", "gap", f"over {args.reference}", "prefill", *corpora]]
@@ -357,7 +363,13 @@ def main() -> None:
     two = commands.add_parser("report", help="the table and the picture of measured rows")
     two.add_argument("results", nargs="+", type=Path)
     two.add_argument("--reference", default="paper-3", help="default: %(default)s")
-    two.add_argument("--windows", type=int, help="only the first of each corpus")
+    two.add_argument(
+        "--windows",
+        type=int,
+        nargs="+",
+        default=[],
+        help="only the first of each corpus; one number, or one for each model in the files' order",
+    )
     two.add_argument("--times", nargs="*", type=Path, default=[], help="from time, per model")
     two.add_argument("--picture", type=Path)
     two.set_defaults(run=report)

@@ -55,6 +55,23 @@ def test_a_recipe_without_all_windows_is_left_out_and_said(tmp_path, capsys):
     assert "leaving out paper-3" in capsys.readouterr().err
 
 
+def test_every_model_may_have_windows_of_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "more").mkdir()
+    stores = [synthetic(tmp_path), synthetic(tmp_path / "more")]
+    stores[1].write({key: r | {"model": "small"} for key, r in stores[1].read().items()})
+    files = [str(store.path) for store in stores]
+
+    def said(*windows):
+        monkeypatch.setattr(sys, "argv", ["quality.py", "report", *files, "--windows", *windows])
+        quality.main()
+        return [line for line in capsys.readouterr().out.splitlines() if "windows per" in line]
+
+    assert said("8", "4") == ["tiny, 8 windows per corpus", "small, 4 windows per corpus"]
+    assert said("5") == ["tiny, 5 windows per corpus", "small, 5 windows per corpus"]
+    with pytest.raises(SystemExit, match="one for each of tiny, small, got 3"):
+        said("1", "2", "3")
+
+
 def test_files_of_one_model_are_one_table_if_their_protocol_is_one(tmp_path, monkeypatch, capsys):
     store = synthetic(tmp_path)
     rows = store.read()
