@@ -12,11 +12,11 @@ from report_tables import table_under
 from ttq_jax.cli import main
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
-KEPT = sorted(path.parent for path in RESULTS.glob("*/rows.jsonl"))
+KEPT = sorted(path.parent for path in RESULTS.glob("*/report.md"))
 
 
 def test_sweeps_are_kept():
-    assert len(KEPT) >= 4
+    assert len(KEPT) >= 5
 
 
 @pytest.fixture(scope="module", params=KEPT, ids=lambda path: path.name)

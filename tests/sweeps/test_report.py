@@ -224,11 +224,27 @@ def test_two_ways_of_reading_the_prompt_in_one_table_are_said(tmp_path, made):
     assert "Two flavours" not in (made / "report.md").read_text()
 
 
+def test_who_does_not_read_an_axis_is_a_horizontal_line(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+    rows = [row({"corpus": "c4", "recipe": "none"}, 0)]
+    rows.append(row({"corpus": "c4", "recipe": "ttq", "bits": 3}, 0.2))
+    rows += [row({"corpus": "c4", "recipe": "awq", "bits": 3, "calibration": "c4",
+                  "calibration_tokens": n}, 0.3) for n in (64, 128)]  # fmt: skip
+    write_rows(tmp_path / "s", rows)
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    (axes,) = figures[0].axes
+    gap = next(s for s in summaries(rows) if s.values["recipe"] == "ttq").gap[0]
+    (flat,) = [line for line in axes.lines if line.get_label() == "ttq"]
+    np.testing.assert_allclose(flat.get_ydata(), gap)
+    matplotlib.pyplot.close("all")
+
+
 def test_along_bits_a_point_stands_at_the_bits_it_stores(monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
     lines = along(summaries(sweep_rows()), "bits")
-    pictures.draw_lines("bits", lines, "")
+    pictures.draw_lines("bits", lines, "", {})
     (axes,) = figures[0].axes
     drawn = [line[0].get_xdata().tolist() for line in axes.containers]
     assert drawn == [[bits + 1.0 for bits in line] for line in lines.values()]

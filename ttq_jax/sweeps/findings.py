@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ttq_jax.sweeps.beside_paper import beside_paper
 from ttq_jax.sweeps.page import Heading, Part, Picture, Table, Text
 from ttq_jax.sweeps.pictures import draw_domains, draw_lines, drawable
-from ttq_jax.sweeps.published import MACRO, PUBLISHED, SOURCE, Published
 from ttq_jax.sweeps.rows import Row
 from ttq_jax.sweeps.tables import (
     SETTING,
@@ -14,6 +14,7 @@ from ttq_jax.sweeps.tables import (
     along,
     corpora,
     domain_grids,
+    perplexity_text,
     plain_of,
     settings,
     summaries,
@@ -52,7 +53,7 @@ def parts_of(rows: Sequence[Row]) -> list[Part]:
     for axis in varying(found):
         if axis not in {"model", "calibration"}:
             parts += _axis(axis, found)
-    parts += [Heading("How to read it"), Text(_READING), *_paper(found)]
+    parts += [Heading("How to read it"), Text(_READING), *beside_paper(found)]
     if failed:
         parts += [Heading("Failed cells"), Table(
             ["cell", "error"], [[_named(r["cell"]), " ".join(r["error"].split())] for r in failed],
@@ -93,10 +94,6 @@ def _gap_text(gap: float) -> str:
     return f"{gap:.3f}" if gap < 10 else f"{gap:.3g}"
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-
-
 def _best(columns: Sequence[Sequence[float | None]], skip: set[int]) -> frozenset[tuple[int, int]]:
     """Where each column's least value is, rows `skip` left out.
 
@@ -122,7 +119,7 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
         means = [one.mean if None not in perplexities else None] if several else []
         numbers = [*perplexities, *means, one.gap[0] if one.gap else None]
         values.append([None, None, *numbers])
-        shown = ["" if v is None else _perplexity(v) for v in numbers[:-1]]
+        shown = ["" if v is None else perplexity_text(v) for v in numbers[:-1]]
         rows.append([one.label(axes), f"{one.bits:.2f}", *shown, _interval(one.gap)])
     plain = {i for i, one in enumerate(group) if one.is_plain}
     columns = list(zip(*values, strict=True))
@@ -178,12 +175,27 @@ def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
             title = f"{place[0]}: {', '.join(tested)}; {windows}"
             parts.append(Picture(
                 f"{_file_name(' '.join((axis, *place)))}.png",
-                draw_lines(axis.rpartition(".")[2], lines, title),
+                draw_lines(axis.rpartition(".")[2], lines, title, _flat(axis, here, have_gap)),
                 f"{what.capitalize()} by {'stored ' * (axis == 'bits')}{name}, {place[0]}, over "
                 f"{', '.join(tested)}; {windows}"
                 + ("; bars are 95 % intervals over windows." if have_gap else "."),
             ))  # fmt: skip
     return [Heading(f"By {axis.replace('_', ' ')}"), *parts] if parts else []
+
+
+# More horizontal lines than these hide the others.
+_FLAT = 4
+
+
+def _flat(axis: str, here: Sequence[Summary], have_gap: bool) -> dict[str, Summary]:
+    """Those that do not read an axis, by label, if they are few."""
+    others = [a for a in varying(here) if a != axis]
+    flat = {
+        one.label(others): one
+        for one in here
+        if axis not in one.values and not one.is_plain and (one.gap is not None or not have_gap)
+    }
+    return flat if len(flat) <= _FLAT else {}
 
 
 def _windows(found: Iterable[Summary]) -> str:
@@ -204,7 +216,7 @@ def _quality(one: Summary, have_gap: bool) -> float:
 
 
 def _cell(one: Summary, have_gap: bool) -> str:
-    return _gap_text(_quality(one, True)) if have_gap else _perplexity(one.mean)
+    return _gap_text(_quality(one, True)) if have_gap else perplexity_text(one.mean)
 
 
 def _domains(found: Sequence[Summary]) -> list[Part]:
@@ -266,103 +278,6 @@ def _contest(label: str, line: dict[Any, Summary], one: Summary) -> list[str]:
         label, str(one.values["recipe"]), str(sum(better for _, better in pairs)), str(len(pairs)),
         f"{len(won)} of {len(domains)}",
     ]  # fmt: skip
-
-
-# The paper's D.
-_SCALE = {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
-_METHODS = {"RTN": ("rtn",), "AWQ": ("awq",), "TTQ": ("paper", "ttq"), "none": ("none",)}
-
-
-def _is_macro(one: Summary) -> bool:
-    """Whether it was scored on the three test sets of the paper's mean."""
-    return {c.removeprefix("hf:").partition(":")[0] for c in one.rows} >= set(MACRO)
-
-
-def _macro(one: Summary) -> float:
-    rows = [row for c, row in one.rows.items() if c.removeprefix("hf:").partition(":")[0] in MACRO]
-    return sum(row["perplexity"] for row in rows) / len(rows)
-
-
-def _differs(cell: Published, one: Summary, same_model: bool) -> str:
-    """In what ours is not what the paper measured."""
-    recipe, said = next(iter(one.rows.values()))["recipe"], []
-    if not same_model:
-        said.append(f"model {one.values['model']}")
-    if one.values["protocol"] != "window":
-        said.append(f"protocol {one.values['protocol']} (P {one.values['prompt_tokens']})")
-    if recipe["prefill"] != "quantized" and cell.method == "TTQ":
-        said.append("prompt read by unquantized weights")
-    if cell.method == "TTQ" and recipe["scale"] != _SCALE:
-        said.append("scale " + ", ".join(f"{k} {v}" for k, v in recipe["scale"].items()))
-    if recipe["grid"]["group_size"] != 32:
-        said.append(f"group {recipe['grid']['group_size']}")
-    if recipe["grid"]["symmetric"]:
-        said.append("symmetric grid")
-    said.append(f"windows of {one.values['window']}; the paper's length is not at hand")
-    return ", ".join(said)
-
-
-def _ours(cell: Published, found: Sequence[Summary]) -> list[tuple[Summary, bool]]:
-    """Our measurements of a published cell: of that model, or else of others."""
-    names = {name for hub in cell.hub for name in (hub.lower(), hub.split("/")[-1].lower())}
-    alike = [
-        one for one in found
-        if one.values["recipe"] in _METHODS[cell.method]
-        and _is_macro(one)
-        and (recipe := next(iter(one.rows.values()))["recipe"]) is not None
-        and recipe["grid"]["bits"] == cell.bits
-        and recipe["low_rank"]["rank"] == cell.rank
-    ]  # fmt: skip
-
-    def same(one: Summary) -> bool:
-        return str(one.values["model"]).lower().rstrip("/").split("/")[-1] in names
-
-    def published_grid(one: Summary) -> bool:
-        recipe = next(iter(one.rows.values()))["recipe"]
-        return recipe["grid"]["group_size"] == 32 and not recipe["grid"]["symmetric"]
-
-    # Of a sweep over groups, only the paper's group stands beside it.
-    alike = list(filter(published_grid, alike)) or alike
-    exact = [one for one in alike if same(one)]
-    return [(one, True) for one in exact] or [(one, False) for one in alike]
-
-
-def _paper(found: Sequence[Summary]) -> list[Part]:
-    """Every published cell, with ours beside it, if any of them has ours beside it."""
-    if not any(_ours(cell, found) for cell in PUBLISHED):
-        return [Heading("Beside the paper"), Text(
-            f"No row has the method, bits and rank of one of the {len(PUBLISHED)} published cells "
-            f"({SOURCE}) on WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
-        )]  # fmt: skip
-    plains = {repr(s): plain_of(group) for s, group in settings(found)}
-    rows = []
-    for cell in PUBLISHED:
-        rank = f" r={cell.rank}" if cell.method == "TTQ" else ""
-        head = [f"{cell.table}: {cell.model}", f"{cell.method}{rank}",
-                "?" if cell.bits is None else str(cell.bits), _perplexity(cell.perplexity),
-                _ratio(cell.perplexity, cell.unquantized)]  # fmt: skip
-        ours = _ours(cell, found)
-        for one, same in ours:
-            plain = plains.get(repr(one.setting))
-            base = _macro(plain) if plain is not None and _is_macro(plain) else None
-            notes = [n for n in (_differs(cell, one, same), cell.note) if n]
-            rows.append([*head, _perplexity(_macro(one)), _ratio(_macro(one), base),
-                         "; ".join(notes)])  # fmt: skip
-        if not ours:
-            rows.append([*head, "not run", "", cell.note])
-    text = (
-        f"Published perplexities ({SOURCE}), mean over WikiText-2, PTB and C4, beside ours where a "
-        "row has the same method, bits and rank on those three. Where the model differs, only the "
-        "ratios over the unquantized model compare, and those loosely."
-    )
-    header = ["published", "method", "bits", "paper", "over unq.", "ours", "over unq.",
-              "ours differs in"]  # fmt: skip
-    # The last column is text too, but a table has its text on the left.
-    return [Heading("Beside the paper"), Text(text), Table(header, rows, left=2)]
-
-
-def _ratio(value: float, base: float | None) -> str:
-    return "" if base is None else f"{value / base:.3g}"
 
 
 def _made_by(rows: Sequence[Row]) -> list[Part]:

@@ -58,7 +58,9 @@ def _value(summary: Summary) -> tuple[float, float, float]:
     return summary.gap or (summary.mean, summary.mean, summary.mean)
 
 
-def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> bytes:
+def draw_lines(
+    axis: str, lines: dict[str, dict[Any, Summary]], title: str, flat: dict[str, Summary]
+) -> bytes:
     """Quality along an axis of numbers.
 
     Args:
@@ -66,6 +68,7 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
         recipes are compared at what they cost.
       lines: label -> value -> summary, all with a gap or none.
       title: what is the same for all.
+      flat: label -> summary of those that do not read the axis, with a gap if the lines have one.
 
     Returns:
       A PNG.
@@ -87,6 +90,11 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
             color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
             linestyle=_DASHES[i // len(_COLOURS) % len(_DASHES)],
         )  # fmt: skip
+    for i, (label, one) in enumerate(flat.items(), len(lines)):
+        height, low, _ = _value(one)
+        heights.append(height)
+        lowest.append(low)
+        axes.axhline(height, label=label, color=_COLOURS[i % len(_COLOURS)], linestyle=":")
     if min(ticks) > 0 and (axis in _LOG2 or max(ticks) >= _WIDE * min(ticks)):
         axes.set_xscale("log", base=2)
     has_gap = next(iter(next(iter(lines.values())).values())).gap is not None
@@ -107,7 +115,7 @@ def draw_lines(axis: str, lines: dict[str, dict[Any, Summary]], title: str) -> b
     )
     axes.set_title(title, fontsize=10)
     axes.grid(visible=True, alpha=0.3)
-    if len(lines) > 1:
+    if len(lines) + len(flat) > 1:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _png(figure)
 

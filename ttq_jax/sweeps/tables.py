@@ -214,3 +214,8 @@ def domain_grids(found: Sequence[Summary]) -> dict[str, dict[str, Summary]]:
     """
     lines = along(found, "calibration")
     return {label: line for label, line in lines.items() if len(line) > 1}
+
+
+def perplexity_text(value: float) -> str:
+    """Two decimals, or three digits from 1000 on."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -1,0 +1,110 @@
+"""The paper's numbers with ours beside them, and in what ours differ."""
+
+from collections.abc import Sequence
+
+from ttq_jax.sweeps.page import Heading, Part, Table, Text
+from ttq_jax.sweeps.published import MACRO, PUBLISHED, SOURCE, Published
+from ttq_jax.sweeps.tables import Summary, perplexity_text, plain_of, settings
+
+# The paper's D.
+_SCALE = {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
+_METHODS = {"RTN": ("rtn",), "AWQ": ("awq",), "TTQ": ("paper", "ttq"), "none": ("none",)}
+
+
+def _is_macro(one: Summary) -> bool:
+    """Whether it was scored on the three test sets of the paper's mean."""
+    return {c.removeprefix("hf:").partition(":")[0] for c in one.rows} >= set(MACRO)
+
+
+def _macro(one: Summary) -> float:
+    rows = [row for c, row in one.rows.items() if c.removeprefix("hf:").partition(":")[0] in MACRO]
+    return sum(row["perplexity"] for row in rows) / len(rows)
+
+
+def _differs(cell: Published, one: Summary, same_model: bool) -> str:
+    """In what ours is not what the paper measured."""
+    recipe, said = next(iter(one.rows.values()))["recipe"], []
+    if not same_model:
+        said.append(f"model {one.values['model']}")
+    if one.values["protocol"] != "window":
+        said.append(f"protocol {one.values['protocol']} (P {one.values['prompt_tokens']})")
+    if recipe["prefill"] != "quantized" and cell.method == "TTQ":
+        said.append("prompt read by unquantized weights")
+    if cell.method == "TTQ" and recipe["scale"] != _SCALE:
+        said.append("scale " + ", ".join(f"{k} {v}" for k, v in recipe["scale"].items()))
+    if recipe["grid"]["group_size"] != 32:
+        said.append(f"group {recipe['grid']['group_size']}")
+    if recipe["grid"]["symmetric"]:
+        said.append("symmetric grid")
+    said.append(f"windows of {one.values['window']}; the paper's length is not at hand")
+    return ", ".join(said)
+
+
+def _ours(cell: Published, found: Sequence[Summary]) -> list[tuple[Summary, bool]]:
+    """Our measurements of a published cell: of that model, or else of others."""
+    names = {name for hub in cell.hub for name in (hub.lower(), hub.split("/")[-1].lower())}
+    alike = [
+        one for one in found
+        if one.values["recipe"] in _METHODS[cell.method]
+        and _is_macro(one)
+        and (recipe := next(iter(one.rows.values()))["recipe"]) is not None
+        and recipe["grid"]["bits"] == cell.bits
+        and recipe["low_rank"]["rank"] == cell.rank
+    ]  # fmt: skip
+
+    def same(one: Summary) -> bool:
+        return str(one.values["model"]).lower().rstrip("/").split("/")[-1] in names
+
+    def published_grid(one: Summary) -> bool:
+        recipe = next(iter(one.rows.values()))["recipe"]
+        return recipe["grid"]["group_size"] == 32 and not recipe["grid"]["symmetric"]
+
+    # Of a sweep over groups, only the paper's group stands beside it.
+    alike = list(filter(published_grid, alike)) or alike
+    exact = [one for one in alike if same(one)]
+    return [(one, True) for one in exact] or [(one, False) for one in alike]
+
+
+def beside_paper(found: Sequence[Summary]) -> list[Part]:
+    """Every published cell, with ours beside it; a sentence if nothing of ours compares.
+
+    Args:
+      found: from `tables.summaries`.
+
+    Returns:
+      A section of the report.
+    """
+    if not any(_ours(cell, found) for cell in PUBLISHED):
+        return [Heading("Beside the paper"), Text(
+            f"No row has the method, bits and rank of one of the {len(PUBLISHED)} published cells "
+            f"({SOURCE}) on WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
+        )]  # fmt: skip
+    plains = {repr(s): plain_of(group) for s, group in settings(found)}
+    rows = []
+    for cell in PUBLISHED:
+        rank = f" r={cell.rank}" if cell.method == "TTQ" else ""
+        head = [f"{cell.table}: {cell.model}", f"{cell.method}{rank}",
+                "?" if cell.bits is None else str(cell.bits), perplexity_text(cell.perplexity),
+                _ratio(cell.perplexity, cell.unquantized)]  # fmt: skip
+        ours = _ours(cell, found)
+        for one, same in ours:
+            plain = plains.get(repr(one.setting))
+            base = _macro(plain) if plain is not None and _is_macro(plain) else None
+            notes = [n for n in (_differs(cell, one, same), cell.note) if n]
+            rows.append([*head, perplexity_text(_macro(one)), _ratio(_macro(one), base),
+                         "; ".join(notes)])  # fmt: skip
+        if not ours:
+            rows.append([*head, "not run", "", cell.note])
+    text = (
+        f"Published perplexities ({SOURCE}), mean over WikiText-2, PTB and C4, beside ours where a "
+        "row has the same method, bits and rank on those three. Where the model differs, only the "
+        "ratios over the unquantized model compare, and those loosely."
+    )
+    header = ["published", "method", "bits", "paper", "over unq.", "ours", "over unq.",
+              "ours differs in"]  # fmt: skip
+    # The last column is text too, but a table has its text on the left.
+    return [Heading("Beside the paper"), Text(text), Table(header, rows, left=2)]
+
+
+def _ratio(value: float, base: float | None) -> str:
+    return "" if base is None else f"{value / base:.3g}"
