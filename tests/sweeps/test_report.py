@@ -240,16 +240,70 @@ def test_who_does_not_read_an_axis_is_a_horizontal_line(tmp_path, monkeypatch):
     matplotlib.pyplot.close("all")
 
 
-def test_along_bits_a_point_stands_at_the_bits_it_stores(monkeypatch):
+def drawn(monkeypatch, axis, rows):
+    """The axes of a picture of `rows` along an axis."""
     figures = []
     monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
-    lines = along(summaries(sweep_rows()), "bits")
-    pictures.draw_lines("bits", lines, "", {})
+    pictures.draw_lines(axis, along(summaries(rows), axis), "", {})
     (axes,) = figures[0].axes
-    drawn = [line[0].get_xdata().tolist() for line in axes.containers]
-    assert drawn == [[bits + 1.0 for bits in line] for line in lines.values()]
+    matplotlib.pyplot.close("all")
+    return axes
+
+
+def test_a_gap_of_noise_does_not_stretch_the_picture(monkeypatch):
+    rows = [row({"corpus": "c4", "recipe": "none"}, 0)]
+    costs = {2: 3.0, 3: 0.3, 4: 0.001}
+    rows += [row({"corpus": "c4", "recipe": "rtn", "bits": b}, c) for b, c in costs.items()]
+    assert drawn(monkeypatch, "bits", rows[:3]).get_yscale() == "log"
+    rows[3]["nll"] = rows[0]["nll"]
+    axes = drawn(monkeypatch, "bits", rows)
+    assert axes.get_yscale() == "symlog"
+    assert -0.1 < axes.get_ylim()[0] < 0
+
+
+@pytest.mark.parametrize(("values", "scale"), [((0.01, 0.1, 4.0), "log"), ((0.25, 1.0), "linear"),
+                                               ((0.0, 4.0), "linear")])  # fmt: skip
+def test_a_wide_axis_is_logarithmic(monkeypatch, values, scale):
+    rows = [row({"corpus": "c4", "recipe": "ttq", "bits": 3, "lam": lam}, 0.2) for lam in values]
+    assert drawn(monkeypatch, "lam", rows).get_xscale() == scale
+
+
+def test_protocols_have_pictures_of_their_own(tmp_path):
+    rows = []
+    for protocol in ("window", "causal"):
+        place = {"corpus": "c4", "protocol": protocol}
+        place |= {"prompt_tokens": 8} if protocol == "causal" else {}
+        rows.append(row(place | {"recipe": "none"}, 0))
+        rows += [row(place | {"recipe": "rtn", "bits": bits}, 1 / bits) for bits in (2, 3)]
+    write_rows(tmp_path / "s", rows)
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    names = {path.name for path in (tmp_path / "s" / "report").iterdir()}
+    assert names == {"bits-m-window.png", "bits-m-causal.png"}
+    text = (tmp_path / "s" / "report.md").read_text()
+    for protocol in ("window", "causal"):
+        _, body = table_under(text, f"Mean gap by bits: m, {protocol}")
+        assert body[0] == "rtn"
+
+
+def test_only_the_paper_s_group_stands_beside_it(tmp_path):
+    rows = [
+        row({"corpus": c, "recipe": "rtn", "bits": 3, "group_size": g}, 0.3)
+        for c in CORPORA for g in (16, 32, 64)
+    ]  # fmt: skip
+    write_rows(tmp_path / "s", rows)
+    assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
+    text = (tmp_path / "s" / "report.md").read_text()
+    said = [line for line in text.splitlines() if "OPT-125M | RTN | 3 |" in line]
+    assert len(said) == 1
+    assert "group" not in said[0]
+
+
+def test_along_bits_a_point_stands_at_the_bits_it_stores(monkeypatch):
+    axes = drawn(monkeypatch, "bits", sweep_rows())
+    at = [line[0].get_xdata().tolist() for line in axes.containers]
+    lines = along(summaries(sweep_rows()), "bits").values()
+    assert at == [[bits + 1.0 for bits in line] for line in lines]
     assert "stored" in axes.get_xlabel()
-    matplotlib.pyplot.close(figures[0])
 
 
 class Checked(html.parser.HTMLParser):
