@@ -222,3 +222,22 @@ def test_two_processes_share_the_work(finished, sweep_file, tmp_path, tmp_path_f
     assert len(keys) == len(set(keys)) == 14
     assert len({line["process"] for line in lines}) == 2, "both did some"
     assert measured(out) == measured(finished)
+
+
+def test_a_row_s_commit_says_whether_code_differs_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=n", "-c", "user.email=n@example.com")
+        subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    git("init")
+    for name in ("run.py", "rows.jsonl"):
+        (tmp_path / name).write_text("1\n")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = run.git_commit()
+    assert len(clean) == 40
+    (tmp_path / "rows.jsonl").write_text("2\n")
+    assert run.git_commit() == clean
+    (tmp_path / "run.py").write_text("2\n")
+    assert run.git_commit() == clean + "+"

@@ -36,7 +36,9 @@ _PROGRAMS = 32
 
 
 def git_commit() -> str | None:
-    """The commit of the package's own checkout, "+" after it if files differ from it.
+    """The commit of the package's own checkout, "+" after it if Python files differ from it.
+
+    Others do not count: a kept sweep that goes on writes into a tracked file itself.
 
     Returns:
       None where it is not a checkout, or there is no git.
@@ -49,7 +51,7 @@ def git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", ":/")
+        changed = git("status", "--porcelain", "--untracked-files=no", ":/*.py")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
