@@ -15,6 +15,9 @@ Command   python experiments/quality.py measure --model smollm2 --corpus wikitex
           ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 96
               --set moments.prior=none --set moments.prior_tokens=0 --max-windows 6
               --budget 4.02 --out experiments/recipes/smollm2_4.02.toml
+          ttq allocate --model gemma3-270m --corpus C4_TRAIN --recipe best --symmetric
+              --group-size 128 --set moments.prior=none --set moments.prior_tokens=0
+              --widths 3 4 5 8 --budget 5.01 --out experiments/recipes/gemma3_5.01.toml
 Cost      SmolLM2-135M on 2 cores: 1 s per window unquantized, 2 s with `ttq`, 6 s with second
           order; a corpus of 40 windows and ten recipes is about 20 minutes. A run that was cut goes
           on where it stopped: finished (recipe, corpus) pairs are skipped, more windows are added.
@@ -312,7 +315,7 @@ def draw(found: dict[str, dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:.2g}")
     figure, axes = plt.subplots(1, len(found), figsize=(6.5 * len(found), 5), squeeze=False)
@@ -327,8 +330,9 @@ def draw(found: dict[str, dict], path: Path) -> None:
                 one["bits"], value, yerr=np.abs(bars - value)[:, None], color=colour,
                 marker=marker, markersize=7, capsize=3,
             )  # fmt: skip
-            # GPTQ has no channel scale: it lies a little to the left of its neighbours.
-            left = family == "gptq"
+            # GPTQ, without a channel scale, lies a little to the left of its neighbours; a recipe
+            # without its prior lies on the one with it.
+            left = family == "gptq" or f"{name}-n0" in recipes
             axis.annotate(
                 Path(name).stem if family == "allocated" else name, (one["bits"], value),
                 xytext=(-8 if left else 8, 0), textcoords="offset points", fontsize=8,
@@ -338,8 +342,9 @@ def draw(found: dict[str, dict], path: Path) -> None:
         axis.set(title=f"{model}, {windows} windows per corpus", yscale="log",
                  xlabel="stored bits per weight, everything counted",
                  ylabel="perplexity over unquantized, minus 1")  # fmt: skip
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter(plain)
-        axis.yaxis.set_minor_formatter(plain)
+        axis.minorticks_off()
         axis.margins(x=0.25)
         axis.grid(visible=True, which="both", alpha=0.3)
     figure.tight_layout()
