@@ -12,14 +12,6 @@ import jax
 import jaxtyping
 import pytest
 
-# A test's programs run once or twice: optimizing them would double the suite's processor time. XLA
-# reads its flags once, so the CPU's compiler keeps these; libtpu's, which knows others, and what is
-# run in processes of its own never see them.
-with pytest.MonkeyPatch.context() as flags:
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    flags.setenv("XLA_FLAGS", f"{quick} {os.environ.get('XLA_FLAGS', '')}")
-    jax.devices()
-
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
               "generate", "calibrate", "perplexity", "continuations"]  # fmt: skip
 jaxtyping.install_import_hook(

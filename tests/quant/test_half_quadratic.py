@@ -18,7 +18,9 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale
 
 P = 0.7
-unpacked = jax.jit(dense_weight)
+# These programs run for a millisecond: time goes into compiling them.
+QUICK = {"xla_backend_optimization_level": 0}
+unpacked = jax.jit(dense_weight, compiler_options=QUICK)
 
 
 def weight(d_in=96, d_out=40, seed=0):
@@ -27,7 +29,7 @@ def weight(d_in=96, d_out=40, seed=0):
     return w.astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("rule", "grid"))
+@partial(jax.jit, static_argnames=("rule", "grid"), compiler_options=QUICK)
 def packed(w, rule, grid):
     return quantize(w, None, Recipe(moments="none", scale=NoScale(), rounding=rule, grid=grid))
 
