@@ -5,6 +5,8 @@ Claim     `fast`, the default, leaves a quarter of the gap of the paper's TTQ at
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
+          … --windows 6 --prompt-tokens 16 --window 272
+              --out experiments/results/quality_smollm2_p16.jsonl
           python experiments/quality.py report experiments/results/quality_{smollm2,gemma3}.jsonl
               --windows 8 4 --picture experiments/results/frontier.png
           python experiments/quality.py time --model smollm2 --recipe fast …

@@ -19,6 +19,7 @@ import select
 import shutil
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -301,22 +302,43 @@ def estimate(
         raise RuntimeError("estimate: this process has loaded a compiler; call it before")
     alive, hold = os.pipe()
     read, write = os.pipe()
-    pid = _fork()
-    if pid == 0:
-        os.close(hold)
-        os.close(read)
-        _watch(lambda *to: _compile_and_leave(name, fn, shapes, note, *to), alive, write, limit)
-    os.close(alive)
-    os.close(write)
+    pid = None
     try:
+        with _interrupts_held():
+            pid = _fork()
+            if pid == 0:
+                os.close(hold)
+                os.close(read)
+                compiling = functools.partial(_compile_and_leave, name, fn, shapes, note)
+                _watch(compiling, alive, write, limit)
+            os.close(alive)
+            os.close(write)
         with os.fdopen(read, "rb") as pipe:
             found = json.loads(pipe.read() or b'{"error": "the compiler\'s process was killed"}')
     finally:
         os.close(hold)
-        os.waitpid(pid, 0)
+        if pid:
+            os.waitpid(pid, 0)
     if "error" in found:
         raise CompileError(found["error"])
     return Estimate(**found)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds a Ctrl-C back to the end: Python drops an exception raised in a fork's hooks."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda *at: came.append(at))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        before(*came[0])
 
 
 def _fork() -> int:
