@@ -18,7 +18,7 @@ MODULES = {
 ORDER = [
     ("pallas_kernels",),
     ("ttq_jax._version", "ttq_jax.config", "ttq_jax.types", "ttq_jax.chips"),
-    ("ttq_jax.linear", "ttq_jax.prompts", "ttq_jax.timing"),
+    ("ttq_jax.linear", "ttq_jax.cycles", "ttq_jax.prompts", "ttq_jax.timing"),
     ("ttq_jax.bench", "ttq_jax.bench_device"),
     ("ttq_jax.models", "ttq_jax.quant"),
     ("ttq_jax.released",),

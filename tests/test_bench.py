@@ -8,7 +8,8 @@ from compilers import needs_compilers
 from ttq_jax import bench, bench_device
 from ttq_jax.bench import Case, estimate, sweep
 from ttq_jax.bench_device import measure
-from ttq_jax.chips import CHIPS, ChipError, CompileError, Estimate
+from ttq_jax.chips import CHIPS, ChipError
+from ttq_jax.cycles import CompileError, Estimate
 
 KEYS = {
     "kernel", "bits", "group_size", "symmetric", "m", "k", "n", "cycles", "floor_cycles",

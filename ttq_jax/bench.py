@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import PLANES, Problem, Target, packed_matmul, prefill_quantize, quantize_pack
 from pallas_kernels.choice import module_of, refusal
-from ttq_jax.chips import CompileError
 from ttq_jax.chips import chip as find_chip
-from ttq_jax.chips import estimate as estimate_program
+from ttq_jax.cycles import CompileError
+from ttq_jax.cycles import estimate as estimate_program
 
 KERNELS = ("packed_matmul", "quantize_pack", "prefill_quantize")
 

@@ -288,10 +288,16 @@ class Rounder:
             inverse, zero, scale = (
                 self.scratch[2][i, batch % 2, t : t + 1, lanes] for i in (0, 1, 2)
             )
-            value = self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes] * inverse + zero
+            kept = (batch % 2, slice(t * g, (t + 1) * g), lanes)
+            value = self.scratch[1][kept] * inverse + zero
             if s.clipped:
                 value = jnp.clip(value, 0.0, 2.0**s.bits - 1)
             value += _NEAREST
+            if self.rounded is not None:
+                # Used twice below: a compiler that computes it twice may fuse the product and the
+                # sum in one of them alone, and a tie between two codes would fall either way.
+                self.scratch[1][kept] = value
+                value = self.scratch[1][kept]
             codes = pltpu.bitcast(value, jnp.int32)
             word = self._code_row(row // 4)
             if s.steps > 1:
