@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import reference
 from pallas_kernels.layout import PLANES
@@ -53,8 +54,9 @@ def _at(stacks: Any, layer: jax.Array) -> Any:
 
 
 def _cut(a: jax.Array, start: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
-    """The block of this shape that starts there."""
-    return jax.lax.dynamic_slice(a, [jnp.asarray(i, jnp.int32) for i in start], shape)
+    """The block of this shape that starts there, at no negative index."""
+    at = [np.int32(i) if isinstance(i, int) else i for i in start]
+    return jax.lax.dynamic_slice(a, at, shape, allow_negative_indices=False)
 
 
 def _largest_divisor(of: int, limit: int) -> int:
@@ -118,6 +120,8 @@ def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array,
     return code.astype(jnp.float32), up
 
 
+# A jit of its own: a long program to trace, and a model asks for it again and again.
+@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def _one_row(
     x: jax.Array,
     planes: tuple[jax.Array, ...],

@@ -1,4 +1,4 @@
-"""Where the real compilers of TPUs and GPUs exist; there, a test may not do without them."""
+"""How tests compile: fast for this CPU, and for TPUs and GPUs where their compilers exist."""
 
 import platform
 import sys
@@ -9,3 +9,6 @@ needs_compilers = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="the compilers of TPUs and GPUs are made for Linux on x86-64 only",
 )
+
+# A test's programs run once or twice: optimizing them would double the suite's processor time.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

@@ -11,6 +11,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import jaxtyping
 import pytest
+from compilers import QUICK
+
+# XLA reads its flags once: the CPU's compiler keeps these, while libtpu's, which knows others, and
+# processes that a test starts never see them.
+with pytest.MonkeyPatch.context() as flags:
+    flags.setenv("XLA_FLAGS", f"{QUICK} {os.environ.get('XLA_FLAGS', '')}")
+    jax.devices()
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
               "generate", "calibrate", "perplexity", "continuations"]  # fmt: skip

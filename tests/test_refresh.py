@@ -22,8 +22,6 @@ from ttq_jax.quant.source import Source
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Moments, Offline
 
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
 CONFIG = small_config(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, embed_dim=16
 )
@@ -44,7 +42,7 @@ def offline(recipe):
     return Offline(moments=PRIOR, carried=begun)
 
 
-@partial(jax.jit, static_argnames="recipe", compiler_options=QUICK)
+@partial(jax.jit, static_argnames="recipe")
 def read(prompts, offline, recipe):
     batch, length = prompts.tokens.shape
     cache = empty_cache(CONFIG, batch, length + CAPACITY, jnp.float32)
@@ -54,7 +52,7 @@ def read(prompts, offline, recipe):
     return last_hidden(hidden, prompts), cache, packed, moments
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def one_token(tree, token, cache):
     """Hidden state, cache, and what every site read, [L, B, d_in]."""
     keep = lambda site, x, weights: (plain(site, x, weights)[0], x[:, 0])  # noqa: E731
@@ -64,8 +62,8 @@ def one_token(tree, token, cache):
     return hidden[:, 0], cache, seen
 
 
-again = jax.jit(requantize, static_argnames="recipe", compiler_options=QUICK)
-scores = jax.jit(partial(logits, CONFIG), compiler_options=QUICK)
+again = jax.jit(requantize, static_argnames="recipe")
+scores = jax.jit(partial(logits, CONFIG))
 
 
 def added(moments, seen, live):
@@ -146,7 +144,7 @@ def test_a_refresh_that_never_comes_changes_nothing():
         )
         given = offline(recipe)
         dynamic, static = arguments(prompts, recipe, given, CAPACITY)
-        program = generate_tokens.lower(*dynamic, **static).compile(compiler_options=QUICK)
+        program = generate_tokens.lower(*dynamic, **static).compile()
         outs.append(program(*dynamic))
         # Without a refresh, what is carried on is the earlier turns' and the prompt's alone.
         read_too = 2 * (CAPACITY - 1) if every else 0

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import QUICK
 from jax.sharding import NamedSharding, PartitionSpec
 from stores import (
     CASES,
@@ -171,7 +172,8 @@ def test_restored_into_another_sharding(tmp_path):
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), str(here.parent.parent)])
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": path,
+        # Compiled as here, the same seed makes the same weights.
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count=4", "PYTHONPATH": path,
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     }  # fmt: skip
     program = (

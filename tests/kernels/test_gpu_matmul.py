@@ -16,13 +16,11 @@ from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.layout import PLANES, pack
 
 ALL_BITS = sorted(PLANES)
-# What is tested is the kernel, not XLA:CPU's optimizer, which would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compiled(**kind):
     """The kernel as a function of x, planes, scales, zeros and the layer."""
-    return jax.jit(partial(gpu.packed_matmul, interpret=True, **kind), compiler_options=QUICK)
+    return jax.jit(partial(gpu.packed_matmul, interpret=True, **kind))
 
 
 def of_layer(layer):

@@ -14,17 +14,14 @@ from pallas_kernels.gpu import prefill_quantize as gpu_prefill
 from pallas_kernels.gpu import quantize_pack as gpu_pack
 from pallas_kernels.layout import unpack
 
-# What is tested is the kernel, not XLA:CPU's optimizer, which would take most of the time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 def run(kernel, operands, layer, **kind):
-    call = jax.jit(partial(kernel, interpret=True, **kind), compiler_options=QUICK)
+    call = jax.jit(partial(kernel, interpret=True, **kind))
     return call(*operands, jnp.asarray(layer, jnp.int32))
 
 
 def oracle(*operands, **kind):
-    return jax.jit(partial(reference.quantize_pack, **kind), compiler_options=QUICK)(*operands)
+    return jax.jit(partial(reference.quantize_pack, **kind))(*operands)
 
 
 def exact_problem(seed, *, bits, group_size, d_in, n, zero_point, dtype, extra):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 from packed_weights import oracle_weight
-from tpu_cases import f64, quickly, rounded
+from tpu_cases import f64, rounded
 
 import pallas_kernels
 from pallas_kernels.layout import pack
@@ -67,10 +67,10 @@ def test_a_batch_of_activations_is_more_rows(implementation):
     x = whole_x(3, BATCH, 2)
     one = functools.partial(multiply(implementation), packed=packed, layer=1)
     nested = jax.vmap(jax.vmap(one))
-    check(quickly(nested)(x), x, weight[1])
+    check(jax.jit(nested)(x), x, weight[1])
     if implementation == "interpret":
         for f in (jax.vmap(one, 1, 1), jax.vmap(one)):
-            check(quickly(f)(x), x, weight[1])
+            check(jax.jit(f)(x), x, weight[1])
         for f in (nested, jax.vmap(one, 1, 1), jax.vmap(one)):
             assert kernels_and_loops(f, x) == (1, 0), "folded into one call, however deep"
 
@@ -84,7 +84,7 @@ def test_a_batch_of_weights_or_layers(implementation, axes):
     weight, packed = whole_weights(*([BATCH] if over_weights else []), LAYERS)
     layer = jnp.asarray([2, 0]) if over_layer else jnp.asarray(2)
     f = jax.vmap(multiply(implementation), axes)
-    y = quickly(f)(x, packed, layer)
+    y = jax.jit(f)(x, packed, layer)
     layers = np.broadcast_to(layer, BATCH)
     weight = np.stack([
         (weight[i] if over_weights else weight)[layers[i]] for i in range(BATCH)
@@ -102,7 +102,7 @@ def test_nested_over_weights_layers_and_activations(implementation):
     f = jax.vmap(f, (None, None, 0))
     f = jax.vmap(f, (0, 0, None))
     f = jax.vmap(f, (0, None, None))
-    y = quickly(f)(x, packed, layers)
+    y = jax.jit(f)(x, packed, layers)
     assert y.shape == (5, BATCH, 4, 2, N)
     check(y, x[:, :, None], weight[:, np.asarray(layers)][None])
 
@@ -112,7 +112,7 @@ def test_stacks_without_layers_under_vmap(implementation):
     weight, packed = whole_weights(BATCH)
     x = whole_x(BATCH, 3)
     f = jax.vmap(functools.partial(multiply(implementation), layer=None))
-    check(quickly(f)(x, packed), x, weight)
+    check(jax.jit(f)(x, packed), x, weight)
 
 
 @BOTH
@@ -129,8 +129,8 @@ def test_a_scan_over_layers_is_the_loop(implementation):
 
         return jax.lax.scan(step, x, jnp.arange(LAYERS))[1]
 
-    y = quickly(scanned)(x, packed)
-    carry, single = x, quickly(one)
+    y = jax.jit(scanned)(x, packed)
+    carry, single = x, jax.jit(one)
     for layer in range(LAYERS):
         check(y[layer], carry, weight[layer])
         np.testing.assert_array_equal(f64(y[layer]), f64(single(carry, packed, layer)))
@@ -139,7 +139,7 @@ def test_a_scan_over_layers_is_the_loop(implementation):
         assert kernels_and_loops(scanned, x, packed) == (1, 1)
     # And many prompts, each through all layers.
     prompts = jnp.stack([x, -x])
-    many = quickly(jax.vmap(scanned, (0, None)))(prompts, packed)
+    many = jax.jit(jax.vmap(scanned, (0, None)))(prompts, packed)
     np.testing.assert_array_equal(f64(many[0]), f64(y))
 
 
@@ -163,7 +163,7 @@ def test_a_batch_of_weights_is_packed(implementation, axes):
     def one(w, d):
         return pallas_kernels.quantize_pack(w, d, **KIND, implementation=implementation)
 
-    packed = quickly(jax.vmap(one, axes))(w, d)
+    packed = jax.jit(jax.vmap(one, axes))(w, d)
     for i in range(BATCH):
         want = pallas_kernels.quantize_pack(
             w[i] if lead[0] else w, d[i] if lead[1] else d, **KIND, implementation="xla"
@@ -184,7 +184,7 @@ def test_a_batch_of_prompts_or_layers_is_prefilled(implementation, axes):
             x, w, **KIND, quantized=True, layer=layer, implementation=implementation
         )
 
-    y, packed = quickly(jax.vmap(one, axes))(x, w, layer)
+    y, packed = jax.jit(jax.vmap(one, axes))(x, w, layer)
     for i in range(BATCH):
         chosen = (w[i] if axes[1] == 0 else w)[layer[i] if axes[2] == 0 else layer]
         check(y[i], x[i] if axes[0] == 0 else x, f64(chosen))

@@ -19,7 +19,6 @@ from tpu_cases import (
     mixed_packed,
     mixed_rows,
     one_layer,
-    quickly,
     races_found,
     simulate,
     strict,
@@ -122,7 +121,7 @@ def test_public_call_with_fewer_channels_than_rows(bits, d_in, m, scaled, rank):
         pallas_kernels.packed_matmul, bits=bits, group_size=group, layer=LAYER,
         implementation="interpret",
     )  # fmt: skip
-    y = quickly(call)(x, *stacks, d, low_rank)
+    y = jax.jit(call)(x, *stacks, d, low_rank)
     assert y.shape == (*m, n)
     x, y = x.reshape(-1, d_in), y.reshape(-1, n)
     scaled_x = x if d is None else (x.astype(jnp.float32) / d).astype(x.dtype)  # Exact.

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from tpu_cases import (
     half_step,
     mixed_rows,
     mixed_weight,
-    quickly,
     simulate,
 )
 
@@ -114,7 +114,7 @@ def test_public_call(quantized, rank, lead):
         )
 
     more = given.channel_scale, None, given.low_rank
-    y, packed = quickly(call)(x.reshape(*lead, d_in), given.w, *more)
+    y, packed = jax.jit(call)(x.reshape(*lead, d_in), given.w, *more)
     assert y.shape == (*lead, n)
     y = y.reshape(-1, n)
     check_packed(packed, given, **kind)

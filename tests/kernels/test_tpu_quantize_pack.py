@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_cases import LAYER, check_packed, mixed_weight, quickly, simulate
+from tpu_cases import LAYER, check_packed, mixed_weight, simulate
 
 import pallas_kernels
 from pallas_kernels.tpu import prefill_quantize as prefill
@@ -127,7 +128,7 @@ def test_public_call(stacked):
         w, at = (w, {"layer": LAYER}) if stacked else (w[LAYER], {})
         return pallas_kernels.quantize_pack(w, *more, **kind, **at, implementation="interpret")
 
-    got = quickly(call)(given.w, given.channel_scale, None, given.low_rank)
+    got = jax.jit(call)(given.w, given.channel_scale, None, given.low_rank)
     check_packed(got, given, **kind)
 
 

@@ -12,7 +12,6 @@ from tpu_cases import (
     mixed_packed,
     mixed_rows,
     mixed_weight,
-    quickly,
 )
 
 import pallas_kernels
@@ -70,7 +69,7 @@ KIND = {"bits": 4, "group_size": GROUP, "zero_point": "float", "store_dtype": "b
 def test_simulated_calls_need_nothing_of_xla(no_xla, m):
     codes, given, operands = inputs(m, KIND)
     x, packed = operands[:2]
-    multiply, quantize, prefill = (quickly(f) for f in calls(KIND, "interpret"))
+    multiply, quantize, prefill = (jax.jit(f) for f in calls(KIND, "interpret"))
     check_product(multiply(*operands), x, codes, packed, bits=4, group_size=GROUP)
     check_packed(quantize(*operands), given, **KIND)
     y, got = prefill(*operands)
@@ -78,7 +77,7 @@ def test_simulated_calls_need_nothing_of_xla(no_xla, m):
     check_prompt_product(y, x, given, got, bits=4, group_size=GROUP, quantized=False)
     # Under vmap too: of activations, and of layers.
     batch = jnp.stack([x, -x])
-    many = quickly(jax.vmap(calls(KIND, "interpret")[0], (0, None, None, None)))(
+    many = jax.jit(jax.vmap(calls(KIND, "interpret")[0], (0, None, None, None)))(
         batch, *operands[1:]
     )
     for got, sign in zip(many, (1, -1), strict=True):

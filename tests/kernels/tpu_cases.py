@@ -31,12 +31,6 @@ def strict(cores=1):
     )  # fmt: skip
 
 
-def quickly(f):
-    """Jitted, with little optimization: nearly all of a test's time is the compiler's."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(f, compiler_options=options)
-
-
 def races_found():
     """Whether the last simulation had a race."""
     assert interpreter.races is not None, "nothing was simulated"
@@ -47,7 +41,7 @@ def simulate(kernel, *operands, cores=1, **static):
     """A kernel's outputs, once no race was found."""
     pltpu.reset_tpu_interpret_mode_state()
     run = functools.partial(kernel, interpret=strict(cores), **static)
-    out = jax.block_until_ready(quickly(run)(*operands))
+    out = jax.block_until_ready(jax.jit(run)(*operands))
     assert not races_found(), "a race was detected; see the captured output"
     return out
 
@@ -229,7 +223,7 @@ def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shri
         store_dtype=store_dtype, shrinks=shrinks,
     )  # fmt: skip
     given = weight.w[LAYER], weight.channel_scale, weight.importance, weight.low_rank
-    want = quickly(oracle)(*given)
+    want = jax.jit(oracle)(*given)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -18,9 +18,7 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale
 
 P = 0.7
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
-unpacked = jax.jit(dense_weight, compiler_options=QUICK)
+unpacked = jax.jit(dense_weight)
 
 
 def weight(d_in=96, d_out=40, seed=0):
@@ -29,7 +27,7 @@ def weight(d_in=96, d_out=40, seed=0):
     return w.astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("rule", "grid"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("rule", "grid"))
 def packed(w, rule, grid):
     return quantize(w, None, Recipe(moments="none", scale=NoScale(), rounding=rule, grid=grid))
 

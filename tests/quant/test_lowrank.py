@@ -23,11 +23,9 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import LowRank
 
 D_IN, D_OUT = 48, 40
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
-correcting = jax.jit(error_factors, static_argnames="rule", compiler_options=QUICK)
-packing = jax.jit(quantize, static_argnames="recipe", compiler_options=QUICK)
-unpacked = jax.jit(dense_weight, compiler_options=QUICK)
+correcting = jax.jit(error_factors, static_argnames="rule")
+packing = jax.jit(quantize, static_argnames="recipe")
+unpacked = jax.jit(dense_weight)
 
 
 def weight(seed=0):
@@ -220,7 +218,7 @@ def test_the_same_prompt_gives_the_same_factors():
     error, gram, _, _ = spectrum(0.9)
     rule = LowRankRule(error_rank=4)
     args = jnp.asarray(error), jnp.asarray(gram)
-    again = jax.jit(error_factors, static_argnames="rule", compiler_options=QUICK)
+    again = jax.jit(error_factors, static_argnames="rule")
     jax.tree.map(np.testing.assert_array_equal, correcting(*args, rule), again(*args, rule))
 
 

@@ -24,8 +24,6 @@ from ttq_jax.quant.tree import static_factors
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline
 
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
 NAMES = [name for name, one in PRESETS.items() if one.recipe is not None]
 GRIDS = [(symmetric, group) for symmetric in (False, True) for group in (8, 32, -1)]
 # Every preset meets every width, every group size and both kinds of grid; over the presets, each
@@ -73,7 +71,7 @@ def test_every_preset_on_every_grid(name):
             traced.append(None)
             return quantize_site(weights, moments, recipe, factors)[1]["q"]
 
-        jitted, made = jax.jit(run, compiler_options=QUICK), []
+        jitted, made = jax.jit(run), []
         for x in prompts:
             packed = jitted(jax.tree.map(jnp.asarray, w), moments_of(x, recipe), factors)
             assert (packed.bits, packed.zeros is None) == (bits, symmetric)
@@ -144,7 +142,7 @@ def test_every_kind_of_choice_in_the_one_program(name):
     # A program compiled ahead refuses whatever it was not compiled for: it serves both prompts.
     program = generate_tokens.lower(
         PARAMS, prompts_of([[1]], 16), offline, key, limit, recipe=recipe, **how
-    ).compile(compiler_options=QUICK)
+    ).compile()
     outs = []
     for row in random_rows([16, 5], seed=4):
         out, counts, _ = program(PARAMS, prompts_of([row], 16), offline, key, limit)
@@ -182,7 +180,7 @@ def test_a_shared_alpha_is_the_best_one_for_the_sum_of_errors():
               for n, w in weights.items()}  # fmt: skip
     grid = Grid(bits=3, group_size=32, store_dtype="float32")
 
-    @partial(jax.jit, static_argnames="recipe", compiler_options=QUICK)
+    @partial(jax.jit, static_argnames="recipe")
     def run(moments, recipe):
         packed = quantize_site({n: jnp.asarray(w) for n, w in weights.items()}, moments, recipe, {})
         return {n: one.channel_scale for n, one in packed[1].items()}

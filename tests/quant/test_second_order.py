@@ -19,8 +19,6 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.quant.second_order import SecondOrder, feedback, regularized
 
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
 PUBLISHED = {"steps": 1, "smallest": 1.0, "damping": 0.01}
 D_IN, D_OUT = 128, 48
 
@@ -42,7 +40,7 @@ def moments_of(x, span=-1):
     return observe(x, jnp.ones(x.shape[:-1], bool), Reads((2.0,), span))
 
 
-@partial(jax.jit, static_argnames=("rule", "grid"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("rule", "grid"))
 def rounded(w, gram, rule, grid):
     return rule.round(w, gram, grid)
 
@@ -180,8 +178,8 @@ def test_scales_on_arrival_need_groups_within_a_block_or_of_whole_blocks():
         ours(weight(96), inputs(d_in=96), rule, Grid(bits=3, group_size=32))
 
 
-packing = jax.jit(quantize, static_argnames="recipe", compiler_options=QUICK)
-unpacking = jax.jit(dense_weight, compiler_options=QUICK)
+packing = jax.jit(quantize, static_argnames="recipe")
+unpacking = jax.jit(dense_weight)
 
 
 def packed(w, x, rounding, span=-1, **grid):

@@ -22,8 +22,6 @@ from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source, blend
 from ttq_jax.types import SITES, Moments, Offline
 
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
 CONFIG = small_config(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, embed_dim=16
 )
@@ -32,7 +30,7 @@ WIDTHS = {"attn_in": 16, "attn_out": 16, "mlp_in": 16, "mlp_out": 24}
 LENGTH = 24
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def activations(tokens):
     """What every site reads, [L, B, T, d_in]."""
     keep = lambda site, x, weights: (plain(site, x, weights)[0], x)  # noqa: E731
@@ -46,7 +44,7 @@ def sums_of(row, site, layer, powers):
     return np.stack([(np.abs(x) ** p).sum(0) for p in powers]), x.T @ x
 
 
-@partial(jax.jit, static_argnames="recipe", compiler_options=QUICK)
+@partial(jax.jit, static_argnames="recipe")
 def read(prompts, offline, recipe):
     cache = empty_cache(CONFIG, *prompts.tokens.shape, jnp.float32)
     _, _, packed, moments = prefill(

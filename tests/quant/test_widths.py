@@ -31,8 +31,6 @@ from ttq_jax.types import (
     stored_bytes,
 )
 
-# These programs run for a millisecond: time goes into compiling them.
-QUICK = {"xla_backend_optimization_level": 0}
 CONFIG = small_config(
     d_model=16, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24, embed_dim=16
 )
@@ -44,7 +42,7 @@ BITS = {"q": (4, 4, 4), "down": (3, 8, 3)}
 MIXED = {"grid": Grid(bits=4, group_size=16), "widths": RULES, "select": "layers/(q|down)"}
 
 
-@partial(jax.jit, static_argnames="recipe", compiler_options=QUICK)
+@partial(jax.jit, static_argnames="recipe")
 def read(prompts, recipe, offline):
     cache = empty_cache(CONFIG, *prompts.tokens.shape, jnp.float32)
     hidden, _, packed, _ = prefill(
@@ -53,14 +51,14 @@ def read(prompts, recipe, offline):
     return hidden, packed
 
 
-@partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def hidden_of(tree):
     cache = empty_cache(CONFIG, *PROMPTS.tokens.shape, jnp.float32)
     return forward(CONFIG, tree, PROMPTS.tokens, PROMPTS.valid, cache)[0]
 
 
-packing = jax.jit(quantize, static_argnames="recipe", compiler_options=QUICK)
-unpacked = jax.jit(dense_weight, compiler_options=QUICK)
+packing = jax.jit(quantize, static_argnames="recipe")
+unpacked = jax.jit(dense_weight)
 
 
 def grid_at(name, layer):
