@@ -86,8 +86,10 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     """The heuristic.
 
     Columns are as many, up to 1024, as leave each core two steps (the transfer of the first block
-    is not hidden) and fit twice into a third of the fast memory; preferably they divide n. Sums of
-    wide int8 products and of narrow bfloat16 ones stay in registers.
+    is not hidden) and fit twice into a third of the fast memory, and beside x; preferably they
+    divide n. Rows of x are at most 64, fewer (and groups not folded) where k is so long that 128
+    columns would not fit beside them. Sums of wide int8 products and of narrow bfloat16 ones stay
+    in registers.
 
     Args:
       m: rows of x.
@@ -101,15 +103,25 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     """
     info = chip_info()
     bytes_per_column = k * bits // 8 + 8 * (k // group_size)
-    most = min(1024, info.vmem_capacity_bytes // 6 // bytes_per_column, n // (2 * info.num_cores))
+
+    def left(rows: int, folds: int) -> int:
+        """Bytes beside x, which is there twice as it comes, once arranged, and spilled twice."""
+        return _vmem_limit() - (2 + 3 * folds) * rows * k * jnp.dtype(jnp.bfloat16).itemsize
+
+    # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
+    rows, least = min(pl.cdiv(m, _ROWS) * _ROWS, 64), 2 * LANES * bytes_per_column
+    while rows > _ROWS and left(rows, 1) < least:
+        rows -= _ROWS
+    folds = LANES // group_size if LANES % group_size == 0 and rows == _ROWS else 1
+    if left(rows, folds) < least:
+        folds = 1
+    block = min(info.vmem_capacity_bytes // 6, left(rows, folds) // 2)
+    most = min(1024, block // bytes_per_column, n // (2 * info.num_cores))
     columns = max(LANES, most // LANES * LANES)
     columns = next((c for c in range(columns, columns // 4, -LANES) if n % c == 0), columns)
     cores = info.num_cores if pl.cdiv(n, columns) % info.num_cores == 0 else 1
     shortest = unit_rows(k, bits)
     parts = next(p for p in (8, 6, 4, 3, 2, 1) if shortest % (p * RUN) == 0)
-    # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
-    rows = min(pl.cdiv(m, _ROWS) * _ROWS, 64)
-    folds = LANES // group_size if LANES % group_size == 0 and rows == _ROWS else 1
     integer = (
         m <= _INTEGER_ROWS[min(info.mxu_column_size, 256)][folds]
         and info.int8_ops_per_second > info.bf16_ops_per_second

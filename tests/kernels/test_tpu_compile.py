@@ -130,6 +130,14 @@ def test_the_longest_prompt_over_the_longest_columns(chip):
     assert calls(compiled.as_text())["prefill_quantize"] == (chosen == "tpu")
 
 
+@pytest.mark.parametrize(("m", "group_size"), [(512, 128), (1, 32)])
+def test_rows_give_way_to_columns_longer_than_any_here(m, group_size):
+    """llama-3-70b's, by the widest codes, on the chip with the least fast memory."""
+    kind = {"bits": 8, "group_size": group_size, "zero_point": "float"}
+    compiled = compile_packed_matmul("v4", m, 28672, 1024, **kind)
+    assert calls(compiled.as_text())["packed_matmul"] == 1
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_small_groups_of_a_large_weight(bits):
     kind = {"bits": bits, "group_size": 32, "zero_point": "float"}
