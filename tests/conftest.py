@@ -5,6 +5,8 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# XLA's threads: the two cores of a simulated TPU wait for each other, on one processor for ever.
+os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
 # Nothing here may reach a hub; what a test needs is a package or made by the test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
