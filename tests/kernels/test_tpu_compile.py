@@ -72,23 +72,20 @@ def design(chip, k, n):
     return i, {"bits": bits, "group_size": group_size, "zero_point": ZERO_POINTS[i // 5 % 3]}
 
 
-every = pytest.mark.parametrize(
-    ("chip", "k", "n"),
-    [
-        (chip, k, n)
-        for i, (k, n) in enumerate(SHAPES)
-        for j, chip in enumerate(TPUS)
-        if k * n <= SMALL or (i - j) % len(TPUS) in (0, 2)
-    ],
-)
+CASES = [
+    (chip, k, n)
+    for i, (k, n) in enumerate(SHAPES)
+    for j, chip in enumerate(TPUS)
+    if k * n <= SMALL or (i - j) % len(TPUS) in (0, 2)
+]
+every = pytest.mark.parametrize(("chip", "k", "n"), CASES)
 
 
 def test_every_width_is_compiled_for_every_chip():
-    cases = every.args[1]
-    assert {(chip, design(chip, k, n)[1]["bits"]) for chip, k, n in cases} == {
+    assert {(chip, design(chip, k, n)[1]["bits"]) for chip, k, n in CASES} == {
         (chip, bits) for chip in TPUS for bits in BITS
     }
-    assert {(k, n) for _, k, n in cases} == set(SHAPES)
+    assert {(k, n) for _, k, n in CASES} == set(SHAPES)
 
 
 @every

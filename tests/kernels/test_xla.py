@@ -1,5 +1,10 @@
 """The portable implementation: against float64, in loops, and what XLA makes of it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +72,23 @@ def test_integers_are_exact(bits, symmetric, m):
     )
     z = 2 ** (bits - 1) if symmetric else np.repeat(zeros.astype(np.int64), 32, 0)
     np.testing.assert_array_equal(np.asarray(y), x @ (codes.astype(np.int64) - z))
+
+
+def test_the_same_holds_as_users_compile_it():
+    """In a process of its own: this one compiles without optimizing, see `compilers.QUICK`."""
+    here = Path(__file__).parent
+    program = (
+        "import test_xla as t\n"
+        "for bits in t.ALL_BITS:\n"
+        "    for m in (1, t.xla.FEW_ROWS + 1):\n"
+        "        t.test_integers_are_exact(bits, False, m)\n"
+        "t.test_shape_and_dtype_follow_x((3, 1), 'float32')\n"
+        "t.test_shape_and_dtype_follow_x((3, 4), 'float32')\n"
+    )
+    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True
+    )
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
