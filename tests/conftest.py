@@ -2,7 +2,11 @@
 
 import gc
 import os
+import signal
 
+# A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # XLA's threads: the two cores of a simulated TPU wait for each other, on one processor for ever.

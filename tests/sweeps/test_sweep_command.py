@@ -11,6 +11,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import QUICK
 
 from ttq_jax import cut_windows, load, prepare
 from ttq_jax.cli import main
@@ -179,9 +180,10 @@ def test_the_seed_draws_windows(place, sweep, tmp_path):
 def started(sweep_file, out, cache):
     words = [sys.executable, "-m", "ttq_jax", "sweep", str(sweep_file), "--out", str(out),
              "--cache-dir", str(cache), "--quiet"]  # fmt: skip
+    # Compiled as in this process, where the sweep ran that is compared to: the same bits.
     return subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
     )  # fmt: skip
 
 
