@@ -59,11 +59,12 @@ from ttq_jax.types import Offline, Prompts, effective_bits
 
 CALIBRATION_TOKENS = 8192
 NAMES = (
-    "FILE.toml or PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-nTOKENS][@CALIBRATION]; n: a prior "
-    "from the weights worth so many tokens, 0 for none"
+    "FILE.toml or PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-nTOKENS|-sTOKENS][@CALIBRATION]; a "
+    "prior worth so many tokens, n from the weights (0 for none), s from samples"
 )
 
-_SHORT = {"g": "group_size", "r": "rank", "n": "moments"}
+_SHORT = {"g": "group_size", "r": "rank"}
+_PRIORS = {"n": "weights", "s": "samples"}
 
 
 def recipe_named(name: str) -> Recipe | None:
@@ -80,14 +81,13 @@ def recipe_named(name: str) -> Recipe | None:
             given["bits"] = int(part)
         elif letter in _SHORT and number.isdigit():
             given[_SHORT[letter]] = int(number)
+        elif letter in _PRIORS and number.isdigit():
+            prior = _PRIORS[letter] if int(number) else "none"
+            given["moments"] = Source(prior=prior, prior_tokens=float(number))
         else:
             base = ""
     if base not in PRESETS:
         raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
-    if tokens := given.pop("moments", None):
-        given["moments"] = Source(prior="weights", prior_tokens=float(tokens))
-    elif tokens == 0:
-        given["moments"] = Source()
     return ttq.preset(base, **given)
 
 

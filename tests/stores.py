@@ -88,6 +88,9 @@ CASES = {
     "prior, int8 factors": CHAT,
     "gram": Recipe(moments=CORPUS, rounding=ROUNDING, select="layers/q"),
     "prior from weights": Recipe(moments=Source(prior="weights", prior_tokens=8.0)),
+    "prior from samples": Recipe(
+        moments=Source(prior="samples", prior_tokens=8.0), rounding=ROUNDING, select="layers/q"
+    ),
     "weighted factors": Recipe(
         moments=CORPUS, low_rank=LowRankRule(rank=4, weighted=True), select="layers/q"
     ),

@@ -24,7 +24,7 @@ ORDER = [
     ("ttq_jax.released",),
     ("ttq_jax.checkpoint", "ttq_jax.sampling", "ttq_jax.hub_text", "ttq_jax.corpora"),
     ("ttq_jax.prefill", "ttq_jax.decode"),
-    ("ttq_jax.prior",),
+    ("ttq_jax.prior", "ttq_jax.samples"),
     ("ttq_jax.calibrate", "ttq_jax.allocate"),
     ("ttq_jax.generate", "ttq_jax.perplexity"),
     ("ttq_jax.continuations",),

@@ -125,8 +125,9 @@ def test_names_are_recipes(tmp_path):
     assert quality.recipe_named("paper-3-r16").low_rank.rank == 16
     assert quality.recipe_named("awq-3@c4").grid.bits == 3
     assert quality.recipe_named("none") is None
-    prior = quality.recipe_named("fast-4-n8").source
-    assert (prior.prior, prior.prior_tokens) == ("weights", 8)
+    for name, wanted in (("n8", ("weights", 8)), ("s64", ("samples", 64)), ("n0", ("none", 0))):
+        prior = quality.recipe_named(f"fast-4-sym-{name}").source
+        assert (prior.prior, prior.prior_tokens) == wanted
     file = tmp_path / "mine.toml"
     ttq_jax.save_recipe(file, made)
     assert quality.recipe_named(str(file)) == made

@@ -21,6 +21,7 @@ from ttq_jax.prior import prior_from_weights
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import quantize_params, static_factors
+from ttq_jax.samples import sample_windows
 from ttq_jax.types import Moments, Offline, Params
 
 
@@ -48,7 +49,7 @@ def observe_tokens(
 
 def calibrate(
     model: Model,
-    windows: np.ndarray,
+    windows: np.ndarray | Array,
     reads: Reads,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Moments]:
@@ -137,11 +138,13 @@ def prepare_unpacked(
             raise ConfigError(
                 "this recipe reads a corpus's moments, but no calibration text was given; give "
                 "one (--calibration FILE on the command line) or use recipe 'ttq' or 'rtn', or a "
-                "prior from the weights"
+                "prior that reads no text (moments.prior 'weights' or 'samples')"
             )
         if not isinstance(calibration, dict):
             calibration = calibrate(model, calibration, recipe.reads, progress)
         moments = calibration
     elif source.prior == "weights":
         moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
+    elif source.prior == "samples":
+        moments = calibrate(model, sample_windows(model), recipe.reads, progress)
     return Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))

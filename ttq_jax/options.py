@@ -132,7 +132,7 @@ def calibration_text(
         raise ConfigError(
             f"recipe {args.method} reads a corpus's moments here: give a text (--calibration FILE) "
             "or what ttq prepare saved (--prepared DIR); moments of the prompt alone, as in recipe "
-            "ttq, and a prior from the weights need neither"
+            "ttq, and a prior from the weights or from samples need neither"
         )
     if not needed and args.calibration is not None:
         why = f"{prepared} is used" if prepared else f"recipe {args.method} reads none"

@@ -61,6 +61,8 @@ FACTORS = CASES["factors"]
         ("gram", changed(PRIOR, grid=Grid(bits=2), select="layers/.*"), None),
         ("gram", changed(PRIOR, moments=Source(prior="weights", prior_tokens=64.0)),
          "origin of the moments is corpus there and weights here"),
+        ("gram", changed(PRIOR, moments=Source(prior="samples", prior_tokens=64.0)),
+         "origin of the moments is corpus there and samples here"),
         ("gram", changed(PRIOR, moments="prompt"), "corpus there and none here"),
         ("gram", changed(PRIOR, rounding=changed(ROUNDING, span=8)),
          "hold .*Gram blocks of 16x16, but the recipe reads .*Gram blocks of 8"),

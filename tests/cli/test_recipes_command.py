@@ -163,6 +163,19 @@ def test_what_was_prepared_is_used(cli, cli_json, chosen, tmp_path, text_file, r
     assert f"calibration corpus is not read: {where} is used" in err
 
 
+def test_a_model_writes_its_own_corpus(cli_json, chosen, tmp_path):
+    common, _ = chosen
+    where = tmp_path / "kept"
+    own = ["--set", "moments.prior=samples", "--set", "moments.prior_tokens=64"]
+    (made,) = cli_json("prepare", *common, *own, "--out", where)
+    assert set(made["bytes"]) == {"moments"}
+    asked, kept = (
+        cli_json("generate", *common, *own, *NEW, *given)[0]
+        for given in ([], ["--prepared", where])
+    )
+    assert (asked["text"], asked["recipe"]) == (kept["text"], kept["recipe"])
+
+
 def test_prepare_for_people(cli, tiny, tmp_path):
     where = tmp_path / "kept"
     code, out, err = cli(

@@ -52,7 +52,8 @@ def random_recipe(rng):
         lambda: Source(of="corpus"),
         lambda: Source(decay=unit(), refresh=whole()),
         lambda: Source(
-            prior=rng.choice(["corpus", "weights"]), prior_tokens=rng.choice([size(), math.inf])
+            prior=rng.choice(["corpus", "weights", "samples"]),
+            prior_tokens=rng.choice([size(), math.inf]),
         ),
     ])
     scale = rng.choice([

@@ -192,7 +192,7 @@ def test_a_turn_is_quantized_for_what_was_said_before():
     ("knobs", "message"),
     [
         ({"of": "mine"}, "moments.of: expected one of none, corpus, prompt, got 'mine'"),
-        ({"prior": "mine"}, "moments.prior: expected one of none, corpus, weights"),
+        ({"prior": "mine"}, "moments.prior: expected one of none, corpus, weights, samples"),
         ({"decay": 1.5}, "0 <= decay <= 1"),
         ({"prior": "corpus"}, "go together"),
         ({"prior_tokens": 5.0}, "go together"),
@@ -212,4 +212,6 @@ def test_what_a_source_needs():
     assert Source(refresh=8).keeps
     assert Source(of="corpus").reads_corpus
     assert Source(prior="corpus", prior_tokens=3.0).reads_corpus
-    assert not Source(prior="weights", prior_tokens=3.0).reads_corpus
+    for prior in ("weights", "samples"):
+        assert not Source(prior=prior, prior_tokens=3.0).reads_corpus
+        assert Recipe(moments=Source(prior=prior, prior_tokens=3.0)).reads_offline

@@ -15,7 +15,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.types import Moments
 
 _OF = ("none", "corpus", "prompt")
-_PRIORS = ("none", "corpus", "weights")
+_PRIORS = ("none", "corpus", "weights", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class Source:
 
     Attributes:
       of: "none", "corpus" (of a calibration corpus, ahead of any prompt) or "prompt".
-      prior: what a prompt's moments are blended with: "none", "corpus", or "weights" (estimated
-        from the model's own norms and weights, no data).
+      prior: what a prompt's moments are blended with: "none", "corpus", or without any data
+        "weights" (estimated from the model's norms and weights) or "samples" (of text that the
+        model writes itself, once per model).
       prior_tokens: n >= 0; the prior counts like n tokens of the prompt; inf: the prior alone.
       decay: what a conversation's earlier turns still count at the next one, in [0, 1]; 0 starts
         afresh at every prompt.
