@@ -26,7 +26,8 @@ with pytest.MonkeyPatch.context() as flags:
     jax.devices()
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
-              "generate", "calibrate", "perplexity", "continuations"]  # fmt: skip
+              "samples", "prior", "generate", "calibrate", "perplexity",
+              "continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )
