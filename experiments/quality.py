@@ -1,14 +1,14 @@
 """How much of the unquantized model each recipe keeps, at how many bits, in how much time.
 
-Claim     `fast`, the default, leaves a quarter of the gap of the paper's TTQ at 3 bits, `best`
-          (measured without its prior) a sixth, at 4.27 stored bits against the paper's 4.02.
+Claim     `fast`, the default, leaves a third of the gap of the paper's TTQ at 3 bits with 16 ranks,
+          `best` a quarter, at 4.27 stored bits against the paper's 4.76 (SmolLM2), 4.62 (Gemma3).
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
           … --windows 6 --prompt-tokens 16 --window 272
               --out experiments/results/quality_smollm2_p16.jsonl
           python experiments/quality.py report experiments/results/quality_{smollm2,gemma3}.jsonl
-              --windows 8 4 --picture experiments/results/frontier.png
+              --windows 40 --picture experiments/results/frontier.png
           python experiments/quality.py time --model smollm2 --recipe fast …
               --out experiments/results/prefill_times_smollm2.json
           ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 192
