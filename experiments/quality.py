@@ -1,7 +1,8 @@
 """How much of the unquantized model each recipe keeps, at how many bits, in how much time.
 
 Claim     `fast`, the default, leaves a third of the gap of the paper's TTQ at 3 bits with 16 ranks,
-          `best` a quarter, at 4.27 stored bits against the paper's 4.76 (SmolLM2), 4.62 (Gemma3).
+          `best` (on SmolLM2 without its prior) a quarter or less, at 4.27 stored bits against the
+          paper's 4.76 (SmolLM2) and 4.62 (Gemma3).
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl

@@ -2,8 +2,8 @@
 
 Every window begins with a token drawn uniformly from the vocabulary and goes on by sampling from
 the model, as LLM-QAT (Liu et al., 2023, arXiv:2305.17888) makes its training data. It costs a
-generation once per model, where the profile of `ttq_jax.prior` costs nothing, and is worth a
-corpus.
+generation once per model, where the profile of `ttq_jax.prior` costs nothing, and says more
+(README, short prompts).
 """
 
 from functools import partial
