@@ -33,8 +33,8 @@ from kernel_checks import Check, checks, failure_table, log, problem_of, run_che
 import pallas_kernels
 from pallas_kernels import PLANES, tiles
 from pallas_kernels.choice import current_target, refusal
-from ttq_jax.bench import Case, sweep
-from ttq_jax.bench_device import measure
+from ttq_jax.chips.comparison import Case, sweep
+from ttq_jax.chips.device_times import measure
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
 

@@ -44,16 +44,16 @@ from quality import CALIBRATION_TOKENS, corpus_text, offline_of, protocol_data, 
 
 import ttq_jax as ttq
 from ttq_jax.checkpoint import ALIASES
-from ttq_jax.corpora import calibration_windows, sha256
+from ttq_jax.evaluation.corpora import calibration_windows, sha256
+from ttq_jax.evaluation.describe import device, table, versions
+from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.perplexity import Protocol, score_window
 from ttq_jax.prefill import prefill
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
-from ttq_jax.report import device, table, versions
 from ttq_jax.types import Offline, Prompts, kernels
 
 LIMIT = 0.005

@@ -36,16 +36,16 @@ from compare_torch import as_torch, options, settings, torch_side, write
 from quality import corpus_text, protocol_data, recipe_named
 
 import ttq_jax as ttq
-from ttq_jax.calibrate import prepare
-from ttq_jax.corpora import sha256
+from ttq_jax.evaluation.corpora import sha256
+from ttq_jax.evaluation.describe import table
+from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import add_bias
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, unstack
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import pad_prompts
-from ttq_jax.report import table
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import effective_bits
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import jax
 
 import ttq_jax as ttq
-from ttq_jax.aot import compile_generate, memory_of
-from ttq_jax.chips import CHIPS
+from ttq_jax.chips.absent import CHIPS
+from ttq_jax.chips.programs import compile_generate, memory_of
+from ttq_jax.chips.released import RELEASED, params_shapes, released_config
+from ttq_jax.evaluation.describe import versions
 from ttq_jax.prefill import decoded_shapes
-from ttq_jax.released import RELEASED, params_shapes, released_config
-from ttq_jax.report import versions
 from ttq_jax.types import Offline, effective_bits, kernels, stored_bytes
 
 PROGRAMS = (

@@ -65,10 +65,10 @@ from straight_through import LEAST_CLIP, Setting, Theta, at_resolution, default_
 import ttq_jax as ttq
 from ttq_jax.checkpoint import CheckpointError
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.corpora import CorpusError, sha256
-from ttq_jax.perplexity import Protocol
+from ttq_jax.evaluation.corpora import CorpusError, sha256
+from ttq_jax.evaluation.describe import device, versions
+from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.quant.grid import Grid
-from ttq_jax.report import device, versions
 from ttq_jax.types import Params, kernels
 
 VARIANTS = ("global", "projection", "layer")

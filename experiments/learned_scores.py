@@ -16,16 +16,16 @@ from quality import Results, corpus_text, gaps, interval, protocol_data, spread
 from straight_through import START, Setting, Theta, loss_of
 
 import ttq_jax as ttq
-from ttq_jax.calibrate import prepare
-from ttq_jax.corpora import sha256
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.evaluation.corpora import sha256
+from ttq_jax.evaluation.describe import device, table, versions
+from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
-from ttq_jax.report import device, table, versions
 from ttq_jax.types import Offline, effective_bits
 
 

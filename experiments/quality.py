@@ -47,14 +47,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import ttq_jax as ttq
-from ttq_jax.calibrate import prepare
-from ttq_jax.corpora import calibration_windows, sha256
+from ttq_jax.evaluation.corpora import calibration_windows, sha256
+from ttq_jax.evaluation.describe import device, table, versions
+from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
 from ttq_jax.quant.recipe import PRESETS, Recipe
 from ttq_jax.quant.source import Source
-from ttq_jax.report import device, table, versions
 from ttq_jax.sweeps.tables import gap_draws
 from ttq_jax.types import Offline, Prompts, effective_bits
 

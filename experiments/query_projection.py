@@ -28,7 +28,7 @@ times as fast as bfloat16 (Qwen3-32B, RTX4090), TTQ with r = 0 as fast as AWQ.
 `--chip cpu`, `gpu` and `tpu` measure on the device that is there, in microseconds: the contenders
 take turns, a cost is the median over the turns, a speed-up the median of the turns' own ratios.
 Other names are of TPUs that need not be there: static cycles of their compiler's, never less than
-the time to move every stored byte once (`ttq_jax/bench.py`). Dense weights are bfloat16, on a CPU
+the time to move every stored byte once (`ttq_jax/chips/comparison.py`). Dense weights are bfloat16, on a CPU
 float32, where nobody computes in bfloat16. AWQ and TTQ with r = 0 run one and the same program, so
 what lies between them in a measurement is its noise.
 
@@ -56,14 +56,14 @@ from query_projection_picture import draw
 
 import ttq_jax as ttq
 from pallas_kernels import Choice, Target, choose, current_target
-from ttq_jax.bench import Case, cycles_of, dense_product, dense_shapes, kernel_cycles
-from ttq_jax.bench_device import Contender, device_of, over_copies, over_stack, take_turns
-from ttq_jax.chips import CHIPS, ChipError
-from ttq_jax.chips import chip as chip_named
+from ttq_jax.chips.absent import CHIPS, ChipError
+from ttq_jax.chips.absent import chip as chip_named
+from ttq_jax.chips.comparison import Case, cycles_of, dense_product, dense_shapes, kernel_cycles
+from ttq_jax.chips.device_times import Contender, device_of, over_copies, over_stack, take_turns
+from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.linear import linear
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.moments import observe
-from ttq_jax.report import device, table, versions
 from ttq_jax.types import LowRank, leaf_bits
 
 # Billions of parameters; hidden_size and num_attention_heads of each model's config.json, where

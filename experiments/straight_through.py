@@ -15,10 +15,10 @@ import numpy as np
 from flax import struct
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.linear import linear
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
-from ttq_jax.perplexity import Protocol
 from ttq_jax.prefill import observing
 from ttq_jax.quant.grid import Grid, decode, encode, fit_range, split_groups, store
 from ttq_jax.quant.moments import Reads, p_mean

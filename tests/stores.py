@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from small import prompts_of, random_rows, small_config, small_params
 
-from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import CheckpointError
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.store import (
     StoreError,
 )
 from ttq_jax.generate import generate_tokens
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.lowrank import LowRankRule, stored_factors
 from ttq_jax.quant.recipe import Recipe, preset

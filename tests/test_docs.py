@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_files import write_model
 
-from ttq_jax.cli import main
+from ttq_jax.commands.main import main
 
 ROOT = Path(__file__).parent.parent
 GUIDES = {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "experiments/README.md")}

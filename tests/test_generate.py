@@ -229,7 +229,7 @@ def test_recipes_without_a_prompt_may_be_packed_ahead_or_in_the_program(name):
     recipe = preset(name, bits=3, moments="corpus" if name == "awq" else "none")
     offline = Offline()
     if name == "awq":
-        from ttq_jax.calibrate import observe_tokens
+        from ttq_jax.offline.calibrate import observe_tokens
 
         seen = observe_tokens(PARAMS, prompts.tokens[:, :20], config=CONFIG, reads=recipe.reads)
         offline = Offline(moments=seen)
@@ -241,7 +241,7 @@ def test_recipes_without_a_prompt_may_be_packed_ahead_or_in_the_program(name):
 
 
 def test_awq_on_the_prompts_own_moments_is_the_prompt_recipe():
-    from ttq_jax.calibrate import observe_tokens
+    from ttq_jax.offline.calibrate import observe_tokens
 
     prompts = prompts_of(random_rows([32]), 32)
     closed = preset("ttq", bits=3, moments="corpus")

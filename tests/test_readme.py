@@ -39,7 +39,7 @@ def test_the_two_commands_stand_at_the_top(command):
 def test_every_file_and_command_it_names_exists():
     for name in re.findall(r"`([\w./]+\.(?:py|md|json|toml))`", README):
         assert (ROOT / name).exists() or (ROOT / "ttq_jax" / name).exists(), name
-    from ttq_jax.parsers import build_parser
+    from ttq_jax.commands.parsers import build_parser
 
     text = build_parser().format_help()
     for command in re.findall(r"^ttq (\w+)", README, re.M):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from small import OPT, prompts_of, random_rows, small_config, small_params
 
+from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.prefill import first_turn, last_hidden, prefill, requantize
-from ttq_jax.prior import prior_from_weights
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe

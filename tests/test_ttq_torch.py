@@ -22,11 +22,11 @@ import transformers
 from tiny_models import write_checkpoint
 
 import ttq_jax as ttq
-from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import ALIASES
+from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
-from ttq_jax.perplexity import Protocol, score_window
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import prefill
 from ttq_jax.types import Prompts, kernels
 

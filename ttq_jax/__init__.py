@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from ttq_jax._version import __version__
 
 if TYPE_CHECKING:
-    from ttq_jax.calibrate import calibrate, prepare
     from ttq_jax.checkpoint import Model, load
     from ttq_jax.checkpoint.store import (
         load_conversation,
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
         save_conversation,
         save_offline,
     )
-    from ttq_jax.corpora import cut_windows, read_corpus
+    from ttq_jax.evaluation.corpora import cut_windows, read_corpus
+    from ttq_jax.evaluation.perplexity import Protocol, perplexity
     from ttq_jax.generate import generate
-    from ttq_jax.perplexity import Protocol, perplexity
+    from ttq_jax.offline.calibrate import calibrate, prepare
     from ttq_jax.quant.clip import ClipSearch
     from ttq_jax.quant.grid import Grid, Nearest
     from ttq_jax.quant.half_quadratic import HalfQuadratic
@@ -92,24 +92,24 @@ _HOME = {
     "Nearest": "ttq_jax.quant.grid",
     "NoScale": "ttq_jax.quant.scaling",
     "PowerLaw": "ttq_jax.quant.scaling",
-    "Protocol": "ttq_jax.perplexity",
+    "Protocol": "ttq_jax.evaluation.perplexity",
     "Recipe": "ttq_jax.quant.recipe",
     "Sampling": "ttq_jax.sampling",
     "SearchedAlpha": "ttq_jax.quant.scaling",
     "SecondOrder": "ttq_jax.quant.second_order",
     "Source": "ttq_jax.quant.source",
     "Width": "ttq_jax.quant.widths",
-    "calibrate": "ttq_jax.calibrate",
-    "cut_windows": "ttq_jax.corpora",
+    "calibrate": "ttq_jax.offline.calibrate",
+    "cut_windows": "ttq_jax.evaluation.corpora",
     "generate": "ttq_jax.generate",
     "load": "ttq_jax.checkpoint",
     "load_conversation": "ttq_jax.checkpoint.store",
     "load_offline": "ttq_jax.checkpoint.store",
     "load_recipe": "ttq_jax.quant.recipe_text",
-    "perplexity": "ttq_jax.perplexity",
-    "prepare": "ttq_jax.calibrate",
+    "perplexity": "ttq_jax.evaluation.perplexity",
+    "prepare": "ttq_jax.offline.calibrate",
     "preset": "ttq_jax.quant.recipe",
-    "read_corpus": "ttq_jax.corpora",
+    "read_corpus": "ttq_jax.evaluation.corpora",
     "save_conversation": "ttq_jax.checkpoint.store",
     "save_offline": "ttq_jax.checkpoint.store",
     "save_recipe": "ttq_jax.quant.recipe_text",

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from ttq_jax.calibrate import prepare
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Refresh, decode
 from ttq_jax.models.cache import empty_cache
+from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe

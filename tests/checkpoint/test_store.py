@@ -29,7 +29,6 @@ from stores import (
     same_bits,
 )
 
-from ttq_jax.calibrate import calibrate
 from ttq_jax.checkpoint.store import (
     fingerprint,
     load_conversation,
@@ -37,6 +36,7 @@ from ttq_jax.checkpoint.store import (
     save_conversation,
     save_offline,
 )
+from ttq_jax.offline.calibrate import calibrate
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import Recipe

@@ -14,8 +14,8 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 from pallas_kernels.gpu import packed_matmul_sm90 as gpu
 from pallas_kernels.layout import PLANES, pack
-from ttq_jax.chips import compile_for
-from ttq_jax.released import RELEASED, projections, released_config
+from ttq_jax.chips.absent import compile_for
+from ttq_jax.chips.released import RELEASED, projections, released_config
 
 SHAPES = sorted({s for name in RELEASED for s in projections(released_config(name)).values()})
 

@@ -10,8 +10,8 @@ from compilers import needs_compilers
 
 import pallas_kernels
 from pallas_kernels.choice import Problem, choose, current_target
-from ttq_jax.chips import CHIPS, compile_for, tracing_for
-from ttq_jax.released import projections, released_config
+from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
+from ttq_jax.chips.released import projections, released_config
 
 pytestmark = needs_compilers
 TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]

@@ -10,10 +10,10 @@ import pytest
 from oracle import round_groups
 from small import prompts_of, random_rows, small_config, small_params
 
-from ttq_jax.calibrate import observe_tokens
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import dense_weight
-from ttq_jax.prior import prior_from_weights
+from ttq_jax.offline.calibrate import observe_tokens
+from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import BITS, Grid
 from ttq_jax.quant.lowrank import truncated_svd

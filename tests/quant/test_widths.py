@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from small import prompts_of, random_rows, small_config, small_params
 
-from ttq_jax.calibrate import observe_tokens
 from ttq_jax.config import ConfigError
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
+from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.prefill import decoded_shapes, prefill
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid

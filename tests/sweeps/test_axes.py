@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from ttq_jax.config import ConfigError
-from ttq_jax.corpora import CorpusError
+from ttq_jax.evaluation.corpora import CorpusError
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sweeps.axes import make_cell, read_sweep

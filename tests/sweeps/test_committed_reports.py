@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from report_tables import table_under
 
-from ttq_jax.cli import main
+from ttq_jax.commands.main import main
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 KEPT = sorted(path.parent for path in RESULTS.glob("*/report.md"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_files import write_model
 
-from ttq_jax.cli import main
+from ttq_jax.commands.main import main
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import read_rows
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from report_tables import table_under
 
-from ttq_jax.cli import main
+from ttq_jax.commands.main import main
 from ttq_jax.sweeps import pictures
 from ttq_jax.sweeps.axes import make_cell
 from ttq_jax.sweeps.published import PUBLISHED

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ttq_jax.commands.options import recipe_of
+from ttq_jax.commands.parsers import BadOption, perplexity_options
 from ttq_jax.config import ConfigError
-from ttq_jax.corpora import CorpusError, read_file
-from ttq_jax.options import recipe_of
-from ttq_jax.parsers import BadOption, perplexity_options
-from ttq_jax.perplexity import Protocol
+from ttq_jax.evaluation.corpora import CorpusError, read_file
+from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.quant.recipe import Recipe
 
 # Axes whose value may be given as LABEL=VALUE: the label is what rows and reports show.

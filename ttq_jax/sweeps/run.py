@@ -18,15 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from ttq_jax.calibrate import calibrate, prepare
 from ttq_jax.checkpoint import Model, load
-from ttq_jax.commands import interval95
+from ttq_jax.commands.generate import interval95
+from ttq_jax.commands.options import check_selection
 from ttq_jax.config import ConfigError
-from ttq_jax.corpora import calibration_windows, cut_windows, read_corpus, sha256
-from ttq_jax.options import check_selection
-from ttq_jax.perplexity import Perplexity, stream
+from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.describe import device, versions
+from ttq_jax.evaluation.perplexity import Perplexity, stream
+from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.report import device, versions
 from ttq_jax.sweeps.axes import Cell
 from ttq_jax.sweeps.rows import Row
 from ttq_jax.types import Moments, Offline

@@ -1,0 +1,170 @@
+"""Whole programs at full size, compiled for chips that are not here, and what is in them."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compilers import needs_compilers
+from decode_loop import decode_loop, makers
+from small import small_config
+
+from pallas_kernels import xla
+from ttq_jax.chips.absent import CHIPS, compile_for
+from ttq_jax.chips.programs import compile_generate, memory_of
+from ttq_jax.chips.released import params_shapes, released_config
+from ttq_jax.generate import generate_tokens
+from ttq_jax.prefill import decoded_shapes
+from ttq_jax.quant.recipe import preset
+from ttq_jax.sampling import Sampling
+from ttq_jax.types import Offline, Prompts, kernels, stored_bytes
+
+pytestmark = needs_compilers
+SHORT = {"uint8": "u8", "bfloat16": "bf16"}
+
+
+def calls(text):
+    """Kernels by name: how many custom calls of each there are."""
+    names = {"packed_matmul": 0, "prefill_quantize": 0, "quantize_pack": 0}
+    for line in text.splitlines():
+        found = re.search(r' custom-call\(.*op_name="[^"]*/(\w+?)(_\dbit)?/pallas_call"', line)
+        if found:
+            names[found[1]] += 1
+    return names
+
+
+def packed_tree(config, recipe):
+    """Shapes of the packed kernels, by projection."""
+    tree = decoded_shapes(params_shapes(config), config, recipe, Offline())
+    return kernels(tree["layers"])
+
+
+def types_of(array):
+    """HLO types of a stacked array and of one layer of it."""
+    short, (depth, *shape) = SHORT[str(array.dtype)], array.shape
+    tail = ",".join(map(str, shape))
+    return {f"{short}[{lead}{tail}]" for lead in (f"{depth},", "1,", "")}
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "group_size"),
+    [("qwen3-1.7b", "v5e", 32), ("llama-3-8b", "v6e", 128), ("llama-3-8b", "h100", 32)],
+)
+def test_reading_quantizing_and_decoding_are_one_program_that_fits(model, chip, group_size):
+    recipe = preset("ttq", bits=4, group_size=group_size)
+    compiled = compile_generate(model, chip, recipe)
+    config = released_config(model)
+    assert len(compiled.runtime_executable().hlo_modules()) == 1
+    text = compiled.as_text()
+    assert not re.search(r"\b(infeed|outfeed|send|recv)\(|callback", text)
+
+    # A block's seven projections, once in the prompt's layer scan and once in the decode loop's.
+    made = calls(text)
+    assert made["prefill_quantize"] == 7
+    assert made["packed_matmul"] == 7
+    assert made["quantize_pack"] == 0
+    loop = decode_loop(text)
+    assert calls("\n".join(loop)) == made | {"prefill_quantize": 0}
+
+    packed = packed_tree(config, recipe)
+    codes, rest = set(), set()
+    for kernel in packed.values():
+        codes |= set().union(*map(types_of, kernel.planes))
+        rest |= types_of(kernel.scales) | types_of(kernel.zeros)
+    assert makers(loop, codes) == [], "the decode loop copies packed codes"
+    assert makers(loop, rest) == [], "the decode loop copies scales or zero points"
+    dense = kernels(params_shapes(config)["layers"]).values()
+    whole = set().union(*map(types_of, dense))
+    assert makers(text.splitlines(), whole) == [], "a dense weight is copied on its way to a kernel"
+
+    size = memory_of(compiled, chip)
+    assert size["peak"] < size["chip"]
+    # Beside the dense weights there is the packed copy, and little else: cache, activations.
+    gib = stored_bytes(packed) / 2**30
+    assert gib < size["temporaries"] < 1.25 * gib
+    count = sum(math.prod(a.shape) for a in jax.tree.leaves(params_shapes(config)))
+    assert size["arguments"] == pytest.approx(2 * count / 2**30, rel=0.01)
+
+
+def test_the_check_sees_a_copied_layer():
+    """A loop that slices its packed weights out of a stack, as a plain scan over them would."""
+
+    def generate(planes):
+        def layer(x, plane):
+            return x + jnp.sum(plane.astype(jnp.float32) ** x), None
+
+        def token(state):
+            held = jax.lax.optimization_barrier(planes)
+            return state[0] + 1, jax.lax.scan(layer, state[1], held)[0]
+
+        return jax.lax.while_loop(lambda s: s[0] < 9, token, (0, jnp.float32(0)))
+
+    stack = jax.ShapeDtypeStruct((7, 256, 128), jnp.uint8)
+    loop = decode_loop(compile_for("v5e", generate, stack).as_text())
+    assert makers(loop, types_of(stack))
+
+
+WIDTHS = {
+    "d_model": 256, "embed_dim": 256, "n_heads": 2, "n_kv_heads": 1, "head_dim": 128, "d_ff": 512,
+}  # fmt: skip
+
+
+def compile_small(chip, dtype, recipe, **changes):
+    """`generate_tokens` of a small model whose widths the kernels serve."""
+    config = small_config(**WIDTHS, **changes)
+    shape = jax.ShapeDtypeStruct
+    prompts = Prompts(shape((2, 32), jnp.int32), shape((2, 32), jnp.bool_))
+    return compile_for(
+        chip, generate_tokens, params_shapes(config, dtype), prompts, Offline(),
+        jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,
+        recipe=recipe, sampling=Sampling(), capacity=4, eos_ids=(0,),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """Plain XLA's implementations raise."""
+
+    class FellBackError(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise FellBackError
+
+    for name in ("packed_matmul", "dense_matmul", "quantize_pack", "prefill_quantize"):
+        assert callable(getattr(xla, name))
+        monkeypatch.setattr(xla, name, refuse)
+    return FellBackError
+
+
+@pytest.mark.parametrize(
+    ("chip", "bits", "prefill"), [("v5e", 4, "full"), ("v5e", 3, "quantized"), ("h100", 4, "full")]
+)
+def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
+    recipe = preset("ttq", bits=bits, group_size=32, prefill=prefill)
+    made = calls(compile_small(chip, "bfloat16", recipe).as_text())
+    assert made["packed_matmul"] == 7
+    assert made["prefill_quantize"] == 7
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_the_check_sees_a_fallback(chip, no_fallback):
+    # A group of 8 is too short for the kernels of both.
+    with pytest.raises(no_fallback):
+        compile_small(chip, "bfloat16", preset("ttq", bits=4, group_size=8), vocab_size=98)
+
+
+def test_programs_of_chips_without_a_kernel_compile_too():
+    t4 = compile_small("t4", "float16", preset("ttq", bits=4, group_size=32), vocab_size=99)
+    assert calls(t4.as_text()) == {"packed_matmul": 0, "prefill_quantize": 0, "quantize_pack": 0}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_memory_figures_are_the_programs(chip):
+    a = jax.ShapeDtypeStruct((8192, 8192), jnp.float32)
+    size = memory_of(compile_for(chip, lambda a: a @ a, a), chip)
+    assert size["arguments"] == size["outputs"] == 4 * 8192**2 / 2**30
+    parts = sum(size[name] for name in ("arguments", "temporaries", "outputs", "code"))
+    assert size["peak"] == pytest.approx(parts, abs=0.002)
+    assert size["chip"] == CHIPS[chip].memory / 2**30

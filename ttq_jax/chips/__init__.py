@@ -1,0 +1,1 @@
+"""Compiling for chips, estimating on them and measuring them."""

@@ -1,0 +1,69 @@
+"""The whole program of a released model, compiled for a chip that is not there.
+
+Reading the prompt, quantizing and decoding are one executable; its parameters are shapes only, so
+that no weight is needed. What the compiler says of its memory is what a user of that chip needs to
+know before downloading one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ttq_jax.chips.absent import CHIPS, compile_for
+from ttq_jax.chips.released import params_shapes, released_config
+from ttq_jax.generate import generate_tokens
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.sampling import Sampling
+from ttq_jax.types import Offline, Prompts
+
+
+def compile_generate(
+    model: str, chip: str, recipe: Recipe | None, *, batch: int = 1, prompt_tokens: int = 512,
+    new_tokens: int = 128,
+) -> Any:  # fmt: skip
+    """Compiles `generate_tokens` at a released model's full size, bfloat16.
+
+    Args:
+      model: one of `released.RELEASED`.
+      chip: a key of `chips.CHIPS`.
+      recipe: how to quantize; without a corpus and without low rank.
+      batch: prompts read together.
+      prompt_tokens: T.
+      new_tokens: most tokens to generate.
+
+    Returns:
+      The executable.
+    """
+    config = released_config(model)
+    shape = jax.ShapeDtypeStruct
+    size = (batch, prompt_tokens)
+    prompts = Prompts(shape(size, jnp.int32), shape(size, jnp.bool_))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return compile_for(
+        chip, generate_tokens, params_shapes(config), prompts, Offline(), key,
+        shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
+        capacity=new_tokens, eos_ids=(0,),
+    )  # fmt: skip
+
+
+def memory_of(compiled: Any, chip: str) -> dict[str, float]:
+    """What the compiler says that a program takes of a chip's memory.
+
+    Args:
+      compiled: for that chip.
+      chip: a key of `chips.CHIPS`.
+
+    Returns:
+      GiB (2^30 bytes) of arguments (the dense weights), temporaries (packed weights, cache,
+      activations), outputs, code; their sum; and what the chip has.
+    """
+    said = compiled.memory_analysis()
+    parts = {
+        "arguments": said.argument_size_in_bytes,
+        "temporaries": said.temp_size_in_bytes,
+        "outputs": said.output_size_in_bytes - said.alias_size_in_bytes,
+        "code": said.generated_code_size_in_bytes,
+    }
+    parts |= {"peak": sum(parts.values()), "chip": CHIPS[chip].memory}
+    return {name: round(size / 2**30, 3) for name, size in parts.items()}

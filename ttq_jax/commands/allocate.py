@@ -1,0 +1,117 @@
+"""`ttq allocate`: a recipe whose widths spend a budget where this model needs it."""
+
+import argparse
+import dataclasses
+
+import numpy as np
+
+from ttq_jax.commands.options import (
+    calibration_text,
+    check_selection,
+    load_model,
+    recipe_of,
+    windows_read,
+)
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.describe import print_json, print_text, table, versions
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.offline.allocate import Measured, allocate, measure_widths
+from ttq_jax.offline.calibrate import prepare_unpacked
+from ttq_jax.quant.grid import BITS
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe_text import save_recipe
+
+
+def judged(measured: Measured, recipe: Recipe) -> tuple[float, float]:
+    """What a recipe's widths cost and leave: sums over its projections.
+
+    Args:
+      measured: with all of its widths.
+      recipe: how wide each projection is.
+
+    Returns:
+      (stored bits per weight that is quantized, estimated divergence in nats per token).
+    """
+    stored, left, weights = 0.0, 0.0, 0
+    for name, errors in measured.errors.items():
+        for row, grid in zip(errors, recipe.grids(name, len(errors)), strict=True):
+            at = measured.widths.index(grid.bits)
+            stored, left = stored + measured.bits[name][at], left + row[at]
+            weights += measured.weights[name]
+    return float(stored / weights), float(left)
+
+
+def _layers_by_width(measured: Measured, recipe: Recipe) -> list[list[str]]:
+    """A table: how many layers of each projection have each width."""
+    rows = [["layers at", *(f"{b} bits" for b in measured.widths)]]
+    for name, errors in measured.errors.items():
+        bits = [grid.bits for grid in recipe.grids(name, len(errors))]
+        rows.append([name, *(str(bits.count(b)) for b in measured.widths)])
+    return rows
+
+
+def _checked_widths(given: list[int]) -> tuple[int, ...]:
+    """The widths to choose from, ascending.
+
+    Raises:
+      ConfigError: fewer than two, or one that there is not.
+    """
+    widths = tuple(sorted(set(given)))
+    if len(widths) < 2 or not set(widths) <= set(BITS):
+        raise ConfigError(
+            f"--widths: expected at least two of {', '.join(map(str, BITS))}, got "
+            f"{' '.join(map(str, given))}"
+        )
+    return widths
+
+
+def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq allocate`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: an option out of range, a text too short, or a recipe that quantizes nothing.
+    """
+    recipe, widths = recipe_of(args), _checked_widths(args.widths)
+    if recipe is None:
+        raise ConfigError(f"recipe {args.method} quantizes nothing, so there is nothing to allot")
+    with progress.stage(f"reading {args.corpus}"):
+        corpus = read_corpus(args.corpus)
+    text = calibration_text(args, recipe, progress)
+    model, _ = load_model(args.model, args.dtype, progress)
+    check_selection(model, recipe)
+    cut = cut_windows(model.tokenizer, corpus, args.window)
+    at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
+    with progress.stage("measuring widths") as update:
+        offline = prepare_unpacked(model, recipe, windows_read(args, model, text))
+        measured = measure_widths(
+            model.params, cut[at], recipe, offline, config=model.config,
+            prompt_tokens=args.prompt_tokens, widths=widths, progress=update,
+        )  # fmt: skip
+    made = dataclasses.replace(recipe, widths=allocate(measured, args.budget))
+    save_recipe(args.out, made)
+    bits, found = judged(measured, made)
+    flat = {b: dataclasses.replace(recipe.grid, bits=b) for b in widths}
+    uniform = {
+        b: judged(measured, dataclasses.replace(recipe, widths=(), grid=grid))[1]
+        for b, grid in flat.items()
+    }
+    if args.json:
+        print_json({
+            "model": args.model, "method": args.method, "recipe": made.describe(),
+            "stored_bits": bits, "divergence": found, "uniform_divergence": uniform,
+            "corpus": args.corpus, "corpus_sha256": sha256(corpus), "windows": len(at),
+            "out": args.out, "versions": versions(),
+        })  # fmt: skip
+        return
+    print_text(table(_layers_by_width(measured, made)))
+    others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
+    print_text(
+        f"\n{bits:.3f} stored bits per quantized weight; estimated divergence {found:.4f} nats"
+    )
+    print_text(f"estimated divergence {found:.4f} nats per token ({others})")
+    print_text(f"saved in {args.out}: --recipe {args.out}, with the same model")

@@ -1,0 +1,166 @@
+"""`ttq inspect`: what is in a model, what would be quantized, sizes before and after.
+
+Nothing is quantized to tell: the sizes follow from shapes.
+"""
+
+import argparse
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+
+from ttq_jax.checkpoint import Model
+from ttq_jax.commands.options import check_selection, load_model, recipe_of
+from ttq_jax.evaluation.describe import (
+    describe_method,
+    head,
+    megabytes,
+    print_json,
+    print_text,
+    table,
+)
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.prefill import decoded_shapes
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import static_factors
+from ttq_jax.types import (
+    MixedLinear,
+    Offline,
+    Params,
+    QuantizedLinear,
+    effective_bits,
+    stored_bytes,
+)
+
+
+def packed_shapes(model: Model, recipe: Recipe | None) -> Params:
+    """The shapes of the tree that is decoded from, without a corpus or a prompt.
+
+    Args:
+      model: the unquantized model.
+      recipe: None for not at all.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+    """
+    if recipe is not None and recipe.reads_offline:
+        # The shapes do not depend on whose moments they are, and the prompt's need no corpus.
+        low_rank = dataclasses.replace(recipe.low_rank, weighted=False)
+        recipe = dataclasses.replace(recipe, moments="prompt", low_rank=low_rank)
+    factors = jax.eval_shape(partial(static_factors, recipe=recipe), model.params)
+    return decoded_shapes(model.params, model.config, recipe, Offline(low_rank=factors))
+
+
+def _paths(tree: Params) -> dict[str, Any]:
+    """{"layers/q/kernel": leaf}, a packed weight being one leaf."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedLinear | MixedLinear)
+    )
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
+
+
+def parameter_groups(before: Params, after: Params) -> list[dict[str, Any]]:
+    """A row per parameter, in the order of the tree.
+
+    Args:
+      before: the dense tree, or its shapes.
+      after: the tree that is decoded from, or its shapes.
+
+    Returns:
+      Rows of path, shape, dtype, parameters, bytes, quantized, stored_bytes and bits (stored bits
+      per parameter).
+    """
+    stored, rows = _paths(after), []
+    for path, leaf in _paths(before).items():
+        count, size = math.prod(leaf.shape), stored_bytes(stored[path])
+        rows.append({
+            "path": path,
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "parameters": count,
+            "bytes": stored_bytes(leaf),
+            "quantized": isinstance(stored[path], QuantizedLinear | MixedLinear),
+            "stored_bytes": size,
+            "bits": round(8 * size / count, 4),
+        })
+    return rows
+
+
+def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
+    """Everything that `ttq inspect` says about a model.
+
+    Args:
+      model: the unquantized model.
+      recipe: how it would be quantized; None for not at all.
+
+    Returns:
+      JSON data.
+    """
+    config, after = model.config, packed_shapes(model, recipe)
+    rows = parameter_groups(model.params, after)
+    tokenizer = model.tokenizer
+    return {
+        "family": config.family,
+        "config": dataclasses.asdict(config),
+        "context": config.max_positions,
+        "tokenizer": {
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "adds_bos": bool(tokenizer.encode("", add_bos=True)),
+            "eos_ids": list(model.eos_ids),
+        },
+        "parameters": sum(r["parameters"] for r in rows),
+        "quantized_parameters": sum(r["parameters"] for r in rows if r["quantized"]),
+        "bytes": sum(r["bytes"] for r in rows),
+        "stored_bytes": sum(r["stored_bytes"] for r in rows),
+        "effective_bits": round(effective_bits(after), 4),
+        "groups": rows,
+    }
+
+
+def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
+    """The same for people."""
+    c, t = found["config"], found["tokenizer"]
+    bos = t["bos_id"] if t["adds_bos"] else "none"
+    facts = [
+        ["model", name],
+        ["family", found["family"]],
+        ["layers", f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"],
+        ["heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, {c['head_dim']} wide"],
+        ["context", f"{found['context']} tokens"],
+        ["tokenizer", f"{t['vocab_size']} tokens; begins with {bos}; ends with {t['eos_ids']}"],
+        ["parameters", f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)"],
+        ["recipe", recipe_line],
+    ]
+    rows = [["parameter", "shape", "dtype", "loaded", "quantized", "bits"]]
+    for r in found["groups"]:
+        shape = "x".join(map(str, r["shape"]))
+        packed = megabytes(r["stored_bytes"]) if r["quantized"] else "no"
+        bits = f"{r['bits']:.2f}"
+        rows.append([r["path"], shape, r["dtype"], megabytes(r["bytes"]), packed, bits])
+    total = 8 * found["stored_bytes"] / found["parameters"]
+    rows.append(
+        ["total", "", "", megabytes(found["bytes"]), megabytes(found["stored_bytes"]),
+         f"{total:.2f}"]
+    )  # fmt: skip
+    return f"{table(facts, left=2)}\n\n{table(rows, left=3)}"
+
+
+def run_inspect(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq inspect`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+    """
+    recipe = recipe_of(args)
+    model, _ = load_model(args.model, args.dtype, progress)
+    check_selection(model, recipe)
+    found = inspect_model(model, recipe)
+    if args.json:
+        print_json(head(args.model, args.method, recipe, found["effective_bits"]) | found)
+    else:
+        line = describe_method(args.method, recipe, found["effective_bits"])
+        print_text(_text(args.model, found, line))

@@ -1,0 +1,140 @@
+"""`ttq kernels`: which implementation serves which projection of a model, and why.
+
+Nothing is compiled or loaded onto a device: it asks the very function that decides while a program
+is traced (`pallas_kernels.choose`).
+"""
+
+import argparse
+from typing import Any
+
+from pallas_kernels import Problem, Target, choose, current_target
+from ttq_jax.chips.absent import CHIPS
+from ttq_jax.chips.released import RELEASED, projections, released_config
+from ttq_jax.commands.options import load_model, recipe_of
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.evaluation.describe import print_json, print_text, table, versions
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.quant.clip import ClipSearch
+from ttq_jax.quant.grid import Nearest
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe
+from ttq_jax.quant.scaling import NoScale
+
+
+def target_of(chip: str | None) -> Target:
+    """What a chip's name stands for; None is the device that is there."""
+    if chip is None:
+        return current_target()
+    if chip == "cpu":
+        return Target(platform="cpu")
+    return Target(platform="gpu" if CHIPS[chip].platform == "cuda" else "tpu", chip=chip)
+
+
+def listing(
+    config: ModelConfig, recipe: Recipe, target: Target, *, batch: int, prompt_tokens: int,
+    dtype: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per projection and kernel, in the order in which a prompt meets them.
+
+    Args:
+      config: the model's.
+      recipe: how it is quantized.
+      target: what the program runs on.
+      batch: prompts read together.
+      prompt_tokens: tokens of a prompt, padded.
+      dtype: of the activations.
+
+    Returns:
+      Rows of projection, kernel, bits, m, k, n, implementation, reason and fallback.
+
+    Raises:
+      ConfigError: the recipe selects no projection.
+    """
+    rows = []
+    # A recipe without a prompt is packed ahead: no product beside it.
+    ahead = recipe.source.of != "prompt"
+    pooled = batch if recipe.batch == "pooled" else 1
+    quantizer, quantizer_rows = ("quantize_pack", 0) if ahead else (
+        "prefill_quantize", pooled * prompt_tokens,
+    )  # fmt: skip
+    rounding = recipe.rounding
+    # 0: a rounding that no kernel does.
+    shrinks = len(rounding.shrinks) if isinstance(rounding, Nearest | ClipSearch) else 0
+    for name, (d_in, d_out) in projections(config).items():
+        if not recipe.selects(name):
+            continue
+        for grid in dict.fromkeys(recipe.grids(name, config.n_layers)):
+            group = grid.rows_per_group(d_in)
+            for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", pooled)):
+                quantizes = kernel != "packed_matmul"
+                row: dict[str, Any] = {
+                    "projection": name, "kernel": kernel, "bits": grid.bits, "m": m,
+                    "k": -(-d_in // group) * group, "n": d_out,
+                }  # fmt: skip
+                if quantizes and shrinks == 0:
+                    reason = f"no kernel does {RULE_NAMES[type(rounding)]} rounding"
+                    rows.append({
+                        **row,
+                        "implementation": "xla",
+                        "reason": reason,
+                        "fallback": True,
+                    })
+                    continue
+                problem = Problem(
+                    kernel=kernel, m=m, d_in=d_in, k=row["k"], n=d_out,
+                    bits=grid.bits, group_size=group, zero_point=grid.kind, dtype=dtype,
+                    store_dtype=grid.store_dtype,
+                    rank=recipe.low_rank.rank if quantizes else recipe.low_rank.total,
+                    shrinks=shrinks if quantizes else 0,
+                    quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
+                    scaled=not isinstance(recipe.scale, NoScale),
+                )  # fmt: skip
+                choice = choose(problem, target)
+                rows.append({
+                    **row, "implementation": choice.implementation, "reason": choice.reason,
+                    "fallback": choice.fallback,
+                })  # fmt: skip
+    if not rows:
+        paths = ", ".join(f"layers/{name}" for name in projections(config))
+        raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
+    return rows
+
+
+def run_kernels(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq kernels`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: an option out of range, or a method that packs nothing.
+    """
+    recipe = recipe_of(args)
+    if recipe is None:
+        raise ConfigError("recipe none quantizes nothing, so it uses no kernel; choose another")
+    if args.batch_size < 1 or args.prompt_tokens < 1:
+        raise ConfigError("expected --batch-size and --prompt-tokens of at least 1")
+    if args.model in RELEASED:
+        config = released_config(args.model)
+    else:
+        # Only its sizes are looked at, and checkpoints are not loaded as float16.
+        config = load_model(args.model, "bfloat16", progress)[0].config
+    target = target_of(args.chip)
+    rows = listing(
+        config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
+        dtype=args.dtype,
+    )  # fmt: skip
+    place = target.chip or target.platform
+    if args.json:
+        print_json({
+            "model": args.model, "chip": place, "dtype": args.dtype, "recipe": recipe.describe(),
+            "versions": versions(), "kernels": rows,
+        })  # fmt: skip
+        return
+    cells = [["projection", "kernel", "bits", "rows", "shape", "", "why"]]
+    cells += [
+        [r["projection"], r["kernel"], str(r["bits"]), str(r["m"]), f"{r['k']}x{r['n']}",
+         r["implementation"] + (" (fallback)" if r["fallback"] else ""), r["reason"]]
+        for r in rows
+    ]  # fmt: skip
+    print_text(f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}")

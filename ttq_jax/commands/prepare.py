@@ -1,0 +1,61 @@
+"""`ttq prepare`: what a recipe needs besides the prompt, made once and kept."""
+
+import argparse
+from pathlib import Path
+
+from ttq_jax.checkpoint.store import save_offline
+from ttq_jax.commands.options import (
+    calibration_text,
+    check_selection,
+    load_model,
+    prepare_offline,
+    prepares,
+    recipe_of,
+)
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.describe import megabytes, print_json, print_text, versions
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.types import Offline, kernels, stored_bytes
+
+
+def parts(offline: Offline) -> dict[str, int]:
+    """What there is to keep, and its bytes; of a packed tree, its linear layers."""
+    packed = None if offline.packed is None else kernels(offline.packed["layers"])
+    sizes = {
+        "moments": stored_bytes(offline.moments),
+        "static factors": stored_bytes(offline.low_rank),
+        "quantized weights": stored_bytes(packed),
+    }
+    return {what: size for what, size in sizes.items() if size}
+
+
+def run_prepare(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq prepare`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: a recipe that needs nothing ahead of a prompt.
+    """
+    recipe = recipe_of(args)
+    if recipe is None or not prepares(recipe):
+        raise ConfigError(
+            f"recipe {args.method} needs nothing besides the prompt: there is nothing to prepare"
+        )
+    text = calibration_text(args, recipe, progress)
+    model, _ = load_model(args.model, args.dtype, progress)
+    check_selection(model, recipe)
+    offline, seconds = prepare_offline(args, model, recipe, text, progress)
+    found = parts(offline)
+    with progress.stage(f"writing {args.out}"):
+        save_offline(Path(args.out).expanduser(), model, recipe, offline)
+    if args.json:
+        print_json({
+            "model": args.model, "method": args.method, "recipe": recipe.describe(),
+            "out": args.out, "bytes": found, "seconds": round(seconds, 3), "versions": versions(),
+        })  # fmt: skip
+        return
+    print_text(", ".join(f"{what} {megabytes(size)}" for what, size in found.items()))
+    print_text(f"saved in {args.out}: --prepared {args.out}, with the same model and recipe")

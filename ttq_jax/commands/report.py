@@ -1,0 +1,46 @@
+"""`ttq report`: a sweep's rows as a page of tables and pictures."""
+
+import argparse
+from pathlib import Path
+
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.describe import print_json, print_text
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.sweeps.findings import parts_of
+from ttq_jax.sweeps.page import write
+from ttq_jax.sweeps.rows import Row, read_rows
+
+
+def run_report(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq report`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: no rows, or no matplotlib to draw them with.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as e:
+        raise ConfigError(
+            'ttq report draws with matplotlib, which is not here: pip install "ttq-jax[plots]"'
+        ) from e
+    rows: dict[str, Row] = {}
+    directories = [Path(name).expanduser() for name in args.directories]
+    for directory in directories:
+        found = read_rows(directory)
+        if not found:
+            raise ConfigError(
+                f"{directory}: expected the rows of a sweep (rows.jsonl), found none; ttq sweep "
+                f"FILE.toml --out {directory} makes them"
+            )
+        rows |= found
+    with progress.stage(f"drawing {len(rows)} cells"):
+        title = f"ttq sweep: {directories[0].resolve().name}"
+        page, text = write(directories[0], title, parts_of(list(rows.values())))
+    if args.json:
+        print_json({"cells": len(rows), "html": str(page), "markdown": str(text)})
+    else:
+        print_text(f"{page}\n{text}")

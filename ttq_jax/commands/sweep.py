@@ -1,0 +1,165 @@
+"""`ttq sweep`: every cell of a grid once, whatever happens meanwhile."""
+
+import argparse
+import time
+from pathlib import Path
+
+from ttq_jax.commands.main import BadInput
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.corpora import sha256
+from ttq_jax.evaluation.describe import print_json, print_text, table
+from ttq_jax.evaluation.perplexity import Perplexity
+from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.sweeps.axes import Cell, read_sweep, varying_axes
+from ttq_jax.sweeps.rows import Row, Rows, read_rows
+from ttq_jax.sweeps.run import Runner, git_commit, head_of
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """(i, n) of "i/n".
+
+    Raises:
+      ConfigError: it is not 1 <= i <= n.
+    """
+    if text is None:
+        return 1, 1
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise ConfigError(f"--shard: expected I/N with 1 <= I <= N, as in 1/4, got {text!r}")
+    return int(i), int(n)
+
+
+def _of_other_texts(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> None:
+    """Refuses to add to rows of another text of the same name.
+
+    Raises:
+      ConfigError: there are such rows.
+    """
+    for cell in cells:
+        row = rows.get(cell.key, {})
+        for axis in ("corpus", "calibration"):
+            was = row.get(f"{axis}_sha256")
+            if was and was != sha256(runner.text(getattr(cell.options, axis))):
+                raise ConfigError(
+                    f"{axis} {cell.values[axis]} is another text than in the rows that are there "
+                    f"(sha256 {was[:12]}…): choose another --out, or another label"
+                )
+
+
+class _Bar:
+    """Cells done, the time left at this process's own pace, and the latest result."""
+
+    def __init__(self, cells: list[Cell], done: int):
+        self.total, self.done = len(cells), done
+        self.axes = varying_axes(cells)
+        self.ours, self.seconds, self.latest = 0, 0.0, ""
+
+    def line(self, cell: Cell) -> str:
+        left = ""
+        if self.ours:
+            left = f", {clock(self.seconds / self.ours * (self.total - self.done))} left"
+        latest = f", last {self.latest}" if self.latest else ""
+        return f"cell {self.done + 1} of {self.total}{left}{latest}: {cell.name(self.axes)}"
+
+    def finish(self, row: Row, seconds: float) -> None:
+        self.ours, self.done, self.seconds = self.ours + 1, self.done + 1, self.seconds + seconds
+        self.latest = "failed" if "error" in row else f"{row['perplexity']:.3f}"
+
+
+def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progress) -> Row:
+    """A cell's row, written. Whatever goes wrong is its own result."""
+    start = time.perf_counter()
+    with progress.stage(bar.line(cell)) as update:
+
+        def tell(running: Perplexity, total: int) -> None:
+            update(running.windows, total, f"perplexity {running.perplexity:.3f}")
+
+        try:
+            row = runner.run(cell, tell)
+        except Exception as e:
+            row = head_of(cell, git_commit()) | {"error": f"{type(e).__name__}: {e}"}
+    rows.append(row)
+    bar.finish(row, time.perf_counter() - start)
+    return row
+
+
+def _list(cells: list[Cell], done: dict[str, Row], as_json: bool) -> None:
+    """What `--dry-run` prints."""
+
+    def state(cell: Cell) -> str:
+        row = done.get(cell.key)
+        if row is None:
+            return f"illegal: {cell.error}" if cell.error else "to do"
+        return "failed" if "error" in row else "done"
+
+    if as_json:
+        for cell in cells:
+            print_json({"key": cell.key, "cell": cell.values, "state": state(cell)})
+        return
+    axes = list(dict.fromkeys(axis for cell in cells for axis in cell.values))
+    rows = [[*axes, "state"]]
+    rows += [[*(str(c.values.get(a, "-")) for a in axes), state(c)] for c in cells]
+    print_text(table(rows, left=len(rows[0])))
+
+
+def run_sweep(args: argparse.Namespace, progress: Progress) -> None:
+    """`ttq sweep`.
+
+    Args:
+      args: its options.
+      progress: where to show it.
+
+    Raises:
+      ConfigError: a sweep that cannot be read, or rows of other texts.
+      BadInput: cells failed; their rows say why.
+    """
+    i, n = _shard(args.shard)
+    cells = read_sweep(args.file, args.axis)[i - 1 :: n]
+    directory = Path(args.out).expanduser()
+    if args.dry_run:
+        _list(cells, read_rows(directory), args.json)
+        return
+    rows = Rows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
+    rows.repair()
+    done = rows.read()
+    runner = Runner()
+    _of_other_texts(cells, done, runner)
+
+    def pending(cell: Cell, done: dict[str, Row]) -> bool:
+        return cell.key not in done or (args.retry and "error" in done[cell.key])
+
+    left = [cell for cell in cells if pending(cell, done)]
+    bar = _Bar(cells, len(cells) - len(left))
+    progress.note(f"{bar.done} of {bar.total} cells are done")
+    for cell in left:
+        with rows.claim(cell.key) as ours:
+            # Another process may have finished it since, or have it in hand.
+            if not ours or not pending(cell, rows.read()):
+                bar.done += 1
+                continue
+            row = _run_one(cell, runner, rows, bar, progress)
+        if args.json:
+            print_json(row)
+    _finish(args, cells, rows.read())
+
+
+def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -> None:
+    """Says what there is.
+
+    Raises:
+      BadInput: cells failed.
+    """
+    failed = [cell for cell in cells if "error" in done.get(cell.key, {})]
+    elsewhere = sum(cell.key not in done for cell in cells)
+    if not args.json:
+        also = f"; {elsewhere} in the hands of other processes" if elsewhere else ""
+        print_text(
+            f"{len(cells) - elsewhere - len(failed)} of {len(cells)} cells in {args.out}{also}; "
+            f"ttq report {args.out} makes tables and pictures of them"
+        )
+    if failed:
+        first = done[failed[0].key]["error"]
+        raise BadInput(
+            f"{len(failed)} of {len(cells)} cells failed, their rows say why; the first "
+            f"({failed[0].name()}): {first}; --retry runs them again"
+        )

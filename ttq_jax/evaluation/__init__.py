@@ -1,0 +1,1 @@
+"""Judging a recipe: corpora, perplexity, continuations, the tasks of lm-evaluation-harness."""

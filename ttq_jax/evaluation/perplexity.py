@@ -1,0 +1,272 @@
+"""Perplexity under two protocols, token-weighted.
+
+    window   the weights are quantized from the very window that is scored (the paper's way):
+             later tokens help to score earlier ones
+    causal   the weights are quantized from the first P tokens, and only the tokens after them are
+             scored: what a user gets
+
+Always quote the protocol, the window and P with a number: they change it. Every method reads its
+prompt the way `Recipe.prefill` says, so that rows of one table differ in the method alone. A recipe
+that refreshes does so every n scored tokens, causal only: a window has nothing after its prompt.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ttq_jax.checkpoint import Model
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import forward, logits
+from ttq_jax.offline.calibrate import prepare
+from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is read, what is scored.
+
+    Attributes:
+      kind: "causal" or "window", see the module's docstring.
+      window: W, tokens per window, including a begin-of-text token where the model uses one.
+      prompt_tokens: P, causal only: the weights come from the first P tokens of each window.
+    """
+
+    kind: str = "causal"
+    window: int = 512
+    prompt_tokens: int = 256
+
+    def __post_init__(self):
+        if self.kind not in {"causal", "window"}:
+            raise ConfigError(f"protocol: expected 'causal' or 'window', got {self.kind!r}")
+        if self.window < 2:
+            raise ConfigError(f"window: expected at least 2 tokens, got {self.window}")
+        if self.kind == "causal" and not 1 <= self.prompt_tokens < self.window:
+            raise ConfigError(
+                f"prompt tokens: the causal protocol expects 1 <= P < window, got "
+                f"P={self.prompt_tokens} and window={self.window}"
+            )
+
+    @property
+    def scored(self) -> int:
+        """Tokens scored per window."""
+        return self.window - (self.prompt_tokens if self.kind == "causal" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """A measurement, final or running.
+
+    Attributes:
+      perplexity: exp of the mean negative log-likelihood per scored token.
+      windows: scored so far.
+      scored_tokens: so far.
+      seconds: wall clock so far, compilation included.
+      effective_bits: of the weights that score.
+      nll: per window, the summed negative log-likelihood of its scored tokens, nats.
+    """
+
+    perplexity: float
+    windows: int
+    scored_tokens: int
+    seconds: float
+    effective_bits: float
+    nll: tuple[float, ...]
+
+
+def _nll(
+    config: ModelConfig, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, "T"]
+) -> Float[Array, ""]:
+    """Summed negative log-likelihood, a block of rows at a time: V is large."""
+    rows = 64
+    padding = -targets.shape[0] % rows
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    weight = jnp.pad(jnp.ones(targets.shape[0]), (0, padding)).reshape(-1, rows)
+    targets = jnp.pad(targets, (0, padding)).reshape(-1, rows)
+
+    def block(args: tuple[Array, Array, Array]) -> Array:
+        h, t, w = args
+        log_probs = jax.nn.log_softmax(logits(config, params, h))
+        return -jnp.sum(w * jnp.take_along_axis(log_probs, t[:, None], axis=1)[:, 0])
+
+    return jnp.sum(jax.lax.map(block, (hidden, targets, weight)))
+
+
+@partial(jax.jit, static_argnames=("config", "recipe", "protocol"))
+def score_window(
+    params: Params,
+    tokens: Int[Array, "W"],
+    offline: Offline,
+    *,
+    config: ModelConfig,
+    recipe: Recipe | None,
+    protocol: Protocol,
+) -> Float[Array, ""]:
+    """Negative log-likelihood of one window's scored tokens, one XLA program.
+
+    Args:
+      params: the dense tree.
+      tokens: the window.
+      offline: what the recipe needs besides the prompt.
+      config: the model's.
+      recipe: how to quantize; None for not at all.
+      protocol: what is read, what is scored.
+
+    Returns:
+      Summed over the `protocol.scored` tokens, nats.
+    """
+    length = protocol.prompt_tokens if protocol.kind == "causal" else protocol.window
+    read = tokens[None, :length]
+    prompts = Prompts(read, jnp.ones(read.shape, bool))
+    # The last stretch between two refreshes is padded to its full length.
+    every = 0 if recipe is None else recipe.source.refresh
+    dtype = params["embed"]["embedding"].dtype
+    cache = empty_cache(config, 1, protocol.window + every, dtype)
+    hidden, filled, packed, seen = prefill(
+        params, prompts, cache, config=config, recipe=recipe, offline=offline
+    )
+    if protocol.kind == "window":
+        if recipe is not None and recipe.prefill == "full":
+            # The first reading was unquantized: score a second one.
+            hidden, _, _ = forward(config, packed, read, prompts.valid, cache)
+        return _nll(config, packed, hidden[0, :-1], tokens[1:])
+    # As in generation, the first token after the prompt is predicted by the prompt's last state.
+    hidden, rest = hidden[0, -1:], tokens[None, length:-1]
+    if rest.size and recipe is not None and every:
+        again = lambda m: requantize(params, m, recipe, offline)  # noqa: E731
+        after = read_refreshing(config, recipe, packed, rest[0], filled, seen, again)
+        hidden = jnp.concatenate([hidden, after])
+    elif rest.size:
+        after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
+        hidden = jnp.concatenate([hidden, after[0]])
+    return _nll(config, packed, hidden, tokens[length:])
+
+
+def read_refreshing(
+    config: ModelConfig, recipe: Recipe, packed: Params, tokens: Int[Array, "T"], cache: Cache,
+    moments: dict[str, Moments], again: Callable[[dict[str, Moments]], Params],
+) -> Float[Array, "T D"]:  # fmt: skip
+    """Reads tokens as a refreshing decode loop would have generated them.
+
+    Args:
+      config: the model's.
+      recipe: its source's `refresh` is n > 0.
+      packed: the weights that the prompt made.
+      tokens: what follows the prompt.
+      cache: with room for them, padded to whole stretches of n.
+      moments: of the prompt.
+      again: weights from moments.
+
+    Returns:
+      The final hidden state at every token.
+    """
+    every, length = recipe.source.refresh, len(tokens)
+    padding = -length % every
+    stretches = jnp.pad(tokens, (0, padding)).reshape(-1, 1, every)
+    real = (jnp.arange(length + padding) < length).reshape(-1, 1, every)
+
+    def stretch(carry: tuple, at: tuple) -> tuple[tuple, Array]:
+        tree, cache, moments = carry
+        read, valid = at
+        hidden, cache, seen = forward(
+            config, tree, read, valid, cache, project=observing(valid, recipe.reads)
+        )
+        moments = jax.tree.map(jnp.add, moments, seen)
+        return (again(moments), cache, moments), hidden[0]
+
+    _, hidden = jax.lax.scan(stretch, (packed, cache, moments), (stretches, real))
+    return hidden.reshape(-1, hidden.shape[-1])[:length]
+
+
+def stream(
+    model: Model,
+    windows: np.ndarray,
+    *,
+    recipe: Recipe | None,
+    offline: Offline,
+    protocol: Protocol,
+) -> Iterator[Perplexity]:
+    """Scores window after window.
+
+    Args:
+      model: the unquantized model.
+      windows: int32[n, W] token ids, see `corpora.cut_windows`.
+      recipe: how to quantize; None for not at all.
+      offline: from `prepare`.
+      protocol: what is read, what is scored.
+
+    Yields:
+      The running measurement after each window.
+
+    Raises:
+      ConfigError: windows of another length than the protocol's, or longer than the context.
+    """
+    if windows.shape[1] != protocol.window:
+        raise ConfigError(
+            f"expected windows of {protocol.window} tokens, got {windows.shape[1]}; cut them with "
+            "the protocol's window"
+        )
+    if protocol.window > model.config.max_positions:
+        raise ConfigError(
+            f"a window of {protocol.window} tokens does not fit the model's context of "
+            f"{model.config.max_positions}; choose a smaller window"
+        )
+    bits = effective_bits(decoded_shapes(model.params, model.config, recipe, offline))
+    start, nll = time.perf_counter(), []
+    for window in windows:
+        one = score_window(
+            model.params, jnp.asarray(window), offline,
+            config=model.config, recipe=recipe, protocol=protocol,
+        )  # fmt: skip
+        nll.append(float(one))
+        scored = len(nll) * protocol.scored
+        yield Perplexity(
+            perplexity=float(np.exp(np.sum(nll) / scored)),
+            windows=len(nll),
+            scored_tokens=scored,
+            seconds=time.perf_counter() - start,
+            effective_bits=bits,
+            nll=tuple(nll),
+        )
+
+
+def perplexity(
+    model: Model,
+    windows: np.ndarray,
+    *,
+    recipe: Recipe | None,
+    offline: Offline | None = None,
+    protocol: Protocol = Protocol(),
+    progress: Callable[[Perplexity, int], None] = lambda running, total: None,
+) -> Perplexity:
+    """Perplexity of a model on windows of text.
+
+    Args:
+      model: the unquantized model.
+      windows: int32[n, W] token ids, n >= 1, see `corpora.cut_windows`.
+      recipe: how to quantize; None for not at all.
+      offline: from `prepare`; None makes it here, which a corpus recipe does not allow.
+      protocol: what is read, what is scored.
+      progress: called with the running measurement and the number of windows in all.
+
+    Returns:
+      The measurement over all windows.
+
+    Raises:
+      ConfigError: no window, or windows that do not match the protocol or the context.
+    """
+    if not len(windows):
+        raise ConfigError("expected at least one window of text, got none")
+    if offline is None:
+        offline = prepare(model, recipe)
+    for running in stream(model, windows, recipe=recipe, offline=offline, protocol=protocol):
+        progress(running, len(windows))
+    return running

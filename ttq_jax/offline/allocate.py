@@ -1,0 +1,269 @@
+"""Bits where they matter: a width for each projection of each layer, within a budget.
+
+What a width costs is estimated in the unit that counts, nats per token. A text is cut into windows;
+each is a prompt and what follows it. Every weight is rounded at every width from the prompt, as the
+recipe would, and its output error δ at the following tokens is weighed by the gradient g of the
+log-likelihood there: ½ E[(g·δ)²], the second-order estimate of the divergence from the unquantized
+model (g of labels drawn from the model itself, so that g gᵀ is the Fisher information; errors of
+different weights and tokens are taken as independent). An output error by itself would not do: a
+few huge activations dominate some layers' outputs and matter little.
+
+Upgrades are then bought in the order of divergence removed per stored bit. The result is a tuple of
+`Width` rules, static in the recipe: one program per model, and none per prompt.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.linear import dense_weight
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import forward, logits, plain
+from ttq_jax.offline.calibrate import observe_tokens
+from ttq_jax.quant.grid import BITS
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.source import blend
+from ttq_jax.quant.tree import quantize_layer
+from ttq_jax.quant.widths import Width
+from ttq_jax.types import (
+    SITE_OF,
+    LowRank,
+    Moments,
+    Offline,
+    Params,
+    QuantizedLinear,
+    kernels,
+    leaf_bits,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What each width costs and leaves, per projection.
+
+    Attributes:
+      widths: ascending.
+      errors: by projection, [L, len(widths)]; estimated divergence, nats per token.
+      bits: by projection, [len(widths)]; stored bits of one layer, everything counted.
+      weights: by projection, weights of one layer.
+    """
+
+    widths: tuple[int, ...]
+    errors: dict[str, np.ndarray]
+    bits: dict[str, np.ndarray]
+    weights: dict[str, int]
+
+
+@partial(jax.jit, static_argnames="config")
+def sensitivities(
+    params: Params, tokens: Int[Array, "T"], key: Array, *, config: ModelConfig
+) -> tuple[dict[str, Float[Array, "L T d_in"]], dict[str, Float[Array, "L T d_out"]]]:
+    """What every projection reads at every token, and how the likelihood depends on its output.
+
+    Args:
+      params: a dense tree.
+      tokens: of one window.
+      key: draws the label of each position from the model's own prediction.
+      config: the model's.
+
+    Returns:
+      ({site: inputs}, {projection: gradient of the labels' summed log-likelihood}).
+    """
+    batch = tokens[None]
+    cache = empty_cache(config, 1, len(tokens), params["embed"]["embedding"].dtype)
+    # An output's gradient is that of zeros added to it.
+    probes = {
+        name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]))
+        for name, kernel in kernels(params["layers"]).items()
+    }
+
+    def project(
+        site: str, x: Array, weights: dict[str, Params], at: dict[str, Array]
+    ) -> tuple[dict[str, Array], Array]:
+        ys = plain(site, x, weights)[0]
+        return {n: y + at[n].astype(y.dtype) for n, y in ys.items()}, x[0].astype(jnp.float32)
+
+    def likelihood(probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        hidden, _, seen = forward(
+            config, params, batch, jnp.ones(batch.shape, bool), cache,
+            project=project, per_layer=probes,
+        )  # fmt: skip
+        return _drawn(config, params, hidden[0], key), seen
+
+    gradient, seen = jax.grad(likelihood, has_aux=True)(probes)
+    return seen, {name: g[:, 0] for name, g in gradient.items()}
+
+
+def _drawn(
+    config: ModelConfig, params: Params, hidden: Float[Array, "T D"], key: Array
+) -> Float[Array, ""]:
+    """Log-likelihood of labels drawn from the predictions, some rows at a time: V is large."""
+    rows = 64
+    padded = jnp.pad(hidden, ((0, -len(hidden) % rows), (0, 0))).reshape(-1, rows, hidden.shape[-1])
+    real = (jnp.arange(padded.shape[0] * rows) < len(hidden)).reshape(-1, rows)
+
+    @jax.checkpoint
+    def block(args: tuple[Array, Array, Array]) -> Array:
+        h, counts, key = args
+        log_probs = jax.nn.log_softmax(logits(config, params, h))
+        label = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
+        drawn = jnp.take_along_axis(log_probs, label[:, None], axis=1)[:, 0]
+        return jnp.sum(jnp.where(counts, drawn, 0.0))
+
+    return jnp.sum(jax.lax.map(block, (padded, real, jax.random.split(key, len(padded)))))
+
+
+@partial(jax.jit, static_argnames=("name", "recipe"))
+def _errors(
+    stack: Float[Array, "L d_in d_out"], moments: Moments, low_rank: LowRank | None,
+    inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
+    name: str, recipe: Recipe,
+) -> tuple[Float[Array, "L"], QuantizedLinear]:  # fmt: skip
+    """Divergence that rounding one projection costs in every layer, and the packed weight."""
+
+    def one(at: tuple) -> tuple[Array, QuantizedLinear]:
+        layer, seen, factors, x, g = at
+        made = quantize_layer(
+            {name: stack}, seen, recipe, {} if factors is None else {name: factors}, layer=layer
+        )[1][name]
+        w = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(jnp.float32)
+        off = jnp.matmul(x, w - dense_weight(made), precision="highest")
+        return 0.5 * jnp.mean(jnp.square(jnp.sum(off * g, axis=1))), made
+
+    return jax.lax.map(one, (jnp.arange(len(stack)), moments, low_rank, inputs, gradient))
+
+
+def measure_widths(
+    params: Params, windows: np.ndarray, recipe: Recipe, offline: Offline, *,
+    config: ModelConfig, prompt_tokens: int, widths: tuple[int, ...] = BITS,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Measured:  # fmt: skip
+    """Rounds every weight at every width, on each window.
+
+    Args:
+      params: a dense tree.
+      windows: int32[n, W] token ids, n >= 1.
+      recipe: its moments, rounding, scale, groups and low rank; its own bits and width rules are
+        not read.
+      offline: its moments and static factors are used.
+      config: the model's.
+      prompt_tokens: the first P of a window are the prompt, the rest is what errors are judged by;
+        0 < P < W.
+      widths: to try, ascending.
+      progress: called with (windows done, windows in all).
+
+    Returns:
+      Errors, the mean over windows, and sizes.
+
+    Raises:
+      ConfigError: no window, P outside its range, or a recipe that selects no projection.
+    """
+    if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
+        raise ConfigError(
+            f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
+            f"{len(windows)} of {windows.shape[1]}; give a longer text, or fewer prompt tokens"
+        )
+    dense = {n: k for n, k in kernels(params["layers"]).items() if recipe.selects(n)}
+    if not dense:
+        raise ConfigError(f"select: {recipe.select!r} matches no projection of this model")
+    shape = (windows.shape[0], config.n_layers, len(widths))
+    errors = {name: np.zeros(shape) for name in dense}
+    bits = {name: np.zeros(len(widths)) for name in dense}
+    for i, window in enumerate(jnp.asarray(windows)):
+        moments = offline.moments
+        if recipe.source.of == "prompt":
+            seen = observe_tokens(
+                params, window[None, :prompt_tokens], config=config, reads=recipe.reads
+            )
+            mix = jax.vmap(partial(blend, source=recipe.source))
+            moments = {site: mix(m, moments.get(site)) for site, m in seen.items()}
+        inputs, gradient = sensitivities(params, window, jax.random.key(i), config=config)
+        for name, stack in dense.items():
+            for j, width in enumerate(widths):
+                grid = dataclasses.replace(recipe.grid, bits=width)
+                uniform = dataclasses.replace(recipe, grid=grid, widths=(), select="layers/.*")
+                error, made = _errors(
+                    stack, moments.get(SITE_OF[name]), offline.low_rank.get(name),
+                    inputs[SITE_OF[name]][:, prompt_tokens:], gradient[name][:, prompt_tokens:],
+                    name=name, recipe=uniform,
+                )  # fmt: skip
+                errors[name][i, :, j] = error
+                bits[name][j] = leaf_bits(made) * stack[0].size
+        progress(i + 1, len(windows))
+    return Measured(
+        widths, {name: e.mean(0) for name, e in errors.items()}, bits,
+        {name: int(stack[0].size) for name, stack in dense.items()},
+    )  # fmt: skip
+
+
+def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:
+    """Widths that spend a budget where it removes most error.
+
+    Every weight starts at the narrowest width; of all upgrades along the lower convex hull of each
+    weight's (size, error) points, the one that removes most error per bit is bought first, until
+    nothing more fits. For a sum of convex terms this greedy choice is optimal up to the last item.
+
+    Args:
+      measured: from `measure_widths`.
+      budget: stored bits per weight on average over what the recipe selects, everything counted
+        but the two int32 by which a layer of mixed widths is found.
+
+    Returns:
+      Rules, a few per projection; `Recipe.widths` takes them.
+
+    Raises:
+      ConfigError: even the narrowest width exceeds the budget.
+    """
+    total = sum(measured.weights[name] * len(errors) for name, errors in measured.errors.items())
+    chosen = {name: np.zeros(len(errors), int) for name, errors in measured.errors.items()}
+    spent = sum(measured.bits[name][0] * len(errors) for name, errors in measured.errors.items())
+    if spent > budget * total:
+        raise ConfigError(
+            f"allocate: expected a budget of at least {spent / total:.3f} bits per weight, what "
+            f"{measured.widths[0]} bits in these groups take; got {budget}"
+        )
+    upgrades = []
+    for name, errors in measured.errors.items():
+        for layer, row in enumerate(errors):
+            upgrades += [(gain, name, layer, to) for gain, to in _hull(measured.bits[name], row)]
+    # Along a hull the gains fall, so a weight's upgrades come in order.
+    for _, name, layer, to in sorted(upgrades, key=lambda u: -u[0]):
+        bits = measured.bits[name]
+        price = bits[to] - bits[chosen[name][layer]]
+        if price > 0 and spent + price <= budget * total:
+            chosen[name][layer], spent = to, spent + price
+    return tuple(rule for name, to in chosen.items() for rule in _rules(name, to, measured.widths))
+
+
+def _hull(bits: np.ndarray, errors: np.ndarray) -> list[tuple[float, int]]:
+    """(error removed per bit, index of the width) along the lower convex hull."""
+    steps, at = [], 0
+    while at < len(bits) - 1:
+        gains = (errors[at] - errors[at + 1 :]) / (bits[at + 1 :] - bits[at])
+        best = int(np.argmax(gains))
+        if gains[best] <= 0:
+            break
+        at += best + 1
+        steps.append((float(gains[best]), at))
+    return steps
+
+
+def _rules(name: str, chosen: np.ndarray, widths: tuple[int, ...]) -> list[Width]:
+    """One projection's widths as rules: one for all layers, or one per width."""
+    used = sorted(set(chosen.tolist()))
+    if len(used) == 1:
+        return [Width(select=f"layers/{name}", bits=widths[used[0]])]
+    return [
+        Width(
+            select=f"layers/({'|'.join(str(i) for i in np.flatnonzero(chosen == to))})/{name}",
+            bits=widths[to],
+        )
+        for to in used
+    ]

@@ -1,0 +1,150 @@
+"""What is made once per model, ahead of any prompt: moments, static factors, packed trees.
+
+AWQ is TTQ with the moments of a corpus in place of the prompt's; this is where they come from.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ttq_jax.checkpoint import Model
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import forward
+from ttq_jax.offline.prior import prior_from_weights
+from ttq_jax.offline.samples import sample_windows
+from ttq_jax.prefill import observing
+from ttq_jax.quant.moments import Reads
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import quantize_params, static_factors
+from ttq_jax.types import Moments, Offline, Params
+
+
+@partial(jax.jit, static_argnames=("config", "reads"))
+def observe_tokens(
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, reads: Reads
+) -> dict[str, Moments]:
+    """Moments of what every linear layer sees when the model reads these tokens.
+
+    Args:
+      params: a dense tree; the moments are those of the unquantized model.
+      tokens: without padding.
+      config: the model's.
+      reads: what to observe, see `Recipe.reads`.
+
+    Returns:
+      Per site, moments stacked over the layers.
+    """
+    valid = jnp.ones(tokens.shape, bool)
+    batch, length = tokens.shape
+    cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
+    _, _, moments = forward(config, params, tokens, valid, cache, project=observing(valid, reads))
+    return moments
+
+
+def calibrate(
+    model: Model,
+    windows: np.ndarray | Array,
+    reads: Reads,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> dict[str, Moments]:
+    """A corpus's moments: the sum over its windows.
+
+    Args:
+      model: the unquantized model.
+      windows: int32[n, W] token ids, n >= 1.
+      reads: what to observe, see `Recipe.reads`.
+      progress: called with (windows done, windows in all).
+
+    Returns:
+      Per site, moments stacked over the layers.
+
+    Raises:
+      ConfigError: no window.
+    """
+    if not len(windows):
+        raise ConfigError("calibration: expected at least one window of text, got none")
+    total: dict[str, Moments] | None = None
+    for i, window in enumerate(windows):
+        seen = observe_tokens(
+            model.params, jnp.asarray(window)[None], config=model.config, reads=reads
+        )
+        total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
+        progress(i + 1, len(windows))
+    assert total is not None
+    return total
+
+
+def prepare(
+    model: Model,
+    recipe: Recipe | None,
+    calibration: np.ndarray | dict[str, Moments] | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Offline:
+    """Everything that a recipe needs besides the prompt.
+
+    A recipe that looks at no prompt is quantized here, once; one that does gets its prior and its
+    static factors here and its weights at every prompt.
+
+    Args:
+      model: the unquantized model.
+      recipe: how to quantize; None for not at all.
+      calibration: for a recipe that reads a corpus's moments: int32[n, W] token ids, or what
+        `calibrate` made of them.
+      progress: called with (windows done, windows in all) of the calibration.
+
+    Returns:
+      What `generate` and `perplexity` take as `offline`.
+
+    Raises:
+      ConfigError: a corpus recipe without a corpus.
+    """
+    made = prepare_unpacked(model, recipe, calibration, progress)
+    if recipe is None or recipe.source.of == "prompt":
+        return made
+    return Offline(packed=quantize_params(model.params, recipe, made))
+
+
+def prepare_unpacked(
+    model: Model,
+    recipe: Recipe | None,
+    calibration: np.ndarray | dict[str, Moments] | None = None,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Offline:
+    """The moments and static factors that a recipe reads, no weight quantized.
+
+    Args:
+      model: see `prepare`.
+      recipe: see `prepare`.
+      calibration: see `prepare`.
+      progress: see `prepare`.
+
+    Returns:
+      What `quantize_params` and `allocate.measure_widths` take.
+
+    Raises:
+      ConfigError: a corpus recipe without a corpus.
+    """
+    if recipe is None:
+        return Offline()
+    source, moments = recipe.source, {}
+    if source.reads_corpus:
+        if calibration is None:
+            raise ConfigError(
+                "this recipe reads a corpus's moments, but no calibration text was given; give "
+                "one (--calibration FILE on the command line) or use recipe 'ttq' or 'rtn', or a "
+                "prior that reads no text (moments.prior 'weights' or 'samples')"
+            )
+        if not isinstance(calibration, dict):
+            calibration = calibrate(model, calibration, recipe.reads, progress)
+        moments = calibration
+    elif source.prior == "weights":
+        moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
+    elif source.prior == "samples":
+        moments = calibrate(model, sample_windows(model), recipe.reads, progress)
+    return Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))

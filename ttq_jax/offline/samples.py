@@ -1,0 +1,60 @@
+"""A prior without data: text that the model writes itself.
+
+Every window begins with a token drawn uniformly from the vocabulary and goes on by sampling from
+the model, as LLM-QAT (Liu et al., 2023, arXiv:2305.17888) makes its training data. It costs a
+generation once per model, where the profile of `ttq_jax.offline.prior` costs nothing, and says more
+(README, short prompts).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ttq_jax.checkpoint import Model
+from ttq_jax.config import ModelConfig
+from ttq_jax.decode import decode
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.prefill import last_hidden, prefill
+from ttq_jax.sampling import Sampling
+from ttq_jax.types import Offline, Params, Prompts
+
+
+def sample_windows(
+    model: Model, *, rows: int = 8, length: int = 256, seed: int = 0
+) -> Int[Array, "rows length"]:
+    """Text of the unquantized model, sampled at temperature 1 by a fixed key.
+
+    Args:
+      model: whose text.
+      rows: windows, sampled side by side; >= 1.
+      length: tokens of each, >= 2; at most the model's context is taken.
+      seed: of the draws.
+
+    Returns:
+      Token ids. An end token does not end a window: what follows is another text.
+    """
+    config = model.config
+    capacity = min(length, config.max_positions) - 1
+    first_key, key = jax.random.split(jax.random.key(seed))
+    first = jax.random.randint(first_key, (rows, 1), 0, config.vocab_size, jnp.int32)
+    rest = _continued(model.params, first, key, config=config, capacity=capacity)
+    return jnp.concatenate([first, rest], axis=1)
+
+
+@partial(jax.jit, static_argnames=("config", "capacity"))
+def _continued(
+    params: Params, first: Int[Array, "B 1"], key: Array, *, config: ModelConfig, capacity: int
+) -> Int[Array, "B capacity"]:
+    """What the model says after one token."""
+    prompts = Prompts(first, jnp.ones(first.shape, bool))
+    cache = empty_cache(config, len(first), 1 + capacity, params["embed"]["embedding"].dtype)
+    hidden, cache, tree, _ = prefill(
+        params, prompts, cache, config=config, recipe=None, offline=Offline()
+    )
+    out, _, _ = decode(
+        tree, cache, last_hidden(hidden, prompts), key, jnp.asarray(capacity, jnp.int32),
+        config=config, sampling=Sampling(temperature=1.0), capacity=capacity, eos_ids=(),
+    )  # fmt: skip
+    return out
