@@ -28,9 +28,9 @@ times as fast as bfloat16 (Qwen3-32B, RTX4090), TTQ with r = 0 as fast as AWQ.
 `--chip cpu`, `gpu` and `tpu` measure on the device that is there, in microseconds: the contenders
 take turns, a cost is the median over the turns, a speed-up the median of the turns' own ratios.
 Other names are of TPUs that need not be there: static cycles of their compiler's, never less than
-the time to move every stored byte once (`ttq_jax/chips/comparison.py`). Dense weights are bfloat16, on a CPU
-float32, where nobody computes in bfloat16. AWQ and TTQ with r = 0 run one and the same program, so
-what lies between them in a measurement is its noise.
+the time to move every stored byte once (`ttq_jax/chips/comparison.py`). Dense weights are bfloat16,
+on a CPU float32, where nobody computes in bfloat16. AWQ and TTQ with r = 0 run one and the same
+program, so what lies between them in a measurement is its noise.
 
 The quantization is what the query projection adds to reading the prompt: where a kernel multiplies
 and quantizes in one read of the weight, that kernel less the plain product; else the quantization

@@ -26,8 +26,8 @@ with pytest.MonkeyPatch.context() as flags:
     jax.devices()
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
-              "samples", "prior", "generate", "calibrate", "perplexity",
-              "continuations"]  # fmt: skip
+              "offline", "generate", "evaluation.perplexity",
+              "evaluation.continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )

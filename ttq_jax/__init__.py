@@ -132,8 +132,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """Keeps `ttq_jax.generate` the function, whichever was imported first.
 
-    Python binds a submodule to its package when it is imported; three functions are named like
-    the file they live in.
+    Python binds a submodule to its package when it is imported, and this function is named like
+    the file that it lives in.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

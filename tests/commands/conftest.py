@@ -3,6 +3,7 @@ import json
 import pytest
 from tiny_files import write_model
 
+from ttq_jax.commands import compiled
 from ttq_jax.commands.main import main
 
 
@@ -24,7 +25,7 @@ def text_file(tmp_path_factory):
 def cli(capsys, monkeypatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
     # A setting of the whole process, and other tests run in it; test_process sees it at work.
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda directory, progress: None)
+    monkeypatch.setattr(compiled, "keep_compiled_programs", lambda directory, progress: None)
 
     def run(*args):
         code = main([*map(str, args)])

@@ -62,7 +62,7 @@ def test_table(rows):
 def test_whole_demo_on_a_tiny_model(tiny_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "MODEL", tiny_path)
     for as_json in (True, False):
-        demo.run_demo(argparse.Namespace(json=as_json), QUIET, PLAN)
+        demo.run(argparse.Namespace(json=as_json), QUIET, PLAN)
     out = capsys.readouterr().out
     first, rest = out.split("\n", 1)
     got = json.loads(first)

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from ttq_jax.commands.parsers import DEFAULT, METHODS
+from ttq_jax.quant.names import DEFAULT, METHODS
 from ttq_jax.quant.recipe import PRESETS
 
 HEAD = {"model", "method", "recipe", "device", "versions", "effective_bits"}

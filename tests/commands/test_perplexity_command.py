@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from ttq_jax.commands.generate import interval95
 from ttq_jax.evaluation.corpora import sha256
+from ttq_jax.evaluation.perplexity import interval95
 
 SMALL = ["--window", 64, "--prompt-tokens", 32, "--max-windows", 3]
 

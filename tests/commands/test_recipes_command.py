@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ttq_jax.commands.main import main
-from ttq_jax.commands.parsers import DEFAULT
+from ttq_jax.quant.names import DEFAULT
 from ttq_jax.quant.recipe import PRESETS, RULES
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, save_recipe, with_settings
 

@@ -20,7 +20,8 @@ import pytest
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
 
-from ttq_jax.commands.parsers import DEFAULT, build_parser
+from ttq_jax.commands.parsers import build_parser
+from ttq_jax.quant.names import DEFAULT
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

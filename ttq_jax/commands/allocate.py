@@ -5,22 +5,19 @@ import dataclasses
 
 import numpy as np
 
-from ttq_jax.commands.options import (
-    calibration_text,
-    check_selection,
-    load_model,
-    recipe_of,
-    windows_read,
-)
+from ttq_jax.commands.options import needs_of, recipe_of
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
-from ttq_jax.evaluation.describe import print_json, print_text, table, versions
+from ttq_jax.evaluation.describe import table, versions
+from ttq_jax.evaluation.preparation import calibration_text, load_model, windows_read
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths
 from ttq_jax.offline.calibrate import prepare_unpacked
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
+from ttq_jax.quant.tree import check_selection
 
 
 def judged(measured: Measured, recipe: Recipe) -> tuple[float, float]:
@@ -66,7 +63,7 @@ def _checked_widths(given: list[int]) -> tuple[int, ...]:
     return widths
 
 
-def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq allocate`.
 
     Args:
@@ -81,13 +78,14 @@ def run_allocate(args: argparse.Namespace, progress: Progress) -> None:
         raise ConfigError(f"recipe {args.method} quantizes nothing, so there is nothing to allot")
     with progress.stage(f"reading {args.corpus}"):
         corpus = read_corpus(args.corpus)
-    text = calibration_text(args, recipe, progress)
+    needs = needs_of(args, recipe)
+    text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
-    check_selection(model, recipe)
+    check_selection(model.params, recipe)
     cut = cut_windows(model.tokenizer, corpus, args.window)
     at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
     with progress.stage("measuring widths") as update:
-        offline = prepare_unpacked(model, recipe, windows_read(args, model, text))
+        offline = prepare_unpacked(model, recipe, windows_read(needs, model, text))
         measured = measure_widths(
             model.params, cut[at], recipe, offline, config=model.config,
             prompt_tokens=args.prompt_tokens, widths=widths, progress=update,

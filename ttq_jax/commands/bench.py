@@ -7,8 +7,9 @@ import jax
 
 from ttq_jax.chips.comparison import Case, estimate, sweep
 from ttq_jax.chips.device_times import measure
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.describe import print_json, print_text, table, versions
+from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.progress import Progress
 
 
@@ -77,7 +78,7 @@ def _text(records: list[dict[str, Any]], measured: bool) -> str:
     return "\n".join([table(rows), *lines])
 
 
-def run_bench(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq bench kernels`.
 
     Args:

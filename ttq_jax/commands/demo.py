@@ -14,11 +14,12 @@ import jax
 from ttq_jax.checkpoint import Model
 from ttq_jax.commands.generate import decode_rate
 from ttq_jax.commands.inspect import packed_shapes
-from ttq_jax.commands.options import load_model
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import DOMAINS, calibration_windows, cut_windows, sha256
-from ttq_jax.evaluation.describe import head, megabytes, print_json, print_text, table
+from ttq_jax.evaluation.describe import head, megabytes, table
 from ttq_jax.evaluation.perplexity import Perplexity, Protocol, stream
+from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.generate import generate
 from ttq_jax.offline.calibrate import prepare
@@ -276,7 +277,7 @@ def _fold(text: str) -> str:
     return text.strip().replace("\n", "\n  ")
 
 
-def run_demo(args: argparse.Namespace, progress: Progress, plan: Plan = Plan()) -> None:
+def run(args: argparse.Namespace, progress: Progress, plan: Plan = Plan()) -> None:
     """`ttq demo`.
 
     Args:

@@ -12,19 +12,14 @@ from typing import Any
 import jax
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.commands.options import check_selection, load_model, recipe_of
-from ttq_jax.evaluation.describe import (
-    describe_method,
-    head,
-    megabytes,
-    print_json,
-    print_text,
-    table,
-)
+from ttq_jax.commands.options import recipe_of
+from ttq_jax.commands.output import print_json, print_text
+from ttq_jax.evaluation.describe import describe_method, head, megabytes, table
+from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.tree import static_factors
+from ttq_jax.quant.tree import check_selection, static_factors
 from ttq_jax.types import (
     MixedLinear,
     Offline,
@@ -148,7 +143,7 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
     return f"{table(facts, left=2)}\n\n{table(rows, left=3)}"
 
 
-def run_inspect(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq inspect`.
 
     Args:
@@ -157,7 +152,7 @@ def run_inspect(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe = recipe_of(args)
     model, _ = load_model(args.model, args.dtype, progress)
-    check_selection(model, recipe)
+    check_selection(model.params, recipe)
     found = inspect_model(model, recipe)
     if args.json:
         print_json(head(args.model, args.method, recipe, found["effective_bits"]) | found)

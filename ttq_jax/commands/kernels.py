@@ -10,9 +10,11 @@ from typing import Any
 from pallas_kernels import Problem, Target, choose, current_target
 from ttq_jax.chips.absent import CHIPS
 from ttq_jax.chips.released import RELEASED, projections, released_config
-from ttq_jax.commands.options import load_model, recipe_of
+from ttq_jax.commands.options import recipe_of
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.evaluation.describe import print_json, print_text, table, versions
+from ttq_jax.evaluation.describe import table, versions
+from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
@@ -99,7 +101,7 @@ def listing(
     return rows
 
 
-def run_kernels(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq kernels`.
 
     Args:

@@ -1,19 +1,18 @@
 """The command line: exit codes, and how a command ends.
 
-What can be said is in `parsers`; what the commands do is in `commands` (generate, perplexity),
-`prepare_command`, `allocate_command`, `recipes_command`, `inspection`, `kernel_list`,
-`bench_command` and `demo`. Nothing here imports jax before the options are understood.
+What can be said is in `parsers`; each command is the `run` of the file of its name. Nothing here
+imports jax before the options are understood.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
 130 after Ctrl-C; 141 when the reader of stdout is gone.
 """
 
 import argparse
+import importlib
 import os
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from ttq_jax.commands.parsers import build_parser
 
@@ -22,26 +21,27 @@ class BadInput(Exception):
     """Input that cannot be used; its text is all that the user sees."""
 
 
-def cache_directory(chosen: str | None) -> Path:
-    """Where compiled programs are kept.
-
-    Args:
-      chosen: by an option, or None.
-
-    Returns:
-      The directory, which need not exist yet.
-    """
-    if chosen:
-        return Path(chosen).expanduser()
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "ttq_jax" / "xla"
-
-
 def _run(args: argparse.Namespace) -> None:
+    """Runs one command.
 
-    commands.run(args, None if args.no_compilation_cache else cache_directory(args.cache_dir))
+    Raises:
+      BadInput: input that cannot be used.
+    """
+    from ttq_jax.checkpoint import CheckpointError
+    from ttq_jax.chips.absent import ChipError
+    from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
+    from ttq_jax.config import ConfigError
+    from ttq_jax.evaluation.corpora import CorpusError
+    from ttq_jax.evaluation.progress import Progress
+    from ttq_jax.prompts import PromptError
+
+    progress = Progress(enabled=not args.quiet)
+    if not args.no_compilation_cache:
+        keep_compiled_programs(cache_directory(args.cache_dir), progress)
+    try:
+        importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
+    except (ConfigError, PromptError, CheckpointError, CorpusError, ChipError) as e:
+        raise BadInput(str(e)) from e
 
 
 def _interruptible(args: argparse.Namespace) -> None:
@@ -86,8 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code; see the module's docstring.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["lm-eval"]:
+        # lm_eval has a parser of its own, and runs in the main thread.
+        from ttq_jax.commands import lm_eval
+
+        return lm_eval.run(words[1:])
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(words)
     except SystemExit as e:
         return int(e.code or 0)
     try:

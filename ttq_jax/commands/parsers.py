@@ -4,14 +4,11 @@ Nothing here imports jax: `--help` and a mistyped option answer at once.
 """
 
 import argparse
-import difflib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
+from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
 
-METHODS = ("none", "rtn", "hqq", "awq", "gptq", "paper", "ttq", "fast", "best")
-DEFAULT = "fast"
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
 MEASURED = ("gpu", "cpu")
 COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
@@ -33,34 +30,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ttq: error: {message} (see {self.prog} --help)\n")
-
-
-class BadOption(ValueError):
-    """An option or a value that a command does not take."""
-
-
-class _Strict(_Parser):
-    """Raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise BadOption(message)
-
-
-def perplexity_options(words: Sequence[str]) -> argparse.Namespace:
-    """The options of `ttq perplexity`, for whoever calls it by other means.
-
-    Args:
-      words: what would follow the command's name.
-
-    Returns:
-      What the parser makes of them.
-
-    Raises:
-      BadOption: it does not take them.
-    """
-    root = _Strict(prog="ttq")
-    _perplexity_parser(root.add_subparsers(dest="command"))
-    return root.parse_args(["perplexity", *words])
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -91,12 +60,8 @@ def _recipe_name(text: str) -> str:
     Raises:
       ArgumentTypeError: neither.
     """
-    if text not in METHODS and not text.endswith(".toml"):
-        close = difflib.get_close_matches(text, METHODS, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(METHODS)}, or a FILE.toml, got {text!r}{meant}"
-        )
+    if wrong := misnamed(text):
+        raise argparse.ArgumentTypeError(wrong)
     return text
 
 
@@ -379,6 +344,10 @@ def build_parser() -> argparse.ArgumentParser:
     _allocate_parser(commands)
     _sweep_parser(commands)
     _report_parser(commands)
+    commands.add_parser(
+        "lm-eval", add_help=False,
+        help="tasks of EleutherAI's lm-evaluation-harness; takes lm_eval's own arguments",
+    )  # fmt: skip
     inspect = commands.add_parser("inspect", help="what is in a model, and what would be quantized")
     _add_model(inspect)
     _add_recipe(inspect)

@@ -4,17 +4,13 @@ import argparse
 from pathlib import Path
 
 from ttq_jax.checkpoint.store import save_offline
-from ttq_jax.commands.options import (
-    calibration_text,
-    check_selection,
-    load_model,
-    prepare_offline,
-    prepares,
-    recipe_of,
-)
+from ttq_jax.commands.options import needs_of, recipe_of
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.describe import megabytes, print_json, print_text, versions
+from ttq_jax.evaluation.describe import megabytes, versions
+from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.quant.tree import check_selection
 from ttq_jax.types import Offline, kernels, stored_bytes
 
 
@@ -29,7 +25,7 @@ def parts(offline: Offline) -> dict[str, int]:
     return {what: size for what, size in sizes.items() if size}
 
 
-def run_prepare(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq prepare`.
 
     Args:
@@ -40,14 +36,15 @@ def run_prepare(args: argparse.Namespace, progress: Progress) -> None:
       ConfigError: a recipe that needs nothing ahead of a prompt.
     """
     recipe = recipe_of(args)
-    if recipe is None or not prepares(recipe):
+    needs = needs_of(args, recipe)
+    if recipe is None or not needs.anything:
         raise ConfigError(
             f"recipe {args.method} needs nothing besides the prompt: there is nothing to prepare"
         )
-    text = calibration_text(args, recipe, progress)
+    text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
-    check_selection(model, recipe)
-    offline, seconds = prepare_offline(args, model, recipe, text, progress)
+    check_selection(model.params, recipe)
+    offline, seconds = prepare_offline(needs, model, text, progress)
     found = parts(offline)
     with progress.stage(f"writing {args.out}"):
         save_offline(Path(args.out).expanduser(), model, recipe, offline)

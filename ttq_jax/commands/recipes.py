@@ -2,14 +2,10 @@
 
 import argparse
 
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.describe import (
-    low_rank_in_short,
-    moments_in_short,
-    print_json,
-    print_text,
-    table,
-)
+from ttq_jax.evaluation.describe import low_rank_in_short, moments_in_short, table
+from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.recipe import PRESETS, RULE_NAMES, Recipe, preset
 from ttq_jax.quant.recipe_text import load_recipe, to_toml, with_settings
 
@@ -41,11 +37,12 @@ def listing() -> str:
     return f"{table(what, left=4)}\n\n{table(chosen, left=5)}\n\n{_HINT}"
 
 
-def run_recipes(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq recipes`.
 
     Args:
       args: its options.
+      progress: not needed.
 
     Raises:
       ConfigError: an unreadable file, a recipe that quantizes nothing, or settings for none.

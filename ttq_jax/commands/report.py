@@ -3,15 +3,15 @@
 import argparse
 from pathlib import Path
 
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.describe import print_json, print_text
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.sweeps.findings import parts_of
 from ttq_jax.sweeps.page import write
 from ttq_jax.sweeps.rows import Row, read_rows
 
 
-def run_report(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq report`.
 
     Args:

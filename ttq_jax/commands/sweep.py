@@ -4,10 +4,10 @@ import argparse
 import time
 from pathlib import Path
 
-from ttq_jax.commands.main import BadInput
+from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import sha256
-from ttq_jax.evaluation.describe import print_json, print_text, table
+from ttq_jax.evaluation.describe import table
 from ttq_jax.evaluation.perplexity import Perplexity
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.sweeps.axes import Cell, read_sweep, varying_axes
@@ -102,7 +102,7 @@ def _list(cells: list[Cell], done: dict[str, Row], as_json: bool) -> None:
     print_text(table(rows, left=len(rows[0])))
 
 
-def run_sweep(args: argparse.Namespace, progress: Progress) -> None:
+def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq sweep`.
 
     Args:
@@ -110,8 +110,8 @@ def run_sweep(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: a sweep that cannot be read, or rows of other texts.
-      BadInput: cells failed; their rows say why.
+      ConfigError: a sweep that cannot be read, rows of other texts, or cells that failed; their
+        rows say why.
     """
     i, n = _shard(args.shard)
     cells = read_sweep(args.file, args.axis)[i - 1 :: n]
@@ -147,7 +147,7 @@ def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -
     """Says what there is.
 
     Raises:
-      BadInput: cells failed.
+      ConfigError: cells failed.
     """
     failed = [cell for cell in cells if "error" in done.get(cell.key, {})]
     elsewhere = sum(cell.key not in done for cell in cells)
@@ -159,7 +159,7 @@ def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -
         )
     if failed:
         first = done[failed[0].key]["error"]
-        raise BadInput(
+        raise ConfigError(
             f"{len(failed)} of {len(cells)} cells failed, their rows say why; the first "
             f"({failed[0].name()}): {first}; --retry runs them again"
         )

@@ -1,10 +1,7 @@
-"""What a command prints: one JSON object, or a short aligned text. Both come from the same data."""
+"""What a result says of itself: device, versions, its recipe in words, tables for people."""
 
-import json
-import math
 import os
 import platform
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -59,34 +56,6 @@ def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[st
         "versions": versions(),
         "effective_bits": round(bits, 4),
     }
-
-
-def _finite(data: Any) -> Any:
-    """The same data with null for the numbers that JSON does not have."""
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
-
-
-def print_json(data: dict[str, Any]) -> None:
-    """Prints one object on one line of stdout.
-
-    Args:
-      data: JSON data; infinities and NaN become null.
-    """
-    print(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False), flush=True)
-
-
-def print_text(text: str) -> None:
-    """Prints lines on stdout, also where its encoding cannot show every character.
-
-    Args:
-      text: without the last line end.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def table(rows: list[list[str]], *, left: int = 1, indent: str = "") -> str:

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on weights made from each prompt.
 
-    python -m ttq_jax.evaluation.harness --model ttq --model_args model=smollm2,recipe=fast,bits=4 --tasks NAME
+    ttq lm-eval --model ttq --model_args model=smollm2,recipe=fast,bits=4 --tasks NAME
 
 is lm_eval's own command line with one more model. Its `--model_args` are those of
 `harness_arguments.OPTIONS`, each as of `ttq`, and settings as of `ttq --set`, say
@@ -24,7 +24,6 @@ computes where it does: `--batch_size` and `--device` have no effect.
 import collections
 import functools
 import importlib.util
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,12 +31,9 @@ from typing import Any
 
 import jax
 
-from ttq_jax.checkpoint import CheckpointError, Model
-from ttq_jax.commands.generate import keep_compiled_programs
-from ttq_jax.commands.main import cache_directory
+from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.continuations import continue_until, score_continuations, stretches
-from ttq_jax.evaluation.corpora import CorpusError
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.harness_arguments import generation_of, load_arguments
 from ttq_jax.evaluation.progress import Progress
@@ -367,28 +363,3 @@ def __getattr__(name: str) -> Any:
     if name == "TTQModel":
         return model_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def main() -> int:
-    """Runs lm_eval's command line with "ttq" among its models.
-
-    Returns:
-      The exit code: 0; 2 for input that cannot be used, with one line that says why; 130 after
-      Ctrl-C.
-    """
-    try:
-        model_class()
-        from lm_eval.__main__ import cli_evaluate
-
-        keep_compiled_programs(cache_directory(None), Progress())
-        cli_evaluate()
-    except (MissingExtra, ConfigError, PromptError, CheckpointError, CorpusError) as e:
-        print(f"ttq: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

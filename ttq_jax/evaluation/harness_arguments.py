@@ -1,28 +1,22 @@
 """What lm_eval hands to `harness` by name: the model's arguments, and generation_kwargs."""
 
-import argparse
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ttq_jax.commands.options import calibration_text, check_selection, load_model, prepare_offline
-from ttq_jax.commands.parsers import DEFAULT
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import sha256
+from ttq_jax.evaluation.preparation import Needs, calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
-from ttq_jax.quant.recipe import Recipe, preset
-from ttq_jax.quant.recipe_text import load_recipe, with_settings
+from ttq_jax.quant.names import DEFAULT
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe_text import SHORT, recipe_named
+from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
 
-# Options that are short for a setting.
-_SHORT = {
-    "bits": "grid.bits",
-    "group_size": "grid.group_size",
-    "rank": "low_rank.rank",
-    "symmetric": "grid.symmetric",
-}
+_SHORT = ("bits", "group_size", "rank", "symmetric")
 _OTHERS = (
     "model", "recipe", "calibration", "calibration_tokens", "prepared", "dtype", "max_length",
     "seed",
@@ -67,7 +61,7 @@ def recipe_from(arguments: Mapping[str, Any]) -> tuple[str, Recipe | None]:
     """The recipe that model arguments describe.
 
     Args:
-      arguments: `recipe` (a preset's name or a FILE.toml; default `parsers.DEFAULT`), bits,
+      arguments: `recipe` (a preset's name or a FILE.toml; default `names.DEFAULT`), bits,
         group_size, rank, symmetric, and settings, see `with_settings`.
 
     Returns:
@@ -77,17 +71,12 @@ def recipe_from(arguments: Mapping[str, Any]) -> tuple[str, Recipe | None]:
       ConfigError: it does not exist, or quantizes nothing and a setting has no use.
     """
     name = _text(arguments.get("recipe", DEFAULT))
-    base = load_recipe(name) if name.endswith(".toml") else preset(name)
     settings = [
-        f"{_SHORT.get(key, key)}={_text(value)}"
+        f"{SHORT[key] if key in _SHORT else key}={_text(value)}"
         for key, value in arguments.items()
         if key not in _OTHERS
     ]
-    if base is not None:
-        return Path(name).name, with_settings(base, settings)
-    if settings:
-        raise ConfigError(f"recipe {name} quantizes nothing, so {settings[0]} has no use")
-    return name, None
+    return Path(name).name, recipe_named(name, {}, settings)
 
 
 def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,26 +90,29 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     check_arguments(arguments)
     name, recipe = recipe_from(arguments)
-    args = argparse.Namespace(**{key: arguments.get(key) for key in OPTIONS}, method=name)
-    args.calibration_tokens = args.calibration_tokens or 8192
+    given = {key: arguments.get(key) for key in OPTIONS}
+    needs = Needs(
+        method=name, recipe=recipe, calibration=given["calibration"],
+        calibration_tokens=given["calibration_tokens"] or 8192, prepared=given["prepared"],
+    )  # fmt: skip
     progress = Progress()
-    text = calibration_text(args, recipe, progress)
-    model, _ = load_model(str(args.model), args.dtype or "float32", progress)
-    check_selection(model, recipe)
-    offline, _ = prepare_offline(args, model, recipe, text, progress)
-    said = {"method": name}
+    text = calibration_text(needs, progress)
+    model, _ = load_model(str(given["model"]), given["dtype"] or "float32", progress)
+    check_selection(model.params, recipe)
+    offline, _ = prepare_offline(needs, model, text, progress)
+    said: dict[str, Any] = {"method": name}
     if text is not None:
         said |= {
-            "calibration": Path(args.calibration).name,
+            "calibration": Path(str(needs.calibration)).name,
             "calibration_sha256": sha256(text),
-            "calibration_tokens": args.calibration_tokens,
+            "calibration_tokens": needs.calibration_tokens,
         }
     return {
         "model": model,
         "recipe": recipe,
         "offline": offline,
-        "max_length": args.max_length,
-        "seed": args.seed or 0,
+        "max_length": given["max_length"],
+        "seed": given["seed"] or 0,
         "said": said,
     }
 

@@ -12,7 +12,7 @@ that refreshes does so every n scored tokens, causal only: a window has nothing 
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -270,3 +270,21 @@ def perplexity(
     for running in stream(model, windows, recipe=recipe, offline=offline, protocol=protocol):
         progress(running, len(windows))
     return running
+
+
+def interval95(nll: Sequence[float], scored: int) -> tuple[float, float] | None:
+    """A 95 % interval of a perplexity, taking the windows as independent draws.
+
+    Args:
+      nll: per window, nats.
+      scored: tokens scored per window.
+
+    Returns:
+      (low, high), None for fewer than two windows.
+    """
+    if len(nll) < 2:
+        return None
+    means = np.asarray(nll) / scored
+    half = 1.96 * float(np.std(means, ddof=1)) / len(nll) ** 0.5
+    centre = float(np.mean(means))
+    return float(np.exp(centre - half)), float(np.exp(centre + half))

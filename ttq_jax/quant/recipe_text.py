@@ -9,14 +9,15 @@ import math
 import os
 import tomllib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from ttq_jax.config import ConfigError
-from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe
+from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
+from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.quant.widths import Width
 
 _FIELDS = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
@@ -24,6 +25,26 @@ _TABLES = tuple(name for name, value in _FIELDS.items() if dataclasses.is_datacl
 _PLAIN = tuple(name for name, value in _FIELDS.items() if isinstance(value, str))
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+SHORT = {
+    "bits": "grid.bits",
+    "group_size": "grid.group_size",
+    "symmetric": "grid.symmetric",
+    "zero_point": "grid.zero_point",
+    "store_dtype": "grid.store_dtype",
+    "rank": "low_rank.rank",
+    "prefill": "prefill",
+    "select": "select",
+    "clip": "rounding",
+    "per_prompt": "batch",
+    "alpha": "scale.alpha",
+    "lam": "scale.lam",
+    "p": "scale.p",
+}
+"""Short names of the settings that are changed most: what the command line has options for."""
+
+_FLAGS = {"clip": "clip", "per_prompt": "per_prompt"}
+_LAW = ("alpha", "lam", "p")
 
 _HEAD = "# A recipe of ttq, see `ttq recipes`.\n" + "".join(
     f"# Rules of {axis}: {', '.join(names)}.\n" for axis, names in RULES.items()
@@ -76,6 +97,43 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         else:
             given[axis] = _parsed(f"{axis} = {text}", axis)[axis]
     return _changed(recipe, given)
+
+
+def recipe_named(
+    name: str, short: Mapping[str, Any], settings: Iterable[str] = ()
+) -> Recipe | None:
+    """A preset or a file, with some choices changed.
+
+    Args:
+      name: of a preset, or of a TOML file.
+      short: value by key of `SHORT`; a None or a flag's False changes nothing.
+      settings: see `with_settings`; they count after the short ones.
+
+    Returns:
+      The recipe; None for "none", which short choices do not change.
+
+    Raises:
+      ConfigError: a value out of range, or a choice that the recipe does not read.
+    """
+    base = load_recipe(name) if name.endswith(".toml") else preset(name)
+    given = {k: v for k, v in short.items() if v is not None and not (k in _FLAGS and v is False)}
+    law = [key for key in _LAW if key in given]
+    if base is None:
+        for useless in [*(f"{key} (--{key})" for key in law), *(f"--set {s}" for s in settings)]:
+            raise ConfigError(f"recipe {name} quantizes nothing, so {useless} has no use")
+        return None
+    if "clip" in given:
+        check_clip(name, base)
+    changes = {key: f"{SHORT[key]}={_FLAGS.get(key, value)}" for key, value in given.items()}
+    plain = [change for key, change in changes.items() if key not in law]
+    made = with_settings(base, [*plain, *settings])
+    if law and not isinstance(made.scale, PowerLaw):
+        raise ConfigError(
+            f"{law[0]} (--{law[0]}) belongs to a power-law scale, but the scale of recipe {name} is"
+            f" {RULE_NAMES[type(made.scale)]}; use a recipe with a power law (ttq), or --set "
+            "scale=power_law"
+        )
+    return with_settings(base, [*plain, *(changes[key] for key in law), *settings])
 
 
 def from_toml(text: str) -> Recipe:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ttq_jax.config import ConfigError
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import SITE_OF, SITES, LowRank, MixedLinear, Moments, Offline, Params
+from ttq_jax.types import SITE_OF, SITES, LowRank, MixedLinear, Moments, Offline, Params, kernels
 
 
 def quantize_layer(
@@ -117,6 +118,22 @@ def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
     layers = params["layers"]
     new = {name: {**layers[name], "kernel": kernel} for name, kernel in packed.items()}
     return {**params, "layers": {**layers, **new}}
+
+
+def check_selection(params: Params, recipe: Recipe | None) -> None:
+    """Refuses a recipe that would quantize nothing.
+
+    Args:
+      params: the dense tree.
+      recipe: None for not at all.
+
+    Raises:
+      ConfigError: no projection of this tree is selected.
+    """
+    names = list(kernels(params["layers"]))
+    if recipe is not None and not any(map(recipe.selects, names)):
+        paths = ", ".join(f"layers/{name}" for name in names)
+        raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
 
 
 def _selected(params: Params, recipe: Recipe) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""A sweep file -> cells: the product of its axes, each cell one call of `ttq perplexity`.
+"""A sweep file -> cells: the product of its axes, each cell what one `ttq perplexity` measures.
 
 A key of the file is an option of that command (`bits`, `corpus`, `method`), a recipe field
 (`rounding = "clip"`, `moments.prior_tokens`), or `seed`; its value is a list, or one value. Keys
@@ -9,7 +9,6 @@ What a cell does not read is no part of it: bits of the unquantized model, the c
 recipe that looks at the prompt. Such cells of a product are one, and run once.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -17,23 +16,29 @@ import json
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ttq_jax.commands.options import recipe_of
-from ttq_jax.commands.parsers import BadOption, perplexity_options
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import CorpusError, read_file
 from ttq_jax.evaluation.perplexity import Protocol
+from ttq_jax.quant.names import DEFAULT, misnamed
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe_text import SHORT, recipe_named
 
 # Axes whose value may be given as LABEL=VALUE: the label is what rows and reports show.
 LABELLED = ("model", "corpus", "calibration")
 
-# What is not an axis although `ttq perplexity` has the option.
-_NOT_AXES = {
-    "with_baseline", "prepared", "save_recipe", "settings", "json", "quiet", "cache_dir",
-    "no_compilation_cache", "command", "method",
+# Axis -> the type of its values, or what they may be; any field of a recipe is one besides.
+AXES: dict[str, Any] = {
+    "model": str, "dtype": ("float32", "bfloat16"), "corpus": str, "recipe": str, "seed": int,
+    "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
+    "calibration": str, "calibration_tokens": int,
+    "bits": int, "group_size": int, "rank": int, "symmetric": bool, "clip": bool,
+    "alpha": float, "lam": float, "p": float, "select": str, "prefill": ("full", "quantized"),
+    "zero_point": ("integer", "float"), "store_dtype": ("bfloat16", "float16", "float32"),
 }  # fmt: skip
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 # What the unquantized model depends on.
 _OF_NONE = {
@@ -41,12 +46,41 @@ _OF_NONE = {
     "prompt_tokens",
 }  # fmt: skip
 
-_FLAGS = {"clip", "symmetric"}
-
 # Slowest first: cells that share a model, a calibration or a program stand together.
 _ORDER = ("model", "dtype", "seed", "protocol", "window", "prompt_tokens", "calibration",
           "calibration_tokens", "recipe")  # fmt: skip
 _LAST = ("max_windows", "corpus")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a cell measures, its recipe's choices apart: options of `ttq perplexity`, its defaults.
+
+    Attributes:
+      model: a name that `load` takes.
+      corpus: that is scored, see `read_corpus`.
+      recipe: a preset's name, or a file's.
+      dtype: of the unquantized weights and the activations.
+      protocol: "causal" or "window".
+      window: W, tokens.
+      prompt_tokens: P, tokens.
+      max_windows: how many are scored; None for all.
+      calibration: a corpus for recipes that read one.
+      calibration_tokens: how many of its tokens are read.
+      seed: of the draw of windows; None takes the first ones.
+    """
+
+    model: str
+    corpus: str
+    recipe: str = DEFAULT
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    protocol: str = "causal"
+    window: int = 512
+    prompt_tokens: int = 256
+    max_windows: int | None = None
+    calibration: str | None = None
+    calibration_tokens: int = 8192
+    seed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +90,14 @@ class Cell:
     Attributes:
       values: axis -> value of everything that was given and is read, defaults of the protocol
         included; labels in the place of what they stand for.
-      options: of `ttq perplexity`, as its parser gives them; `seed` too.
+      options: the same without labels, defaults included.
       recipe: None for the unquantized model, or if it is illegal.
       protocol: what is read and scored; None if it is illegal.
       error: why the cell cannot run, "" if it can.
     """
 
     values: dict[str, Any]
-    options: argparse.Namespace
+    options: Options
     recipe: Recipe | None
     protocol: Protocol | None
     error: str = ""
@@ -188,75 +222,84 @@ def make_cell(point: dict[str, Any]) -> Cell:
         labelled = axis in LABELLED and bool(is_labelled)
         labels[axis] = label if labelled else value
         plain[axis] = rest if labelled else value
-    options = _options(plain)
+    read = _read(plain)
+    names = {field.name for field in dataclasses.fields(Options)}
+    options = Options(**{axis: value for axis, value in read.items() if axis in names})
+    short = {axis: value for axis, value in read.items() if axis in SHORT}
+    settings = [f"{k}={v}" for k, v in read.items() if k not in names and k not in SHORT]
     error, recipe, protocol = "", None, None
     try:
-        recipe = recipe_of(options)
+        recipe = recipe_named(options.recipe, short, settings)
         protocol = Protocol(
             kind=options.protocol, window=options.window, prompt_tokens=options.prompt_tokens
         )
         if recipe is not None and recipe.source.reads_corpus and options.calibration is None:
-            raise ConfigError(f"recipe {options.method} reads a corpus: give the axis calibration")
+            raise ConfigError(f"recipe {options.recipe} reads a corpus: give the axis calibration")
     except ConfigError as e:
         error = str(e)
     return Cell(_values(labels, options, recipe), options, recipe, protocol, error)
 
 
-def _options(point: dict[str, Any]) -> argparse.Namespace:
-    """What the parser of `ttq perplexity` makes of a point.
+def _read(point: dict[str, Any]) -> dict[str, Any]:
+    """The values that this point's recipe reads, each of its axis's type.
 
     Raises:
-      ConfigError: it does not take it.
+      ConfigError: an axis that there is not or that is missing, or a value that it does not take.
     """
     for axis in ("model", "corpus"):
         if axis not in point:
             raise ConfigError(f'expected the axis {axis}, as in {axis} = ["…"]; it is not given')
-    axes, words = set(vars(perplexity_options(["--model", "m", "--corpus", "c"]))) - _NOT_AXES, []
     fields = {f.name for f in dataclasses.fields(Recipe)}
-    seed = point.get("seed")
-    if seed is not None and not str(seed).isdecimal():
-        raise ConfigError(f"seed: expected a whole number from 0, got {seed!r}")
-    known = {*axes, "recipe", "seed"}
+    read = {}
     for axis, value in point.items():
         field, dot, _ = axis.partition(".")
-        if axis not in known and field not in fields:
+        if axis not in AXES and field not in fields:
             raise ConfigError(
-                f"{axis} is no axis; expected one of {', '.join(sorted(known))}, or a recipe's "
+                f"{axis} is no axis; expected one of {', '.join(sorted(AXES))}, or a recipe's "
                 f"field as in {'rounding.damping' if dot else 'scale'}"
             )
-        if axis == "seed" or (point.get("recipe") == "none" and axis not in _OF_NONE):
+        if point.get("recipe") == "none" and axis not in _OF_NONE:
             continue
-        option = f"--{axis.replace('_', '-')}"
-        text = str(value).lower() if isinstance(value, bool) else value
-        if axis not in known:
-            words.append(f"--set={axis}={text}")
-        elif axis not in _FLAGS:
-            words.append(f"{option}={text}")
-        elif str(text).lower() not in {"true", "false"}:
-            raise ConfigError(f"{axis}: expected true or false, got {value!r}")
-        elif str(text).lower() == "true":
-            words.append(option)
-        elif axis == "symmetric":
-            words.append("--no-symmetric")
+        if axis in AXES:
+            read[axis] = _value(axis, value)
+        else:
+            read[axis] = str(value).lower() if isinstance(value, bool) else value
+    if wrong := misnamed(read.get("recipe", DEFAULT)):
+        raise ConfigError(f"recipe: {wrong}")
+    return read
+
+
+def _value(axis: str, value: Any) -> Any:
+    """A value of an axis: as TOML gave it, or as a text from the command line.
+
+    Raises:
+      ConfigError: the axis does not take it.
+    """
+    kind, text = AXES[axis], str(value)
+    if kind is str:
+        return text
+    if isinstance(kind, tuple):
+        if text not in kind:
+            raise ConfigError(f"{axis}: expected one of {', '.join(kind)}, got {value!r}")
+        return text
     try:
-        options = perplexity_options(words)
-    except BadOption as e:
-        raise ConfigError(str(e)) from e
-    options.seed = None if seed is None else int(seed)
-    return options
+        found = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as e:
+        raise ConfigError(f"{axis}: expected {_KINDS[kind]}, got {value!r}") from e
+    if axis == "seed" and found < 0:
+        raise ConfigError(f"seed: expected a whole number from 0, got {value!r}")
+    return found
 
 
-def _values(
-    labels: dict[str, Any], options: argparse.Namespace, recipe: Recipe | None
-) -> dict[str, Any]:
+def _values(labels: dict[str, Any], options: Options, recipe: Recipe | None) -> dict[str, Any]:
     """What identifies a cell: what was given, less what is not read, and the protocol in full."""
     values = {axis: _number(value) for axis, value in labels.items()}
-    values["recipe"] = options.method
+    values["recipe"] = options.recipe
     for axis in ("protocol", "window", "prompt_tokens"):
         values[axis] = getattr(options, axis)
     if options.protocol == "window":
         del values["prompt_tokens"]
-    if options.method == "none":
+    if options.recipe == "none":
         values = {k: v for k, v in values.items() if k in _OF_NONE}
     elif recipe is not None:
         if recipe.source.reads_corpus:

@@ -19,15 +19,14 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint import Model, load
-from ttq_jax.commands.generate import interval95
-from ttq_jax.commands.options import check_selection
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import device, versions
-from ttq_jax.evaluation.perplexity import Perplexity, stream
+from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
 from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.sweeps.axes import Cell
+from ttq_jax.quant.tree import check_selection
+from ttq_jax.sweeps.axes import Cell, Options
 from ttq_jax.sweeps.rows import Row
 from ttq_jax.types import Moments, Offline
 
@@ -136,7 +135,7 @@ class Runner:
         model: Model = self._models.get(
             (options.model, options.dtype), lambda: self._load(options.model, options.dtype)
         )
-        check_selection(model, cell.recipe)
+        check_selection(model.params, cell.recipe)
         text = self.text(options.corpus)
         windows = self._cut(model, options)
         offline = self._offline_of(model, cell)
@@ -171,7 +170,7 @@ class Runner:
             self._programs.clear()
         self._programs.add(program)
 
-    def _cut(self, model: Model, options: Any) -> np.ndarray:
+    def _cut(self, model: Model, options: Options) -> np.ndarray:
         """The windows that are scored: the first ones, or a draw of them by the seed."""
         spec, size, most, seed = (
             options.corpus, options.window, options.max_windows, options.seed
@@ -183,9 +182,9 @@ class Runner:
         )
         return windows if seed is None else drawn(windows, most, seed)
 
-    def _calibration(self, model: Model, options: Any) -> np.ndarray:
+    def _calibration(self, model: Model, options: Options) -> np.ndarray:
         """The windows of the calibration text: the first ones, or a draw of them by the seed."""
-        text, tokens = self.text(options.calibration), options.calibration_tokens
+        text, tokens = self.text(options.calibration or ""), options.calibration_tokens
         size = min(512, model.config.max_positions, tokens)
         if options.seed is None:
             return calibration_windows(model.tokenizer, text, tokens=tokens, window=size)
@@ -214,7 +213,7 @@ class Runner:
 
     def _calibration_digest(self, cell: Cell) -> str | None:
         read = cell.recipe is not None and cell.recipe.source.reads_corpus
-        return sha256(self.text(cell.options.calibration)) if read else None
+        return sha256(self.text(cell.options.calibration or "")) if read else None
 
 
 def drawn(windows: np.ndarray, count: int | None, seed: int) -> np.ndarray:

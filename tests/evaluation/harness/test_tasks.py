@@ -12,6 +12,8 @@ import pytest
 from asked import RECIPES, SOME, causal
 
 import ttq_jax as ttq
+from ttq_jax.commands import lm_eval as lm_eval_command
+from ttq_jax.commands.main import main
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation import harness
 
@@ -133,13 +135,13 @@ def test_unquantized_tasks_give_what_the_adapter_for_transformers_gives(
 def command_line(monkeypatch, capsys, *arguments):
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
-    monkeypatch.setattr(harness, "keep_compiled_programs", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(lm_eval_command, "keep_compiled_programs", lambda *_: None)
     # Thousands of tasks need not be looked through for one of ours.
     monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     # Else lm_eval would go on to log to what is stderr now.
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", True)
-    code = harness.main()
+    code = main(["lm-eval", *map(str, arguments)])
     return code, capsys.readouterr()
 
 
@@ -192,8 +194,8 @@ def test_chat_templates_are_refused(model, tasks, quiet_datasets):
 
 def test_without_lm_eval_the_extra_is_named():
     program = (
-        "import runpy, sys; sys.modules['lm_eval'] = None\n"
-        "runpy.run_module('ttq_jax.evaluation.harness', run_name='__main__')"
+        "import runpy, sys; sys.modules['lm_eval'] = None; sys.argv = ['ttq', 'lm-eval']\n"
+        "runpy.run_module('ttq_jax', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,0 +1,145 @@
+"""From names to what a measurement needs: the model, and what its recipe reads besides the prompt.
+
+Every step shows how far it is. A text that is needed is read before anything slow begins.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from ttq_jax.checkpoint import Model, load
+from ttq_jax.checkpoint.store import load_offline
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.offline.calibrate import prepare
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.types import Offline
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Needs:
+    """A recipe, and where that what it reads besides the prompt comes from.
+
+    Attributes:
+      method: the recipe's name, for messages.
+      recipe: None for the unquantized model.
+      calibration: the corpus, see `read_corpus`; None for none.
+      calibration_tokens: how many of its first tokens are read.
+      prepared: a directory of `ttq prepare`; None for none.
+    """
+
+    method: str
+    recipe: Recipe | None
+    calibration: str | None = None
+    calibration_tokens: int = 8192
+    prepared: str | None = None
+
+    @property
+    def anything(self) -> bool:
+        """Whether something is made ahead of a prompt: a tree, moments or static factors."""
+        if self.recipe is None:
+            return False
+        source = self.recipe.source
+        return source.of != "prompt" or source.prior != "none" or self.recipe.low_rank.rank > 0
+
+
+def load_model(
+    name: str, dtype: Literal["float32", "bfloat16"], progress: Progress
+) -> tuple[Model, float]:
+    """Loads a model.
+
+    Args:
+      name: see `checkpoint.load`.
+      dtype: see `checkpoint.load`.
+      progress: where to show it.
+
+    Returns:
+      The model and the seconds it took.
+    """
+    start = time.perf_counter()
+    with progress.stage(f"loading {name}") as update:
+        model = load(name, dtype=dtype, progress=lambda done, total, _: update(done, total))
+    return model, time.perf_counter() - start
+
+
+def calibration_text(needs: Needs, progress: Progress) -> str | None:
+    """The calibration corpus of a recipe that reads one.
+
+    Args:
+      needs: of the recipe.
+      progress: gets a note if a corpus was given in vain.
+
+    Returns:
+      The text; None if the recipe reads none.
+
+    Raises:
+      ConfigError: it needs one and none was given.
+    """
+    recipe = needs.recipe
+    needed = recipe is not None and recipe.source.reads_corpus and not needs.prepared
+    if needed and needs.calibration is None:
+        raise ConfigError(
+            f"recipe {needs.method} reads a corpus's moments here: give a text (--calibration FILE)"
+            " or what ttq prepare saved (--prepared DIR); moments of the prompt alone, as in recipe"
+            " ttq, and a prior from the weights or from samples need neither"
+        )
+    if not needed and needs.calibration is not None:
+        unread = f"recipe {needs.method} reads none"
+        why = f"{needs.prepared} is used" if needs.prepared else unread
+        progress.note(f"the calibration corpus is not read: {why}")
+    return read_corpus(needs.calibration) if needed and needs.calibration else None
+
+
+def windows_read(needs: Needs, model: Model, text: str | None) -> np.ndarray | None:
+    """The windows of a calibration text that a recipe's moments come from.
+
+    Args:
+      needs: of the recipe.
+      model: its tokenizer cuts them, no longer than its context.
+      text: from `calibration_text`.
+
+    Returns:
+      int32[n, W]; None without a text.
+    """
+    if text is None:
+        return None
+    return calibration_windows(
+        model.tokenizer, text, tokens=needs.calibration_tokens,
+        window=min(512, model.config.max_positions),
+    )  # fmt: skip
+
+
+def prepare_offline(
+    needs: Needs, model: Model, text: str | None, progress: Progress
+) -> tuple[Offline, float]:
+    """What the recipe needs besides the prompt.
+
+    Args:
+      needs: of the recipe.
+      model: the unquantized model.
+      text: from `calibration_text`.
+      progress: where to show it.
+
+    Returns:
+      What `generate` takes as `offline`, and the seconds it took.
+    """
+    start, recipe = time.perf_counter(), needs.recipe
+    if recipe is None:
+        if needs.prepared:
+            progress.note(f"recipe {needs.method} quantizes nothing; {needs.prepared} is not read")
+        return Offline(), 0.0
+    if needs.prepared:
+        with progress.stage(f"loading {needs.prepared}"):
+            kept = load_offline(Path(needs.prepared).expanduser(), model, recipe)
+        return kept, time.perf_counter() - start
+    if not needs.anything:
+        return prepare(model, recipe), 0.0
+    windows = windows_read(needs, model, text)
+    with progress.stage(f"preparing {needs.method}") as update:
+        offline = jax.block_until_ready(prepare(model, recipe, windows, update))
+    return offline, time.perf_counter() - start
