@@ -9,6 +9,8 @@ from ttq_jax.commands import demo
 from ttq_jax.commands.main import main
 from ttq_jax.evaluation.corpora import DOMAINS
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.quant.names import DEFAULT
+from ttq_jax.quant.recipe import preset
 
 PLAN = demo.Plan(
     window=64, prompt_tokens=32, windows=2, calibration_tokens=128, story_tokens=40, new_tokens=4
@@ -34,8 +36,10 @@ def test_every_domain_has_another_corpus():
 
 
 def test_every_method_reads_its_prompt_alike():
-    recipes = [PLAN.recipe(m) for m in demo.METHODS if m != "none"]
-    assert len({(r.prefill, r.grid) for r in recipes}) == 1
+    recipes = {m: PLAN.recipe(m) for m in demo.METHODS if m != "none"}
+    assert len({r.prefill for r in recipes.values()}) == 1
+    assert recipes.pop(DEFAULT) == preset(DEFAULT)
+    assert len({r.grid for r in recipes.values()}) == 1
 
 
 def test_rows(rows):
@@ -43,20 +47,21 @@ def test_rows(rows):
     for row in rows:
         assert set(row.perplexity) == {d.name for d in DOMAINS}
         assert all(1 < p < 1e6 for p in row.perplexity.values())
-    none, rtn, awq, ttq = rows
+    none, rtn, awq, ttq, default = rows
     assert none.effective_bits == 32
     assert 3 < rtn.effective_bits < awq.effective_bits == ttq.effective_bits < 6
     assert none.linear_bytes > 4 * ttq.linear_bytes
+    assert default.method == DEFAULT and ttq.effective_bits != default.effective_bits < 6
 
 
 def test_table(rows):
     lines = demo.demo_table(rows).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     for domain in DOMAINS:
         assert domain.name in lines[0]
     assert lines[4].split()[:2] == ["calibrated", "on"]
     assert lines[4].split()[2:] == [demo.WRONG_CORPUS[d.name] for d in DOMAINS]
-    assert len({len(line) for line in (lines[0], lines[1], lines[5])}) == 1
+    assert len({len(line) for line in (lines[0], lines[1], lines[5], lines[6])}) == 1
 
 
 def test_whole_demo_on_a_tiny_model(tiny_path, monkeypatch, capsys):
@@ -70,7 +75,7 @@ def test_whole_demo_on_a_tiny_model(tiny_path, monkeypatch, capsys):
     assert [row["method"] for row in got["table"]] == list(demo.METHODS)
     assert got["plan"]["window"] == 64
     assert set(got["domains"]) == {d.name for d in DOMAINS}
-    for method in ("none", "ttq"):
+    for method in ("none", DEFAULT):
         assert got["generation"][method]["tokens_per_second"] is None or (
             got["generation"][method]["tokens_per_second"] > 0
         )

@@ -2,11 +2,12 @@ import itertools
 
 import pytest
 
+from ttq_jax.commands.parsers import build_parser
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import CorpusError
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.recipe import preset
-from ttq_jax.sweeps.axes import make_cell, read_sweep
+from ttq_jax.sweeps.axes import AXES, Options, make_cell, read_sweep
 
 HEAD = 'model = "m"\ncorpus = "c.txt"\n'
 
@@ -56,6 +57,16 @@ def test_any_field_of_a_recipe(tmp_path):
     assert (five.recipe.rounding.steps, five.recipe.scale.alpha) == (5, 0.25)
     assert five.recipe.grid.symmetric
     assert five.recipe.prefill == "quantized"
+
+
+def test_the_axes_are_the_options_of_ttq_perplexity():
+    given = build_parser().parse_args(["perplexity", "--model", "m", "--corpus", "c"])
+    options = {"recipe" if name == "method" else name: v for name, v in vars(given).items()}
+    no_axes = {"with_baseline", "prepared", "save_recipe", "settings", "json", "quiet",
+               "cache_dir", "no_compilation_cache", "command"}  # fmt: skip
+    assert options.keys() - no_axes == AXES.keys() - {"seed"}
+    for name, value in vars(Options(model="m", corpus="c")).items():
+        assert name == "seed" or value == options[name]
 
 
 def test_parts_are_a_union_and_a_change_holds_for_all(tmp_path):

@@ -336,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ttq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="a real model at 3 bits, four ways, in minutes")
+    demo = commands.add_parser("demo", help="a real model, quantized four ways, in minutes")
     _add_common(demo)
     _generate_parser(commands)
     _perplexity_parser(commands)

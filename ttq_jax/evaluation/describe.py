@@ -107,6 +107,16 @@ def low_rank_in_short(rule: LowRankRule) -> str:
     return " + ".join(parts) or "none"
 
 
+def describe_grid(recipe: Recipe) -> str:
+    """Bits and groups, in a few words."""
+    grid = recipe.grid
+    parts = [
+        f"{grid.bits} bits" + (" and width rules" if recipe.widths else ""),
+        "whole rows" if grid.group_size == -1 else f"group {grid.group_size}",
+    ]
+    return ", ".join(parts)
+
+
 def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
     """One line for people: recipe, bits, groups, choices.
 
@@ -120,11 +130,9 @@ def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
     """
     if recipe is None:
         return f"none (unquantized, {bits:.2f} bits per weight)"
-    grid = recipe.grid
     parts = [
         method,
-        f"{grid.bits} bits" + (" and width rules" if recipe.widths else ""),
-        "whole rows" if grid.group_size == -1 else f"group {grid.group_size}",
+        describe_grid(recipe),
         f"moments {moments_in_short(recipe.source)}",
         f"scale {RULE_NAMES[type(recipe.scale)]}",
         f"rounding {RULE_NAMES[type(recipe.rounding)]}",
