@@ -177,7 +177,7 @@ def generate(
             _, first = timed(1)
         if sum(compiling):
             _, first = timed(1)
-        seconds = {"compile": sum(compiling), "prefill_and_quantize": first}
+        seconds = {"compile": sum(compiling, 0.0), "prefill_and_quantize": first}
     (tokens, counts, moments), total = timed(max_new_tokens)
     if measure:
         seconds["decode"] = max(total - first, 0.0)

@@ -289,7 +289,7 @@ def test_refused_before_a_model_is_loaded(cli, arguments, part):
 def test_the_help_says_that_options_default_to_the_recipe(capsys):
     assert main(["inspect", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split()).split("quantization:")[1]
-    assert "What is not given is as the recipe has it" in said
+    assert "Options that are not given keep the recipe's own value" in said
     for option in ("bits", "group-size", "rank", "symmetric", "alpha", "prefill", "select"):
         described = said.split(f"--{option}")[1].split(" --")[0]
         assert "default" not in described, option

@@ -1,6 +1,6 @@
-"""What can be said on the command line: every command's options and their help.
+"""The options of every command, and their help.
 
-Nothing here imports jax: `--help` and a mistyped option answer at once.
+Nothing here imports jax, so that `--help` and a mistyped option answer at once.
 """
 
 import argparse
@@ -14,15 +14,15 @@ MEASURED = ("gpu", "cpu")
 COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
 
 _DESCRIPTION = """\
-Test-time quantization of language models: the prompt itself calibrates the low-bit weights that
-it is answered with (TTQ, arXiv:2603.19296)."""
+Test-time quantization of language models: each prompt calibrates the low-bit weights that answer
+it (TTQ, arXiv:2603.19296)."""
 
 _EPILOG = """\
-exit codes: 0 done, 2 unusable input, 130 interrupted. Results go to stdout, progress to stderr.
+Results go to stdout, progress to stderr. Exit codes: 0 done, 2 unusable input, 130 interrupted.
 
-Compiled programs are kept in $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/ttq_jax/xla, else
-~/.cache/ttq_jax/xla, so that a second start need not compile again (--cache-dir,
---no-compilation-cache)."""
+Compiled programs are cached, so that a second start is faster: in $JAX_COMPILATION_CACHE_DIR, else
+in $XDG_CACHE_HOME/ttq_jax/xla, else in ~/.cache/ttq_jax/xla. --cache-dir changes the place,
+--no-compilation-cache turns the cache off."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,23 +34,23 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output and environment")
-    group.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    group.add_argument("--cache-dir", metavar="DIR", help="where compiled programs are kept")
+    group.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
+    group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
+    group.add_argument("--cache-dir", metavar="DIR", help="cache compiled programs here")
     group.add_argument(
-        "--no-compilation-cache", action="store_true", help="neither read nor keep them"
+        "--no-compilation-cache", action="store_true", help="do not cache compiled programs"
     )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="M",
-        help="a Hugging Face directory or hub id, a .gguf file, or the alias of a model that is a "
-        "Python package: smollm2, gemma3-270m",
+        help="Hugging Face directory or hub id, .gguf file, or the alias of a model that is "
+        "installed as a Python package: smollm2, gemma3-270m",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"),
-        help="of the unquantized weights and the activations (default: %(default)s)",
+        help="dtype of the unquantized weights and of the activations (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -66,10 +66,10 @@ def _recipe_name(text: str) -> str:
 
 
 def _recipe_file(text: str) -> str:
-    """A file that --recipe will take.
+    """A file name that --recipe accepts.
 
     Raises:
-      ArgumentTypeError: another ending.
+      ArgumentTypeError: it does not end in .toml.
     """
     if not text.endswith(".toml"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .toml, got {text!r}")
@@ -79,89 +79,97 @@ def _recipe_file(text: str) -> str:
 def _add_set(parser: Any) -> None:
     parser.add_argument(
         "--set", dest="settings", action="append", default=[], metavar="AXIS.KEY=VALUE",
-        help="change any other choice, as in scale=searched or rounding.damping=0.3; may be "
-        "repeated, and counts after the options above",
+        help="change any other setting of the recipe, as in scale=searched or "
+        "rounding.damping=0.3; may be repeated; overrides the options above",
     )  # fmt: skip
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "quantization", "What is not given is as the recipe has it; ttq recipes lists the recipes, "
-        "ttq recipes NAME prints one with all its choices."
+        "quantization", "Options that are not given keep the recipe's own value. ttq recipes lists "
+        "the recipes; ttq recipes NAME prints one with all its settings."
     )  # fmt: skip
     add = group.add_argument
     add("--recipe", "--method", dest="method", type=_recipe_name, default=DEFAULT,
         metavar="NAME|FILE.toml",
         help=f"{', '.join(METHODS)}, or a file (default: %(default)s)")  # fmt: skip
-    add("--bits", type=int, metavar="B", help="2, 3, 4, 5 or 8")
+    add("--bits", type=int, metavar="B", help="bits per code: 2, 3, 4, 5 or 8")
     add("--group-size", type=int, metavar="N",
-        help="weights of a column that share a scale: a multiple of 8, or -1 for all of them"
-        )  # fmt: skip
-    add("--rank", type=int, metavar="R", help="keep each weight's best rank-R part; 0 for none")
-    add("--symmetric", action=argparse.BooleanOptionalAction, help="no zero points, or with them")
+        help="input channels that share a scale: a multiple of 8, or -1 for all")  # fmt: skip
+    add("--rank", type=int, metavar="R",
+        help="rank of the low-rank part that is kept beside the codes; 0 for none")  # fmt: skip
+    add("--symmetric", action=argparse.BooleanOptionalAction,
+        help="quantize without zero points, or with them")  # fmt: skip
     add("--clip", action="store_true",
         help="search each group's range before rounding to nearest")  # fmt: skip
     add("--alpha", type=float, help="power-law scale: exponent of the channel scale")
     add("--lam", type=float, metavar="LAMBDA",
-        help="power-law scale: added to the relative moment")  # fmt: skip
+        help="power-law scale: constant added to the relative moment")  # fmt: skip
     add("--p", type=float, help="power-law scale: exponent of the activation moment")
     add("--prefill", choices=("full", "quantized"),
-        help="full: the prompt is read by the unquantized weights; quantized: by the ones made "
-        "from it, layer by layer, as in the paper")  # fmt: skip
+        help="weights that read the prompt: full takes the unquantized ones; quantized takes each "
+        "layer's own quantized ones, as in the paper")  # fmt: skip
     add("--select", metavar="REGEX",
-        help="which projections are quantized, by path, as in layers/(q|down)")  # fmt: skip
+        help="projections to quantize, by path, as in layers/(q|down)")  # fmt: skip
     add("--zero-point", choices=("integer", "float"), help="how zero points are stored")
     add("--store-dtype", choices=("bfloat16", "float16", "float32"),
-        help="of scales, zero points and low-rank factors")  # fmt: skip
+        help="dtype of stored scales, zero points and low-rank factors")  # fmt: skip
     _add_set(group)
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("calibration (for recipes that read a corpus: awq, gptq)")
+    group = parser.add_argument_group(
+        "calibration", "For recipes that are calibrated on a corpus, such as awq and gptq."
+    )
     group.add_argument(
-        "--calibration", metavar="FILE",
-        help="text file or hf:NAME whose activations such a recipe uses",
-    )  # fmt: skip
+        "--calibration", metavar="FILE", help="the calibration corpus: a text file or hf:NAME"
+    )
     group.add_argument(
         "--calibration-tokens", type=int, default=8192, metavar="N",
-        help="read its first N tokens (default: %(default)s)",
+        help="calibrate on its first N tokens (default: %(default)s)",
     )  # fmt: skip
 
 
 def _add_prepared(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is kept")
+    group = parser.add_argument_group("saved files")
     group.add_argument(
-        "--prepared", metavar="DIR", help="from ttq prepare, with the same model and recipe"
-    )
+        "--prepared", metavar="DIR",
+        help="use what ttq prepare saved here for the same model and recipe",
+    )  # fmt: skip
     group.add_argument(
         "--save-recipe", type=_recipe_file, metavar="FILE.toml",
-        help="write the recipe that is used, all options applied",
+        help="write the recipe with all options applied",
     )  # fmt: skip
 
 
 def _generate_parser(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="continue prompts from weights made for them")
+    parser = commands.add_parser("generate", help="continue prompts, with weights made for each")
     _add_model(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
     prompts.add_argument(
-        "--prompts-file", metavar="F", help="UTF-8 text file, a prompt per line; - reads stdin"
+        "--prompts-file", metavar="F", help="UTF-8 text file, one prompt per line; - reads stdin"
     )
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest; 0 keeps all")
+    add("--max-new-tokens", type=int, default=64, metavar="N",
+        help="generate at most N tokens (default: %(default)s)")  # fmt: skip
+    add("--temperature", type=float, default=0.0,
+        help="sampling temperature; 0 takes the likeliest token (default: 0)")  # fmt: skip
+    add("--top-k", type=int, default=0, metavar="K",
+        help="sample from the K likeliest tokens; 0 from all (default: 0)")  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="keep the likeliest that reach probability P (default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--batch-size", type=int, default=1, metavar="B",
-        help="prompts read together; they share one set of quantized weights unless --per-prompt "
+        help="sample from the likeliest tokens that together reach probability P "
         "(default: %(default)s)")  # fmt: skip
-    add("--per-prompt", action="store_true", help="in a batch, quantize for each prompt apart")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--batch-size", type=int, default=1, metavar="B",
+        help="read B prompts together; they share one set of quantized weights unless "
+        "--per-prompt is given (default: %(default)s)")  # fmt: skip
+    add("--per-prompt", action="store_true",
+        help="quantize for each prompt of a batch separately")  # fmt: skip
     add("--conversation", metavar="DIR",
-        help="the prompts are turns of one conversation: of an earlier turn not the text but the "
-        "activations count for the next one's weights, kept here between calls; needs "
-        "moments.decay above 0, what a turn still counts at the next one")  # fmt: skip
+        help="treat the prompts as turns of one conversation. DIR keeps the activations' moments "
+        "between calls, not the text. Needs a recipe with moments.decay above 0, the weight of "
+        "the last turn in the next one")  # fmt: skip
     _add_prepared(parser)
     _add_recipe(parser)
     _add_calibration(parser)
@@ -170,10 +178,11 @@ def _generate_parser(commands: Any) -> None:
 
 def _add_window(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--window", type=int, default=512, metavar="W", help="tokens (default: %(default)s)")
+    add("--window", type=int, default=512, metavar="W",
+        help="tokens per window (default: %(default)s)")  # fmt: skip
     add("--prompt-tokens", type=int, default=256, metavar="P",
-        help="of a window (causal): the first P make the weights and the rest judges them "
-        "(default: %(default)s)")  # fmt: skip
+        help="causal protocol: the first P tokens of a window make the weights, the others are "
+        "scored (default: %(default)s)")  # fmt: skip
 
 
 def _perplexity_parser(commands: Any) -> None:
@@ -183,13 +192,14 @@ def _perplexity_parser(commands: Any) -> None:
     add("--corpus", required=True, metavar="C",
         help="UTF-8 text file, JSON lines (.jsonl), hf:NAME[:CONFIG][:SPLIT] for a Hugging Face "
         "dataset (short names: hf:wikitext2, hf:ptb, hf:c4, hf:gsm8k, hf:dolly), or builtin:prose, "
-        "builtin:python, …; [50%%:] after it takes a part")  # fmt: skip
+        "builtin:python, …; a suffix such as [50%%:] takes a part")  # fmt: skip
     add("--protocol", default="causal", choices=("causal", "window"),
-        help="causal: weights from the first P tokens of a window, the rest is scored; window: "
-        "weights from the window that is scored (default: %(default)s)")  # fmt: skip
+        help="causal: the first P tokens of a window make the weights, the others are scored; "
+        "window: the whole window makes the weights and is scored (default: %(default)s)"
+        )  # fmt: skip
     _add_window(parser)
     add("--max-windows", type=int, metavar="N", help="score only the first N windows")
-    add("--with-baseline", action="store_true", help="score the unquantized model too")
+    add("--with-baseline", action="store_true", help="also score the unquantized model")
     _add_prepared(parser)
     _add_recipe(parser)
     _add_calibration(parser)
@@ -198,12 +208,12 @@ def _perplexity_parser(commands: Any) -> None:
 
 def _prepare_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "prepare", help="make and save what a recipe needs besides the prompt"
+        "prepare", help="compute and save what a recipe needs before any prompt"
     )
     _add_model(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
-        help="where it is saved, for --prepared; what an earlier prepare left there is replaced",
+        help="save it here, for --prepared; replaces what an earlier ttq prepare saved",
     )  # fmt: skip
     _add_recipe(parser)
     _add_calibration(parser)
@@ -212,21 +222,21 @@ def _prepare_parser(commands: Any) -> None:
 
 def _allocate_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "allocate", help="give each layer's projections the width that they need"
+        "allocate", help="choose the bits of each projection of each layer within a budget"
     )
     _add_model(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
-        help="the text that widths are judged by, as for perplexity; not the one that is scored "
-        "later")  # fmt: skip
+        help="text to choose the bits on, named as for ttq perplexity; do not score on it later"
+        )  # fmt: skip
     add("--budget", required=True, type=float, metavar="BITS",
-        help="stored bits per weight on average, scales and all else counted")  # fmt: skip
+        help="stored bits per weight on average, everything counted")  # fmt: skip
     add("--out", required=True, type=_recipe_file, metavar="FILE.toml",
-        help="where the recipe is written, for --recipe")  # fmt: skip
+        help="write the recipe here, for --recipe")  # fmt: skip
     add("--widths", type=int, nargs="+", default=[2, 3, 4, 5], metavar="B",
-        help="to choose from: 2, 3, 4, 5, 8 (default: 2 3 4 5)")  # fmt: skip
+        help="bits to choose from, of 2, 3, 4, 5 and 8 (default: 2 3 4 5)")  # fmt: skip
     add("--max-windows", type=int, default=4, metavar="N",
-        help="of the text, spread over it (default: %(default)s)")  # fmt: skip
+        help="measure on N windows spread over the text (default: %(default)s)")  # fmt: skip
     _add_window(parser)
     _add_recipe(parser)
     _add_calibration(parser)
@@ -235,91 +245,82 @@ def _allocate_parser(commands: Any) -> None:
 
 def _sweep_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "sweep", help="perplexity at every point of a grid, in a table that survives being killed"
+        "sweep", help="measure perplexity at every point of a grid; can be interrupted and resumed"
     )
     add = parser.add_argument
     add("file", metavar="FILE.toml",
-        help="each key an option of ttq perplexity, a recipe's field or seed, its value a list; "
-        "[[part]] tables add further products")  # fmt: skip
+        help="the grid: each key is an option of ttq perplexity, a field of a recipe, or seed; its "
+        "value is a list; each [[part]] table adds another grid")  # fmt: skip
     add("--out", required=True, metavar="DIR",
-        help="where finished cells are kept, rows.jsonl; what is there is not done again, and "
-        "several processes may share it")  # fmt: skip
+        help="write a row per finished cell to DIR/rows.jsonl; finished cells are not run again; "
+        "several processes may share DIR")  # fmt: skip
     add("--axis", action="append", default=[], metavar="KEY=V,V",
-        help="in the place of the file's values; a corpus, calibration or model may have a label, "
-        "as in corpus=wikitext2=FILE; may be repeated")  # fmt: skip
-    add("--shard", metavar="I/N", help="only every N-th cell, from the I-th, for several machines")
-    add("--retry", action="store_true", help="run the cells again that failed before")
-    add("--dry-run", action="store_true", help="list the cells and what is done, run nothing")
+        help="replace the file's values of one key; a corpus, calibration or model may have a "
+        "label, as in corpus=wikitext2=FILE; may be repeated")  # fmt: skip
+    add("--shard", metavar="I/N",
+        help="run every N-th cell, starting with the I-th, to split a sweep over machines"
+        )  # fmt: skip
+    add("--retry", action="store_true", help="run failed cells again")
+    add("--dry-run", action="store_true", help="list the cells and their state; run nothing")
     _add_common(parser)
 
 
 def _report_parser(commands: Any) -> None:
-    parser = commands.add_parser("report", help="a sweep as tables and pictures, beside the paper")
+    parser = commands.add_parser(
+        "report", help="draw a sweep as tables and pictures, beside the paper's numbers"
+    )
     parser.add_argument(
         "directories", nargs="+", metavar="DIR",
-        help="of ttq sweep; report.html and report.md are written into the first",
+        help="directories of ttq sweep; report.html and report.md are written into the first",
     )  # fmt: skip
     _add_common(parser)
 
 
 def _recipes_parser(commands: Any) -> None:
-    parser = commands.add_parser("recipes", help="which recipes there are, what one consists of")
+    parser = commands.add_parser("recipes", help="list the recipes, or print one")
     parser.add_argument(
         "recipe", nargs="?", type=_recipe_name, metavar="NAME|FILE.toml",
-        help="print this one as TOML, to be edited and given to --recipe",
+        help="print this recipe as TOML, to edit and pass to --recipe",
     )  # fmt: skip
     _add_set(parser)
     _add_common(parser)
 
 
 def _bench_parser(commands: Any) -> None:
-    bench = commands.add_parser("bench", help="what the kernels reach")
+    bench = commands.add_parser("bench", help="measure or estimate the kernels' speed")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     parser = what.add_parser(
-        "kernels", help="estimated cycles for a TPU, or times on the device that is there"
+        "kernels", help="estimate cycles for a TPU, or measure times on this device"
     )
     add = parser.add_argument
-    add(
-        "--chip",
-        required=True,
-        choices=(*ESTIMATED, *MEASURED),
-        help="a TPU: its compiler's estimate, on any machine; gpu, cpu: measured on this one",
-    )
-    add(
-        "--kernel",
-        nargs="+",
-        choices=("packed_matmul", "quantize_pack", "prefill_quantize"),
-        help="default: all",
-    )
-    add("--bits", type=int, nargs="+", metavar="B", help="2, 3, 4, 5 or 8")
+    add("--chip", required=True, choices=(*ESTIMATED, *MEASURED),
+        help="a TPU: its compiler's estimate, on any machine; gpu, cpu: measured on this machine"
+        )  # fmt: skip
+    add("--kernel", nargs="+", choices=("packed_matmul", "quantize_pack", "prefill_quantize"),
+        help="kernels to run (default: all)")  # fmt: skip
+    add("--bits", type=int, nargs="+", metavar="B", help="bits per code: 2, 3, 4, 5 or 8")
     add("--group-size", type=int, nargs="+", metavar="N", help="rows that share a scale")
     add("--m", type=int, nargs="+", metavar="M", help="rows of activations")
-    add("--shape", nargs="+", metavar="KxN", help="of the weight (default: 4096x4096)")
-    add("--symmetric", action="store_true", help="no zero points")
+    add("--shape", nargs="+", metavar="KxN", help="shape of the weight (default: 4096x4096)")
+    add("--symmetric", action="store_true", help="quantize without zero points")
     _add_common(parser)
 
 
 def _kernels_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "kernels", help="which kernel serves which projection of a model, and why"
+        "kernels", help="list which kernel serves each projection of a model, and why"
     )
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="M",
-        help="as for inspect; or qwen3-0.6b, qwen3-1.7b, qwen3-8b, llama-3-8b, gemma-3-1b, "
-        "opt-6.7b, whose sizes are known without their weights",
-    )
-    add(
-        "--dtype",
-        default="bfloat16",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the activations (default: %(default)s)",
-    )
-    add("--chip", choices=(*COMPILED, "cpu"), help="default: the device that is there")
-    add("--batch-size", type=int, default=1, metavar="B", help="default: %(default)s")
-    add("--prompt-tokens", type=int, default=512, metavar="P", help="default: %(default)s")
+    add("--model", required=True, metavar="M",
+        help="as for ttq inspect; or qwen3-0.6b, qwen3-1.7b, qwen3-8b, llama-3-8b, gemma-3-1b, "
+        "opt-6.7b, whose shapes are known without their weights")  # fmt: skip
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
+        help="dtype of the activations (default: %(default)s)")  # fmt: skip
+    add("--chip", choices=(*COMPILED, "cpu"), help="default: this machine's device")
+    add("--batch-size", type=int, default=1, metavar="B",
+        help="prompts decoded together (default: %(default)s)")  # fmt: skip
+    add("--prompt-tokens", type=int, default=512, metavar="P",
+        help="tokens of the prompt (default: %(default)s)")  # fmt: skip
     _add_recipe(parser)
     _add_common(parser)
 
@@ -336,7 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"ttq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="a real model, quantized four ways, in minutes")
+    demo = commands.add_parser("demo", help="quantize a real model four ways, in minutes")
     _add_common(demo)
     _generate_parser(commands)
     _perplexity_parser(commands)
@@ -346,9 +347,11 @@ def build_parser() -> argparse.ArgumentParser:
     _report_parser(commands)
     commands.add_parser(
         "lm-eval", add_help=False,
-        help="tasks of EleutherAI's lm-evaluation-harness; takes lm_eval's own arguments",
+        help="run tasks of lm-evaluation-harness; takes lm_eval's own arguments",
     )  # fmt: skip
-    inspect = commands.add_parser("inspect", help="what is in a model, and what would be quantized")
+    inspect = commands.add_parser(
+        "inspect", help="show a model's parameters, and which of them would be quantized"
+    )
     _add_model(inspect)
     _add_recipe(inspect)
     _add_common(inspect)
