@@ -165,7 +165,10 @@ def device(name: str) -> Any:
     if it.platform == "tpu":
         for key, value in _QUIET.items():
             os.environ.setdefault(key, value)
-        found = topologies.get_topology_desc(platform="tpu", topology_name=it.topology)
+        # Unless told otherwise, libtpu 0.0.42 takes a host to have four chips and refuses fewer.
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=it.topology, chips_per_host_bounds=(1, 1, 1)
+        )
     else:
         shared, optin = _SHARED[it.capability]
         description = _GPU_DESCRIPTION.format(
