@@ -10,7 +10,15 @@ from compilers import needs_compilers
 from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels.choice import Target, chip_of, current_target
-from ttq_jax.chips.absent import CHIPS, ChipError, chip, compile_for, device, tracing_for
+from ttq_jax.chips.absent import (
+    CHIPS,
+    ChipError,
+    chip,
+    compile_for,
+    device,
+    libtpu_version,
+    tracing_for,
+)
 from ttq_jax.commands.parsers import COMPILED, ESTIMATED
 
 
@@ -90,6 +98,24 @@ def test_a_missing_tpu_compiler_is_named(monkeypatch):
     )
     with pytest.raises(ChipError, match="v5e needs the TPU compiler: pip install libtpu"):
         chip("v5e")
+
+
+@needs_compilers
+def test_the_tpu_compiler_is_named_by_the_version_that_jax_loads(tmp_path, monkeypatch):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert libtpu_version() == metadata.version("libtpu")
+    library = tmp_path / "libtpu" / "libtpu.so"
+    # jax warns of a library that is not there, and takes the installed one.
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(library))
+    assert libtpu_version() == metadata.version("libtpu")
+    library.parent.mkdir()
+    library.touch()
+    with pytest.raises(ChipError, match="pip install --no-deps --target"):
+        libtpu_version()
+    wheel = tmp_path / "libtpu-0.0.1.dist-info"
+    wheel.mkdir()
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 0.0.1\n")
+    assert libtpu_version() == "0.0.1"
 
 
 @pytest.mark.parametrize("there", [None, "0.1.2"])

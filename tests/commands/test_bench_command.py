@@ -11,6 +11,7 @@ import pytest
 from compilers import needs_compilers
 
 from ttq_jax.chips import device_times as bench_device
+from ttq_jax.chips.absent import libtpu_version
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = [
@@ -133,4 +134,6 @@ def test_estimates_and_refusals_of_a_sweep(tmp_path):
     assert first.split()[6:] == ["-", f"{refusal['floor_cycles']:,}", "-", "-", "-", "[1]"]
     assert second.split()[6:8] == [f"{record['cycles']:,}", f"{record['floor_cycles']:,}"]
     assert note == f"[1] {refusal['note']}"
-    assert "not checked on hardware" in " ".join(rest)
+    assert record["versions"]["libtpu"] == libtpu_version()
+    said = f"the static estimate of libtpu {libtpu_version()}, not checked on hardware"
+    assert said in " ".join(rest)

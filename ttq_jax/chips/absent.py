@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -152,6 +153,29 @@ def chip(name: str) -> Chip:
                 f'pip install "jax[cuda13-local]=={wanted}" "nvidia-cuda-nvcc>=13,<14"'
             )
     return found
+
+
+def libtpu_version() -> str:
+    """Version of the TPU compiler that jax loads: the one at TPU_LIBRARY_PATH, or the installed.
+
+    Returns:
+      As its wheel has it, "0.0.52".
+
+    Raises:
+      ChipError: there is none, or the library at TPU_LIBRARY_PATH does not lie in its wheel.
+    """
+    path = os.environ.get("TPU_LIBRARY_PATH", "")
+    # jax takes the installed one if there is no such file.
+    where = {"path": [str(Path(path).parent.parent)]} if Path(path).is_file() else {}
+    found = next(iter(metadata.distributions(name="libtpu", **where)), None)
+    if found is None:
+        raise ChipError(
+            f"libtpu: expected the library in its wheel, which names its version, got {path!r}: "
+            "unpack it with pip install --no-deps --target DIRECTORY libtpu==VERSION"
+            if where
+            else "libtpu: expected an installed one, found none: pip install libtpu"
+        )
+    return found.version
 
 
 @functools.cache

@@ -89,17 +89,19 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if not measured:
         # The estimates are compiled in children, which must find no running backend.
         jax.config.update("jax_platforms", "cpu")
+    made_by = versions(*([] if measured else ["libtpu"]))
     verb = "measuring" if measured else "compiling"
     with progress.stage(f"{verb} {len(cases)} cases for {args.chip}") as update:
         found = measure if measured else estimate
         records = found(cases, args.chip, progress=update)
     if args.json:
         for record in records:
-            print_json(record | {"versions": versions(*([] if measured else ["libtpu"]))})
+            print_json(record | {"versions": made_by})
         return
     print_text(_text(records, measured))
     if not measured:
         print_text(
-            "\ncycles: the compiler's static estimate, not checked on hardware; floor: every stored"
-            "\nbyte once over the memory's bandwidth; fractions count the larger of the two"
+            f"\ncycles: the static estimate of libtpu {made_by['libtpu']}, not checked on hardware"
+            "\nfloor: every stored byte once over the memory's bandwidth; fractions count the"
+            "\nlarger of the two"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ttq_jax._version import __version__
+from ttq_jax.chips import libtpu_version
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.source import Source
@@ -23,7 +24,9 @@ def versions(*compilers: str) -> dict[str, str]:
       Version by package.
     """
     found = {"ttq_jax": __version__, "python": platform.python_version()}
-    return found | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", *compilers)}
+    for name in ("jax", "jaxlib", "flax", *compilers):
+        found[name] = libtpu_version() if name == "libtpu" else metadata.version(name)
+    return found
 
 
 def device() -> str:
