@@ -24,7 +24,8 @@ ORDER = [
     {"decode"},
     {"offline"},
     {"generate"},
-    {"evaluation", "chips"},
+    {"chips"},
+    {"evaluation"},
     {"sweeps"},
     {"commands"},
 ]

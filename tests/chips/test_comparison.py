@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from compilers import needs_compilers
 
-from ttq_jax.chips import bench_device
+from ttq_jax.chips import device_times
 from ttq_jax.chips.absent import CHIPS, ChipError
 from ttq_jax.chips.comparison import Case, estimate, sweep
 from ttq_jax.chips.cycles import CompileError, Estimate
@@ -144,7 +144,7 @@ def test_a_sweep_is_the_product_of_its_axes():
 
 @pytest.mark.parametrize("kernel", bench.KERNELS)
 def test_measuring_here(kernel, monkeypatch):
-    monkeypatch.setitem(bench_device._SECONDS, "cpu", 0.001)
+    monkeypatch.setitem(device_times._SECONDS, "cpu", 0.001)
     m = 0 if kernel == "quantize_pack" else 2
     (record,) = measure([case(kernel, k=64, n=32, m=m, group_size=32)], "cpu", turns=1)
     assert set(record) == KEYS | {"dtype", "speedup_vs_dense", "speedup_vs_xla", "microseconds"}
@@ -159,15 +159,15 @@ def test_measuring_here(kernel, monkeypatch):
 
 
 def test_a_case_that_does_not_run_is_noted_and_the_rest_measured(monkeypatch):
-    monkeypatch.setitem(bench_device._SECONDS, "cpu", 0.001)
-    real = bench_device._contenders
+    monkeypatch.setitem(device_times._SECONDS, "cpu", 0.001)
+    real = device_times._contenders
 
     def contenders(case, platform):
         if case.n == 40:
             raise RuntimeError("no memory\nleft")
         return real(case, platform)
 
-    monkeypatch.setattr(bench_device, "_contenders", contenders)
+    monkeypatch.setattr(device_times, "_contenders", contenders)
     cases = [case(k=64, n=n, group_size=32) for n in (40, 32)]
     failed, ran = measure(cases, "cpu", turns=1)
     assert failed["note"] == "RuntimeError: no memory left"
@@ -200,12 +200,12 @@ def test_every_step_of_a_measured_loop_runs_and_reads_the_next_weight():
     x = (jnp.float32(1),)
     seen = []
     indexed = counting(seen, lambda stack, layer: stack[layer])
-    bench_device._indexed(indexed, x, jnp.arange(3.0), 3, 7).seconds()
+    device_times._indexed(indexed, x, jnp.arange(3.0), 3, 7).seconds()
     assert seen == [0, 1, 2, 0, 1, 2, 0]
     for steps, turns in ((1, 3), (13, 4)):
         seen = []
         weights = [jnp.float32(i) for i in range(3)]
-        made = bench_device._apart(counting(seen, lambda w: w), x, weights, steps)
+        made = device_times._apart(counting(seen, lambda w: w), x, weights, steps)
         made.seconds()
         assert made.steps == 3 * turns
         assert sorted(seen) == sorted([0, 1, 2] * turns)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from compilers import needs_compilers
 
-from ttq_jax.chips import device_times as bench_device
+from ttq_jax.chips import device_times
 from ttq_jax.chips.absent import libtpu_version
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,7 +33,7 @@ def refused(result, *parts):
 @pytest.fixture
 def quick(monkeypatch):
     """Measurements of a millisecond."""
-    monkeypatch.setitem(bench_device._SECONDS, "cpu", 0.001)
+    monkeypatch.setitem(device_times._SECONDS, "cpu", 0.001)
 
 
 SMALL = (*BENCH, "--chip", "cpu", "--shape", "64x32", "--group-size", 32, "--bits", 4, "--m", 2)

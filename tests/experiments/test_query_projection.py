@@ -10,7 +10,7 @@ import pytest
 from compilers import needs_compilers
 
 from pallas_kernels import Target
-from ttq_jax.chips import device_times as bench_device
+from ttq_jax.chips import device_times
 from ttq_jax.chips.absent import CHIPS
 from ttq_jax.chips.released import RELEASED, projections, released_config
 from ttq_jax.linear import dense_weight
@@ -121,8 +121,8 @@ def test_measuring_writes_a_record_a_table_and_a_picture(tmp_path, monkeypatch, 
         return {name: [4e-6, 8e-6] for name in made} | {"awq": [1e-6, 1e-6]}
 
     for name, few in (("_MOST_COPIES", 2), ("_MOST_LAYERS", 3)):
-        monkeypatch.setattr(bench_device, name, few)
-    monkeypatch.setitem(bench_device._SECONDS, "cpu", 1e-6)
+        monkeypatch.setattr(device_times, name, few)
+    monkeypatch.setitem(device_times._SECONDS, "cpu", 1e-6)
     monkeypatch.setattr(qp, "take_turns", turns_of)
     monkeypatch.setattr(qp, "SIZES", {"0.6B": (0.6, 64, 1)})
     out, picture = tmp_path / "out.json", tmp_path / "picture.png"

@@ -166,7 +166,9 @@ def libtpu_version() -> str:
     """
     path = os.environ.get("TPU_LIBRARY_PATH", "")
     # jax takes the installed one if there is no such file.
-    where = {"path": [str(Path(path).parent.parent)]} if Path(path).is_file() else {}
+    where: dict[str, Any] = (
+        {"path": [str(Path(path).parent.parent)]} if Path(path).is_file() else {}
+    )
     found = next(iter(metadata.distributions(name="libtpu", **where)), None)
     if found is None:
         raise ChipError(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ttq_jax._version import __version__
-from ttq_jax.chips import libtpu_version
+from ttq_jax.chips.absent import libtpu_version
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.source import Source
