@@ -88,7 +88,7 @@ def run_measurements(
 
     Args:
       todo: in order.
-      platform_name: for `bench_device.measure`.
+      platform_name: for `device_times.measure`.
       left: seconds that are left.
       turns: measurements of each contender.
       save: called with the records so far.
