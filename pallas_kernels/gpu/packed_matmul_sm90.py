@@ -31,6 +31,8 @@ from pallas_kernels.gpu.packed_matmul import granule
 from pallas_kernels.layout import PLANES
 
 _COLUMNS = 128
+# The index that jax 0.10's load wants beside the reference; later ones want none.
+_WHOLE: tuple[Any, ...] = ((),) if jax.version.__version_info__ < (0, 11) else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,9 @@ def _swizzled(columns: int, bits: int) -> tuple[Any, ...]:
 
 def _load(ref: Any, layout: Any, interpret: bool) -> jax.Array:
     """A block in registers."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=layout, optimized=False)
+    if interpret:
+        return ref[...]
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=False)
 
 
 def _load_transposed(ref: Any, interpret: bool) -> jax.Array:
@@ -128,7 +132,7 @@ def _load_transposed(ref: Any, interpret: bool) -> jax.Array:
         return ref[...].T
     # The layout of WGMMA's operand but for one element at a time: neighbours lie in other rows.
     one_by_one = plgpu.Layout._WGMMA_ACC_32BIT
-    return _load(plgpu.transpose_ref(ref, (1, 0)), one_by_one, interpret)
+    return _load(ref.transpose((1, 0)), one_by_one, interpret)
 
 
 def _across(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
@@ -236,7 +240,7 @@ def _product(codes: jax.Array, x_smem: Any, shape: tuple[int, int], interpret: b
     codes = plgpu.layout_cast(codes, plgpu.Layout.WGMMA)
 
     def multiply(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, codes, plgpu.transpose_ref(x_smem, (1, 0)))
+        plgpu.wgmma(acc, codes, x_smem.transpose((1, 0)))
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
@@ -292,7 +296,8 @@ def packed_matmul(
         ],
         grid=(n // _COLUMNS, padded // tiles.rows, tiles.splits),
         grid_names=("columns", "rows", "splits"),
-        compiler_params=plgpu.CompilerParams(),
+        # Layouts are given here; jax 0.12 would infer them, and finds none for this way of loading.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*operands)  # fmt: skip
     return jnp.sum(out, axis=0).T[:m].astype(x.dtype)
