@@ -234,8 +234,7 @@ def prefill_quantize(
     facts = qp.Facts(
         d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
         group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
-        shrinks=shrinks, columns=columns, given=tuple(given),
-        rank=0 if down is None else down.shape[1], interpret=interpret,
+        shrinks=shrinks, columns=columns, given=tuple(given), interpret=interpret,
     )  # fmt: skip
     y, *outputs = pl.pallas_call(
         functools.partial(_kernel, facts=facts, m=m, block=block, quantized=quantized),

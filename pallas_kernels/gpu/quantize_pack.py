@@ -48,7 +48,6 @@ class Facts:
       shrinks: factors on a group's range to choose from.
       columns: per program.
       given: names of the optional operands that there are.
-      rank: of the low-rank term.
       interpret: whether no PTX can run.
     """
 
@@ -62,7 +61,6 @@ class Facts:
     shrinks: tuple[float, ...]
     columns: int
     given: tuple[str, ...]
-    rank: int
     interpret: bool
 
     @property
@@ -145,7 +143,11 @@ def operands_of(
     channel_scale: jax.Array | None, importance: jax.Array | None, down: jax.Array | None,
     up: jax.Array | None, shrinks: tuple[float, ...],
 ) -> dict[str, jax.Array]:  # fmt: skip
-    """The optional operands that there are, float32, by name."""
+    """The optional operands that there are, float32, by name; factors padded to `_rank_block`."""
+    if down is not None and up is not None:
+        # Zeros: a kernel may not read beyond an array, and Triton's products are of 16 and more.
+        padding = _rank_block(down.shape[1]) - down.shape[1]
+        down, up = jnp.pad(down, ((0, 0), (0, padding))), jnp.pad(up, ((0, padding), (0, 0)))
     given = {
         "channel_scale": channel_scale, "importance": importance if len(shrinks) > 1 else None,
         "down": down, "up": up,
@@ -221,16 +223,9 @@ def residual(w: jax.Array, refs: dict[str, Any], row: Any, place: Place, facts: 
     w = w.astype(jnp.float32)
     rows, real = pl.ds(row, facts.depth), place.real(row)
     if "down" in refs:
-        width = _rank_block(facts.rank)
-        some = jnp.arange(width, dtype=jnp.int32) < facts.rank if width != facts.rank else None
-        ranks, mask = pl.ds(0, width), place.inside
-        if some is not None:
-            mask = some[:, None] if mask is None else some[:, None] & mask
-        across = None if some is None else some[None, :]
-        if real is not None:
-            across = real[:, None] if across is None else real[:, None] & across
-        down = load(refs["down"], (rows, ranks), across)
-        up = load(refs["up"], (ranks, place.columns), mask)
+        ranks = pl.ds(0, refs["down"].shape[1])
+        down = load(refs["down"], (rows, ranks), None if real is None else real[:, None])
+        up = load(refs["up"], (ranks, place.columns), place.inside)
         w = w - jnp.dot(down, up, precision=_EXACT)
     if "channel_scale" in refs:
         w = w * load(refs["channel_scale"], (rows,), real)[:, None]
@@ -367,7 +362,7 @@ def quantize_pack(
         d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
         group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
         shrinks=shrinks, columns=tiles or block_columns(bits=bits, group_size=group_size),
-        given=tuple(given), rank=0 if down is None else down.shape[1], interpret=interpret,
+        given=tuple(given), interpret=interpret,
     )  # fmt: skip
     outputs = pl.pallas_call(
         functools.partial(_kernel, facts=facts),
