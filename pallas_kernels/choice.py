@@ -223,10 +223,10 @@ def choose(problem: Problem, target: Target, implementation: str | None = None) 
     if target.platform == "tpu":
         candidates = ["tpu"]
     elif target.platform == "gpu":
-        wins = problem.kernel == "packed_matmul" and problem.m >= MOSAIC_ROWS.get(
-            target.chip or "", 2**31
-        )
-        candidates = ["mosaic_gpu", "triton"] if wins else ["triton"]
+        candidates = ["triton"]
+        if problem.kernel == "packed_matmul":
+            wins = problem.m >= MOSAIC_ROWS.get(target.chip or "", 2**31)
+            candidates.insert(0 if wins else 1, "mosaic_gpu")
     else:
         return Choice("xla", f"plain XLA is what is tuned for a {target.platform}")
     limits = DENSE_ROWS.get(target.chip or "", (2**31, 2**31))

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.gpu import unpack
+from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
+from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES
 
 _EXACT = lax.Precision.HIGHEST
@@ -149,8 +149,9 @@ def refusal(
     Returns:
       The reason, None if it can.
     """
-    if chip == "t4":
-        return unpack.NO_TRITON
+    why = triton.refusal(chip)
+    if why is not None:
+        return why
     run = granule(k=k, bits=bits, group_size=group_size)
     if run < 16:
         return (
@@ -382,7 +383,7 @@ def packed_matmul(
             operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
     grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
     partial = x.dtype if tiles.splits == 1 else jnp.float32
-    out = pl.pallas_call(
+    out = pallas_call(
         functools.partial(_few_rows if few else _many_rows, facts=facts),
         out_shape=jax.ShapeDtypeStruct((tiles.splits, m, n), partial),
         grid=grid,

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.gpu import quantize_pack as qp
 from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES
+from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES
 from pallas_kernels.reference import Packed
 
@@ -236,7 +236,7 @@ def prefill_quantize(
         group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
         shrinks=shrinks, columns=columns, given=tuple(given), interpret=interpret,
     )  # fmt: skip
-    y, *outputs = pl.pallas_call(
+    y, *outputs = pallas_call(
         functools.partial(_kernel, facts=facts, m=m, block=block, quantized=quantized),
         out_shape=[jax.ShapeDtypeStruct((m, n), x.dtype), *qp.outputs_of(facts)],
         grid=(pl.cdiv(m, block), pl.cdiv(n, columns)),

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import grid
-from pallas_kernels.gpu import unpack
+from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES
+from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES, pack
 from pallas_kernels.reference import Packed
 
@@ -104,8 +104,9 @@ def refusal(
     Returns:
       The reason, None if it can.
     """
-    if chip == "t4":
-        return unpack.NO_TRITON
+    why = triton.refusal(chip)
+    if why is not None:
+        return why
     if group_size > 512:
         return f"a group of {group_size} rows does not fit into the registers, at most 512 do"
     rows = 1 << (group_size - 1).bit_length()
@@ -364,7 +365,7 @@ def quantize_pack(
         shrinks=shrinks, columns=tiles or block_columns(bits=bits, group_size=group_size),
         given=tuple(given), interpret=interpret,
     )  # fmt: skip
-    outputs = pl.pallas_call(
+    outputs = pallas_call(
         functools.partial(_kernel, facts=facts),
         out_shape=outputs_of(facts),
         grid=(pl.cdiv(n, facts.columns), facts.slab // group_size),

@@ -18,12 +18,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.gpu.triton import plgpu
 from pallas_kernels.layout import PLANES
-
-NO_TRITON = "XLA compiles Triton kernels for compute capability 8.0 and up, a T4 has 7.5"
-"""What jax 0.10's compiler answers."""
 
 
 def slabs(bits: int) -> int:

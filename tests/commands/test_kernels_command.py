@@ -6,6 +6,7 @@ import pytest
 from compilers import needs_compilers
 
 from pallas_kernels import Target, dispatch
+from pallas_kernels.gpu import triton
 from ttq_jax.chips.absent import tracing_for
 from ttq_jax.chips.released import RELEASED, params_shapes, released_config
 from ttq_jax.commands.kernels import listing, target_of
@@ -55,6 +56,22 @@ def test_text_marks_a_fallback_and_says_why(cli):
     assert all("packed_matmul" in row and "tpu: " in row for row in fallen)
     assert any("1152x6912" in row and "3-bit" in row for row in fallen)
     assert all(" tpu " in row for row in rows if row not in fallen)
+
+
+def test_one_line_tells_that_jax_will_remove_the_triton_backend(cli, monkeypatch):
+    model = ("kernels", "--model", "qwen3-0.6b", "--recipe", "ttq", "--no-compilation-cache")
+    for notice, ending in ((None, []), ("It will go.", ["", "It will go."])):
+        monkeypatch.setattr(triton, "NOTICE", notice)
+        code, out, err = cli(*model, "--chip", "a100")
+        assert (code, err) == (0, "")
+        rows, rest = out.splitlines()[3:17], out.splitlines()[17:]
+        assert all(" triton " in row for row in rows)
+        assert rest == ending
+    assert "It will go." not in cli(*model, "--chip", "v5e")[1]
+    monkeypatch.setattr(triton, "plgpu", None)
+    gone = cli(*model, "--chip", "a100")[1]
+    assert gone.count("xla (fallback)") == gone.count("has no Pallas Triton backend") == 14
+    assert "It will go." not in gone
 
 
 def test_recipes_change_who_is_asked(cli_json):

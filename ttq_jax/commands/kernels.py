@@ -139,4 +139,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
          r["implementation"] + (" (fallback)" if r["fallback"] else ""), r["reason"]]
         for r in rows
     ]  # fmt: skip
-    print_text(f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}")
+    text = f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}"
+    if any(r["implementation"] == "triton" for r in rows):
+        # Here: Pallas is slow to import.
+        from pallas_kernels.gpu.triton import NOTICE
+
+        text += f"\n\n{NOTICE}" if NOTICE else ""
+    print_text(text)
