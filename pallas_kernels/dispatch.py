@@ -280,7 +280,7 @@ def _interpret(choice: Choice) -> dict[str, Any]:
 def _scaled(x: jax.Array, channel_scale: jax.Array | None, k: int) -> jax.Array:
     """``x / D``, divided in float32, padded to ``k`` channels."""
     if channel_scale is not None:
-        quotient = x.astype(jnp.float32) / channel_scale.astype(jnp.float32)
+        quotient = x.astype(jnp.float32) / channel_scale.astype(jnp.float32)[None]
         x = quotient.astype(x.dtype)
     return x if x.shape[-1] == k else jnp.pad(x, ((0, 0), (0, k - x.shape[-1])))
 

@@ -11,6 +11,7 @@ A prompt's activations are divided by ``D`` instead of the weight (arXiv:2603.19
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,9 @@ def packed_matmul(
     weight = dequantize(planes, scales, zeros, bits=bits, group_size=group_size)
     weight = weight[: x.shape[-1]]
     x = x.astype(jnp.float32)
-    scaled = x if channel_scale is None else x / channel_scale.astype(jnp.float32)
+    scaled = x
+    if channel_scale is not None:
+        scaled = x / jnp.broadcast_to(channel_scale.astype(jnp.float32), x.shape)
     y = jnp.matmul(scaled, weight, precision=_EXACT)
     if low_rank is not None:
         down, up = (factor.astype(jnp.float32) for factor in low_rank)
@@ -143,7 +146,7 @@ def quantize_pack(
     if len(shrinks) == 1:
         shrink: Any = shrinks[0]
     else:
-        h = jnp.ones(d_in) if importance is None else importance.astype(jnp.float32)
+        h = jnp.ones(d_in, jnp.float32) if importance is None else importance.astype(jnp.float32)
         h = jnp.pad(h, (0, padding)).reshape(-1, group_size, 1)
 
         def try_factor(
@@ -155,7 +158,8 @@ def quantize_pack(
             better = error < best[0]
             return (jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])), None
 
-        start = (jnp.full(low.shape, jnp.inf), jnp.full(low.shape, shrinks[0], jnp.float32))
+        full = functools.partial(jnp.full, low.shape, dtype=jnp.float32)
+        start = full(fill_value=jnp.inf), full(fill_value=shrinks[0])
         (_, shrink), _ = jax.lax.scan(try_factor, start, jnp.asarray(shrinks, jnp.float32))
 
     scales, zeros = grid.fit(low * shrink, high * shrink, **kind)

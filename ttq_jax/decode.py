@@ -98,7 +98,7 @@ def _loop(
         return sample(jax.random.fold_in(key, step), logits(config, params, hidden), sampling)
 
     def is_end(token: Array) -> Array:
-        return jnp.any(token[:, None] == ends, axis=1)
+        return jnp.any(token[:, None] == ends[None], axis=1)
 
     def running(state: tuple) -> Array:
         step, _, _, _, done, _ = state
@@ -112,7 +112,7 @@ def _loop(
         hidden, cache, seen = forward(config, tree, token[:, None], valid, cache, project=project)
         token = choose(step, hidden[:, 0])
         done = done | is_end(token)
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, step))
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         return (step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32)), seen
 
     first = choose(jnp.zeros((), jnp.int32), hidden)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from ttq_jax.checkpoint import Model
@@ -23,7 +23,7 @@ from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.sampling import Sampling
+from ttq_jax.sampling import Sampling, make_key
 from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
@@ -161,14 +161,14 @@ def generate(
         begin = first_turn(model.params, model.config, recipe)
         offline = dataclasses.replace(offline, carried=begin)
     run = partial(
-        generate_tokens, model.params, prompts, offline, jax.random.key(seed),
+        generate_tokens, model.params, prompts, offline, make_key(seed),
         config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
         eos_ids=model.eos_ids,
     )  # fmt: skip
 
     def timed(limit: int) -> tuple[tuple[Array, Array, dict[str, Moments]], float]:
         start = time.perf_counter()
-        out = jax.block_until_ready(run(jnp.asarray(limit, jnp.int32)))
+        out = jax.block_until_ready(run(jax.device_put(np.int32(limit))))
         return out, time.perf_counter() - start
 
     seconds = {}
@@ -182,7 +182,8 @@ def generate(
     if measure:
         seconds["decode"] = max(total - first, 0.0)
     seconds["total"] = total
-    new = [row[:n].tolist() for row, n in zip(jax.device_get(tokens), counts.tolist(), strict=True)]
+    tokens, counts = jax.device_get((tokens, counts))
+    new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
     return Generation(
         tokens=new,
         texts=[model.tokenizer.decode(ids) for ids in new],

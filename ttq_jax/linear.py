@@ -56,7 +56,9 @@ def add_bias(
     y: Float[Array, "*batch d_out"], bias: Float[Array, "d_out"] | None
 ) -> Float[Array, "*batch d_out"]:
     """Y + bias in float32; y itself without one."""
-    return y if bias is None else y.astype(jnp.float32) + bias.astype(jnp.float32)
+    if bias is None:
+        return y
+    return y.astype(jnp.float32) + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
 
 
 def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:
@@ -74,5 +76,5 @@ def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:
         dense = dense / w.channel_scale.astype(jnp.float32)[..., :, None]
     if w.low_rank is not None:
         down, up = (factor.astype(jnp.float32) for factor in w.low_rank.factors())
-        dense = dense + jnp.matmul(down, up)
+        dense = dense + jnp.matmul(down, up, precision="highest")
     return dense

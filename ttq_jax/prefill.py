@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ttq_jax.config import ModelConfig
@@ -27,7 +28,7 @@ from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, Stacked
 def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
     """The hidden state of each row's last real token."""
     length = prompts.valid.shape[1]
-    last = length - 1 - jnp.argmax(prompts.valid[:, ::-1], axis=1)
+    last = length - 1 - jax.lax.argmax(prompts.valid[:, ::-1], 1, jnp.int32)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
@@ -175,7 +176,7 @@ def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str,
         moments=Source(decay=1.0),
     )  # fmt: skip
     shapes = _shapes(params, config, plain_recipe, Offline())[3]
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
 
 
 def _shapes(

@@ -6,8 +6,9 @@ bucket.
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jaxtyping import Array
 
 from ttq_jax.types import Prompts
 
@@ -16,6 +17,28 @@ SMALLEST_BUCKET = 32
 
 class PromptError(ValueError):
     """A prompt that cannot be served; the message says what to change."""
+
+
+def token_ids(ids: np.ndarray | Array) -> np.ndarray:
+    """Token ids as int32 in the host's memory, whichever integers came.
+
+    Args:
+      ids: from a user.
+
+    Returns:
+      The same numbers, to be moved to the device by `jax.device_put`: transfers are explicit, so
+      that `jax.transfer_guard("disallow")` finds only mistakes.
+
+    Raises:
+      PromptError: not integers.
+    """
+    ids = np.asarray(jax.device_get(ids))
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(
+            f"token ids: expected integers, got {ids.dtype}; pass what a tokenizer or cut_windows "
+            "returned"
+        )
+    return ids.astype(np.int32)
 
 
 def bucket(n: int, *, smallest: int = SMALLEST_BUCKET) -> int:
@@ -71,4 +94,4 @@ def pad_prompts(
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         valid[i, : len(row)] = True
-    return Prompts(jnp.asarray(tokens), jnp.asarray(valid))
+    return jax.device_put(Prompts(tokens, valid))

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError
@@ -32,6 +33,24 @@ class Sampling:
             )
 
 
+FIXED = "threefry2x32"
+"""The generator of draws that a result depends on and no user asked for: the same whatever
+`jax_default_prng_impl` says."""
+
+
+def make_key(seed: int, impl: str | None = None) -> Array:
+    """A key whose draws depend on the seed, not on whether 64-bit types are enabled.
+
+    Args:
+      seed: any integer, of which the low 32 bits count.
+      impl: the generator; None for jax's default.
+
+    Returns:
+      A typed PRNG key, made by an explicit transfer.
+    """
+    return jax.random.key(jax.device_put(np.uint32(seed % 2**32)), impl=impl)
+
+
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
     """Chooses one token per row.
 
@@ -44,7 +63,7 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
       int32 token ids.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jax.lax.argmax(logits, 1, jnp.int32)
     logits = logits / sampling.temperature
     if sampling.top_k:
         k = min(sampling.top_k, logits.shape[-1])

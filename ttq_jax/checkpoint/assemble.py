@@ -59,7 +59,7 @@ def _leaves(
     config: ModelConfig, modules: Mapping[str, str], edits: Mapping[str, Edit]
 ) -> list[_Leaf]:
     """What must be filled, by the tree that the config implies."""
-    tree = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves = []
     for keys, spec in jax.tree_util.tree_leaves_with_path(tree):
         path = tuple(str(k.key) for k in keys)

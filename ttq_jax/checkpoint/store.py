@@ -80,7 +80,7 @@ def fingerprint(model: Model) -> str:
     """
     paths, leaves = zip(*jax.tree.leaves_with_path(model.params), strict=True)
     places = [_places(leaf.shape) for leaf in leaves]
-    samples = jax.device_get(_elements(leaves, places))
+    samples = jax.device_get(_elements(leaves, jax.device_put(places)))
     config = json.dumps(plain(dataclasses.asdict(model.config)), sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for path, leaf, sample in zip(paths, leaves, samples, strict=True):

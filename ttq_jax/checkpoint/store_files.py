@@ -361,9 +361,9 @@ def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
             found = checkpointer.restore(folder, args=args.StandardRestore(targets))
     for name, a in wanted.items():
         if name not in found:
-            found[name] = jnp.zeros(a.shape, a.dtype, device=a.sharding)
+            found[name] = jax.device_put(np.zeros(a.shape, a.dtype), a.sharding)
         elif a.sharding is None:
-            found[name] = jnp.asarray(found[name])
+            found[name] = jax.device_put(found[name])
     return found
 
 

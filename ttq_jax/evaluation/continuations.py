@@ -81,11 +81,11 @@ def score_padded(
 
     def judge(at: tuple[Array, Array]) -> tuple[Array, Array]:
         log_probs = jax.nn.log_softmax(logits(config, packed, at[0]))
-        return log_probs[at[1]], jnp.argmax(log_probs) == at[1]
+        return log_probs[at[1]], jax.lax.argmax(log_probs, 0, jnp.int32) == at[1]
 
     def score(some: tuple[Array, Array]) -> tuple[Array, Array]:
         tokens, lengths = some
-        real = jnp.arange(width) < lengths[:, None]
+        real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
         read = tokens[:, :-1]
         if recipe is not None and every:
             again = lambda moments: requantize(params, moments, recipe, offline)  # noqa: E731
@@ -138,7 +138,7 @@ def score_continuations(
     )
     scores, greedy = jax.device_get(
         score_padded(
-            model.params, prompts, jnp.asarray(rows), jnp.asarray(lengths), offline,
+            model.params, prompts, *jax.device_put((rows, lengths)), offline,
             config=model.config, recipe=recipe,
         )
     )  # fmt: skip
@@ -212,7 +212,7 @@ def continue_until(
     # them, for more, of which the first ones come out the same.
     upto = min(SMALLEST_BUCKET, limit) if until else limit
     while True:
-        tokens, counts, _ = jax.device_get(run(jnp.asarray(upto, jnp.int32)))
+        tokens, counts, _ = jax.device_get(run(jax.device_put(np.int32(upto))))
         count = int(counts[0])
         text = tokenizer.decode(tokens[0, :count].tolist())
         found = [at for stop in until if (at := text.find(stop)) >= 0]

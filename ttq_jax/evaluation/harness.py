@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError
@@ -41,7 +42,7 @@ from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.sampling import Sampling
+from ttq_jax.sampling import Sampling, make_key
 from ttq_jax.types import Offline, effective_bits
 
 _WEIGHTS_FROM = {
@@ -303,9 +304,9 @@ class _Adapter:
         answers = []
         bar = tqdm(wanted, disable=disable_tqdm or self.rank != 0, desc="ttq: generate_until")
         for request, (context, until, limit, sampling) in zip(requests, bar, strict=True):
-            key = jax.random.key(self.seed)
+            key = make_key(self.seed)
             for salt in (zlib.crc32(context.encode()), asked[context]):
-                key = jax.random.fold_in(key, salt)
+                key = jax.random.fold_in(key, jax.device_put(np.uint32(salt)))
             asked[context] += 1
             answers.append(self._answer(context, until, limit, sampling, key))
             self.cache_hook.add_partial("generate_until", request.args, answers[-1])

@@ -26,6 +26,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
+from ttq_jax.prompts import token_ids
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits
 
@@ -89,7 +90,7 @@ def _nll(
     rows = 64
     padding = -targets.shape[0] % rows
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    weight = jnp.pad(jnp.ones(targets.shape[0]), (0, padding)).reshape(-1, rows)
+    weight = jnp.pad(jnp.ones(targets.shape[0], jnp.float32), (0, padding)).reshape(-1, rows)
     targets = jnp.pad(targets, (0, padding)).reshape(-1, rows)
 
     def block(args: tuple[Array, Array, Array]) -> Array:
@@ -171,7 +172,7 @@ def read_refreshing(
     every, length = recipe.source.refresh, len(tokens)
     padding = -length % every
     stretches = jnp.pad(tokens, (0, padding)).reshape(-1, 1, every)
-    real = (jnp.arange(length + padding) < length).reshape(-1, 1, every)
+    real = (jnp.arange(length + padding, dtype=jnp.int32) < length).reshape(-1, 1, every)
 
     def stretch(carry: tuple, at: tuple) -> tuple[tuple, Array]:
         tree, cache, moments = carry
@@ -221,12 +222,12 @@ def stream(
         )
     bits = effective_bits(decoded_shapes(model.params, model.config, recipe, offline))
     start, nll = time.perf_counter(), []
-    for window in windows:
+    for window in token_ids(windows):
         one = score_window(
-            model.params, jnp.asarray(window), offline,
+            model.params, jax.device_put(window), offline,
             config=model.config, recipe=recipe, protocol=protocol,
         )  # fmt: skip
-        nll.append(float(one))
+        nll.append(float(jax.device_get(one)))
         scored = len(nll) * protocol.scored
         yield Perplexity(
             perplexity=float(np.exp(np.sum(nll) / scored)),

@@ -4,11 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.types import Cache
+
+# A plain 0 beside an int32 index would be an int64 where 64-bit types are enabled.
+_ZERO = np.int32(0)
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
@@ -49,23 +53,23 @@ def next_positions(cache: Cache, valid: Bool[Array, "B T"]) -> Int[Array, "B T"]
 
 def register(cache: Cache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Cache:
     """Marks the next T slots as holding these tokens; their keys and values follow per layer."""
-    at = (0, cache.used)
+    put = jax.lax.dynamic_update_slice_in_dim
     return dataclasses.replace(
         cache,
-        positions=jax.lax.dynamic_update_slice(cache.positions, positions, at),
-        valid=jax.lax.dynamic_update_slice(cache.valid, valid, at),
+        positions=put(cache.positions, positions, cache.used, axis=1),
+        valid=put(cache.valid, valid, cache.used, axis=1),
         used=cache.used + positions.shape[1],
     )
 
 
 def write_layer(stack: Array, layer: Int[Array, ""], slot: Int[Array, ""], new: Array) -> Array:
     """Writes one layer's new keys (or values) [B, T, K, H] into the stack [L, B, S, K, H]."""
-    return jax.lax.dynamic_update_slice(
-        stack, new[None].astype(stack.dtype), (layer, 0, slot, 0, 0)
-    )
+    start = (layer, _ZERO, slot, _ZERO, _ZERO)
+    return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
 
 
 def read_layer(stack: Array, layer: Int[Array, ""], slots: int) -> Array:
     """The first `slots` slots of one layer: [B, slots, K, H]."""
     _, batch, _, heads, dim = stack.shape
-    return jax.lax.dynamic_slice(stack, (layer, 0, 0, 0, 0), (1, batch, slots, heads, dim))[0]
+    start = (layer, _ZERO, _ZERO, _ZERO, _ZERO)
+    return jax.lax.dynamic_slice(stack, start, (1, batch, slots, heads, dim))[0]

@@ -44,8 +44,8 @@ def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bo
         return module.get_variable("params", name)
 
     def init(key: Array) -> Params:
-        kernel = nn.initializers.lecun_normal()(key, (d_in, d_out))
-        return {"kernel": kernel, "bias": jnp.zeros(d_out)} if bias else {"kernel": kernel}
+        kernel = nn.initializers.lecun_normal()(key, (d_in, d_out), jnp.float32)
+        return {"kernel": kernel} | ({"bias": jnp.zeros(d_out, jnp.float32)} if bias else {})
 
     return module.param(name, init)
 
@@ -294,8 +294,8 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     """
     names = ("embed", "positions", "in", "out", "head", "layers")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-    normal = nn.initializers.normal(0.02)
-    x = jnp.zeros((1, 1, config.d_model))
+    normal = nn.initializers.normal(0.02, jnp.float32)
+    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
     one_layer = Block(config).init
 
     def init_layer(layer_key: Array) -> Params:

@@ -37,9 +37,11 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y = y * (1.0 + scale if self.kind == "rms_plus_one" else scale)
+        scale = 1.0 + scale if self.kind == "rms_plus_one" else scale
+        y = y * jnp.broadcast_to(scale, y.shape)
         if self.kind == "layer":
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            y = y + jnp.broadcast_to(bias, y.shape)
         return y.astype(x.dtype)
 
 
@@ -63,7 +65,7 @@ def rotate(
     Returns:
       The rotated heads, in x's dtype; computed in float32.
     """
-    angle = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies
+    angle = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -13,6 +13,7 @@ Upgrades are then bought in the order of divergence removed per stored bit. The 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,11 +28,13 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
+from ttq_jax.prompts import token_ids
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.source import blend
+from ttq_jax.quant.source import Source, blend
 from ttq_jax.quant.tree import quantize_layer
 from ttq_jax.quant.widths import Width
+from ttq_jax.sampling import FIXED, make_key
 from ttq_jax.types import (
     SITE_OF,
     LowRank,
@@ -80,7 +83,7 @@ def sensitivities(
     cache = empty_cache(config, 1, len(tokens), params["embed"]["embedding"].dtype)
     # An output's gradient is that of zeros added to it.
     probes = {
-        name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]))
+        name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]), jnp.float32)
         for name, kernel in kernels(params["layers"]).items()
     }
 
@@ -107,7 +110,7 @@ def _drawn(
     """Log-likelihood of labels drawn from the predictions, some rows at a time: V is large."""
     rows = 64
     padded = jnp.pad(hidden, ((0, -len(hidden) % rows), (0, 0))).reshape(-1, rows, hidden.shape[-1])
-    real = (jnp.arange(padded.shape[0] * rows) < len(hidden)).reshape(-1, rows)
+    real = (jnp.arange(padded.shape[0] * rows, dtype=jnp.int32) < len(hidden)).reshape(-1, rows)
 
     @jax.checkpoint
     def block(args: tuple[Array, Array, Array]) -> Array:
@@ -120,11 +123,11 @@ def _drawn(
     return jnp.sum(jax.lax.map(block, (padded, real, jax.random.split(key, len(padded)))))
 
 
-@partial(jax.jit, static_argnames=("name", "recipe"))
+@partial(jax.jit, static_argnames=("name", "recipe", "prompt_tokens"))
 def _errors(
     stack: Float[Array, "L d_in d_out"], moments: Moments, low_rank: LowRank | None,
     inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
-    name: str, recipe: Recipe,
+    name: str, recipe: Recipe, prompt_tokens: int,
 ) -> tuple[Float[Array, "L"], QuantizedLinear]:  # fmt: skip
     """Divergence that rounding one projection costs in every layer, and the packed weight."""
 
@@ -134,10 +137,20 @@ def _errors(
             {name: stack}, seen, recipe, {} if factors is None else {name: factors}, layer=layer
         )[1][name]
         w = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(jnp.float32)
-        off = jnp.matmul(x, w - dense_weight(made), precision="highest")
-        return 0.5 * jnp.mean(jnp.square(jnp.sum(off * g, axis=1))), made
+        off = jnp.matmul(x[prompt_tokens:], w - dense_weight(made), precision="highest")
+        return 0.5 * jnp.mean(jnp.square(jnp.sum(off * g[prompt_tokens:], axis=1))), made
 
-    return jax.lax.map(one, (jnp.arange(len(stack)), moments, low_rank, inputs, gradient))
+    layers = jnp.arange(len(stack), dtype=jnp.int32)
+    return jax.lax.map(one, (layers, moments, low_rank, inputs, gradient))
+
+
+@partial(jax.jit, static_argnames="source")
+def _blended(
+    seen: dict[str, Moments], prior: dict[str, Moments], source: Source
+) -> dict[str, Moments]:
+    """A prompt's moments and the prior's, stacked over the layers."""
+    mix = jax.vmap(partial(blend, source=source))
+    return {site: mix(moments, prior.get(site)) for site, moments in seen.items()}
 
 
 def measure_widths(
@@ -176,30 +189,29 @@ def measure_widths(
     shape = (windows.shape[0], config.n_layers, len(widths))
     errors = {name: np.zeros(shape) for name in dense}
     bits = {name: np.zeros(len(widths)) for name in dense}
-    for i, window in enumerate(jnp.asarray(windows)):
+    for i, window in enumerate(token_ids(windows)):
         moments = offline.moments
         if recipe.source.of == "prompt":
-            seen = observe_tokens(
-                params, window[None, :prompt_tokens], config=config, reads=recipe.reads
-            )
-            mix = jax.vmap(partial(blend, source=recipe.source))
-            moments = {site: mix(m, moments.get(site)) for site, m in seen.items()}
-        inputs, gradient = sensitivities(params, window, jax.random.key(i), config=config)
+            prompt = jax.device_put(window[None, :prompt_tokens])
+            seen = observe_tokens(params, prompt, config=config, reads=recipe.reads)
+            moments = _blended(seen, moments, recipe.source)
+        key = make_key(i, FIXED)
+        inputs, gradient = sensitivities(params, jax.device_put(window), key, config=config)
         for name, stack in dense.items():
             for j, width in enumerate(widths):
                 grid = dataclasses.replace(recipe.grid, bits=width)
                 uniform = dataclasses.replace(recipe, grid=grid, widths=(), select="layers/.*")
                 error, made = _errors(
                     stack, moments.get(SITE_OF[name]), offline.low_rank.get(name),
-                    inputs[SITE_OF[name]][:, prompt_tokens:], gradient[name][:, prompt_tokens:],
-                    name=name, recipe=uniform,
+                    inputs[SITE_OF[name]], gradient[name],
+                    name=name, recipe=uniform, prompt_tokens=prompt_tokens,
                 )  # fmt: skip
-                errors[name][i, :, j] = error
-                bits[name][j] = leaf_bits(made) * stack[0].size
+                errors[name][i, :, j] = jax.device_get(error)
+                bits[name][j] = leaf_bits(made) * math.prod(stack.shape[1:])
         progress(i + 1, len(windows))
     return Measured(
         widths, {name: e.mean(0) for name, e in errors.items()}, bits,
-        {name: int(stack[0].size) for name, stack in dense.items()},
+        {name: math.prod(stack.shape[1:]) for name, stack in dense.items()},
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.offline.samples import sample_windows
 from ttq_jax.prefill import observing
+from ttq_jax.prompts import token_ids
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import quantize_params, static_factors
@@ -70,10 +71,9 @@ def calibrate(
     if not len(windows):
         raise ConfigError("calibration: expected at least one window of text, got none")
     total: dict[str, Moments] | None = None
-    for i, window in enumerate(windows):
-        seen = observe_tokens(
-            model.params, jnp.asarray(window)[None], config=model.config, reads=reads
-        )
+    for i, window in enumerate(token_ids(windows)):
+        tokens = jax.device_put(window[None])
+        seen = observe_tokens(model.params, tokens, config=model.config, reads=reads)
         total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
         progress(i + 1, len(windows))
     assert total is not None

@@ -64,21 +64,21 @@ def _norm_power(config: ModelConfig, norm: Params) -> Float[Array, "L D"]:
 def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L d_out"]:
     """The power of white noise after a projection."""
     kernel = jnp.square(leaf["kernel"].astype(jnp.float32))
-    out = jnp.einsum("li,lio->lo", power, kernel)
+    out = jnp.einsum("li,lio->lo", power, kernel, precision="highest")
     return out + jnp.square(leaf["bias"].astype(jnp.float32)) if "bias" in leaf else out
 
 
 def _activated(config: ModelConfig, power: Float[Array, "L F"]) -> Float[Array, "L F"]:
     """E[act(z)²] of z ~ N(0, power), by Gauss-Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(9)
-    z = jnp.sqrt(power)[..., None] * jnp.asarray(nodes, jnp.float32)
+    z = jnp.sqrt(power)[..., None] * jnp.asarray(nodes, jnp.float32)[None, None]
     mean = jnp.asarray(weights / weights.sum(), jnp.float32)
-    return jnp.square(ACTIVATIONS[config.activation](z)) @ mean
+    return jnp.matmul(jnp.square(ACTIVATIONS[config.activation](z)), mean, precision="highest")
 
 
 def _moments(power: Float[Array, "d_in"], *, reads: Reads) -> Moments:
     """Moments of one token with this power per channel."""
     rows = [power ** (p / 2) for p in reads.powers]
-    sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)))
+    sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)), jnp.float32)
     gram = power[:, None, None] if reads.span else None
-    return Moments(sums, jnp.ones(()), gram, powers=reads.powers)
+    return Moments(sums, jnp.ones((), jnp.float32), gram, powers=reads.powers)

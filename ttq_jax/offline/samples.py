@@ -17,7 +17,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.decode import decode
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.prefill import last_hidden, prefill
-from ttq_jax.sampling import Sampling
+from ttq_jax.sampling import FIXED, Sampling, make_key
 from ttq_jax.types import Offline, Params, Prompts
 
 
@@ -37,17 +37,18 @@ def sample_windows(
     """
     config = model.config
     capacity = min(length, config.max_positions) - 1
-    first_key, key = jax.random.split(jax.random.key(seed))
+    return _written(
+        model.params, make_key(seed, FIXED), config=config, rows=rows, capacity=capacity
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "rows", "capacity"))
+def _written(
+    params: Params, key: Array, *, config: ModelConfig, rows: int, capacity: int
+) -> Int[Array, "rows length"]:
+    """A drawn token and what the model says after it."""
+    first_key, key = jax.random.split(key)
     first = jax.random.randint(first_key, (rows, 1), 0, config.vocab_size, jnp.int32)
-    rest = _continued(model.params, first, key, config=config, capacity=capacity)
-    return jnp.concatenate([first, rest], axis=1)
-
-
-@partial(jax.jit, static_argnames=("config", "capacity"))
-def _continued(
-    params: Params, first: Int[Array, "B 1"], key: Array, *, config: ModelConfig, capacity: int
-) -> Int[Array, "B capacity"]:
-    """What the model says after one token."""
     prompts = Prompts(first, jnp.ones(first.shape, bool))
     cache = empty_cache(config, len(first), 1 + capacity, params["embed"]["embedding"].dtype)
     hidden, cache, tree, _ = prefill(
@@ -57,4 +58,4 @@ def _continued(
         tree, cache, last_hidden(hidden, prompts), key, jnp.asarray(capacity, jnp.int32),
         config=config, sampling=Sampling(temperature=1.0), capacity=capacity, eos_ids=(),
     )  # fmt: skip
-    return out
+    return jnp.concatenate([first, out], axis=1)

@@ -85,9 +85,9 @@ def search_ranges(
     def error(shrink: Array) -> Array:
         scales, zeros = fit_range(low * shrink, high * shrink, grid)
         wrong = groups - decode(encode(groups, scales, zeros, grid), scales, zeros)
-        return jnp.einsum("gr,grn->gn", importance, jnp.square(wrong))
+        return jnp.einsum("gr,grn->gn", importance, jnp.square(wrong), precision="highest")
 
     # Mapped, not vmapped: one candidate's temporaries at a time.
     factors = jnp.asarray(shrinks, jnp.float32)
-    best = factors[jnp.argmin(jax.lax.map(error, factors), axis=0)]
+    best = factors[jax.lax.argmin(jax.lax.map(error, factors), 0, jnp.int32)]
     return fit_range(low * best, high * best, grid)

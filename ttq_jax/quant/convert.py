@@ -59,13 +59,13 @@ class _Ready:
         if self.factors is None:
             return self.weight
         down, up = (factor.astype(jnp.float32) for factor in self.factors.factors())
-        return self.weight - down @ up
+        return self.weight - jnp.matmul(down, up, precision="highest")
 
     @property
     def divisor(self) -> Float[Array, "d_in"]:
         """D in float32, ones if there is none."""
         if self.scale is None:
-            return jnp.ones(self.stack.shape[-2])
+            return jnp.ones(self.stack.shape[-2], jnp.float32)
         return self.scale.astype(jnp.float32)
 
 
@@ -81,7 +81,8 @@ def _trial(ready: _Ready, second: Array | None, d: Array) -> Float[Array, ""]:
     scales, zeros = fit(groups, ready.grid)
     codes = encode(groups, scales, zeros, ready.grid)
     error = jnp.square(groups - decode(codes, scales, zeros))
-    return jnp.einsum("gr,grn->", split_groups(second / jnp.square(d), rows), error)
+    importance = split_groups(second / jnp.square(d), rows)
+    return jnp.einsum("gr,grn->", importance, error, precision="highest")
 
 
 def _scaled(ready: dict[str, _Ready], moments: Moments | None, recipe: Recipe) -> dict[str, _Ready]:
@@ -94,7 +95,7 @@ def _scaled(ready: dict[str, _Ready], moments: Moments | None, recipe: Recipe) -
 
     def of(group: list[_Ready]) -> Array:
         def trial(d: Array) -> Array:
-            return sum((_trial(one, second, d) for one in group), jnp.zeros(()))
+            return sum((_trial(one, second, d) for one in group), jnp.zeros((), jnp.float32))
 
         return store(rule(moments, trial), recipe.grid)
 

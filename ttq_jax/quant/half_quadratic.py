@@ -57,7 +57,7 @@ class HalfQuadratic:
         scales, zeros = fit(groups, grid)
         if not grid.symmetric:
             # Rows that pad the last group stand for nothing: they have no say.
-            real = split_groups(jnp.ones(w.shape[0]), rows)[:, :, None]
+            real = split_groups(jnp.ones(w.shape[0], jnp.float32), rows)[:, :, None]
             zeros = self._fit_zeros(groups, real, scales, zeros, grid)
         codes = encode(groups, scales, zeros, grid).astype(jnp.uint8)
         return codes.reshape(-1, w.shape[1]), scales, zeros

@@ -124,13 +124,13 @@ def truncated_svd(
     Returns:
       float32 factors; the singular values are split evenly between the two.
     """
-    weight = jnp.ones(len(w)) if power is None else jnp.sqrt(power)
+    weight = jnp.ones(len(w), jnp.float32) if power is None else jnp.sqrt(power)
     # A channel that was never excited keeps a little weight, so that it can be divided out.
     weight = jnp.maximum(weight, 1e-3 * jnp.max(weight))[:, None]
     weight = jnp.where(weight > 0, weight, 1.0)
     u, s, vt = jnp.linalg.svd(w.astype(jnp.float32) * weight, full_matrices=False)
     root = jnp.sqrt(s[:rank])
-    return LowRank(u[:, :rank] * root / weight, root[:, None] * vt[:rank])
+    return LowRank(u[:, :rank] * root[None] / weight, root[:, None] * vt[:rank])
 
 
 @partial(jax.jit, static_argnames="rank")
@@ -175,8 +175,9 @@ def error_factors(
     def orthonormal(v: Array) -> Array:
         return jnp.linalg.qr(v)[0]
 
-    # A fixed key: the same prompt gives the same weights.
-    start = jax.random.normal(jax.random.key(0), (d_out, width))
+    # A fixed key of a fixed generator: the same prompt gives the same weights.
+    key = jax.random.key(0, impl="threefry2x32")
+    start = jax.random.normal(key, (d_out, width), jnp.float32)
     basis = jax.lax.fori_loop(
         0, rule.iterations, lambda _, v: orthonormal(seen(v)), orthonormal(seen(start))
     )

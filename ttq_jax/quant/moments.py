@@ -48,7 +48,7 @@ def observe(
     seen = jnp.where(valid[..., None], x.astype(jnp.float32), 0.0).reshape(-1, d_in)
     size = jnp.abs(seen)
     rows = [jnp.sum(jnp.square(seen) if p == 2 else size**p, axis=0) for p in reads.powers]
-    sums = jnp.stack(rows) if rows else jnp.zeros((0, d_in))
+    sums = jnp.stack(rows) if rows else jnp.zeros((0, d_in), jnp.float32)
     gram = None
     if block:
         blocks = jnp.pad(seen, ((0, 0), (0, -d_in % block))).reshape(len(seen), -1, block)

@@ -122,7 +122,7 @@ class SearchedAlpha:
         alphas = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
         # Mapped, not vmapped: one candidate's temporaries at a time.
         errors = jax.lax.map(lambda a: trial(self.candidate(moments, a)), alphas)
-        return self.candidate(moments, alphas[jnp.argmin(errors)])
+        return self.candidate(moments, alphas[jax.lax.argmin(errors, 0, jnp.int32)])
 
 
 ScaleRule = NoScale | PowerLaw | SearchedAlpha

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from ttq_jax.config import ConfigError
@@ -102,7 +103,7 @@ class SecondOrder:
         h = importance[:k].reshape(n_group, rows)
         shrinks = shrink_factors(self.steps, self.smallest)
         scales, zeros = search_ranges(groups, h, grid, shrinks)
-        group_of = jnp.minimum(jnp.arange(total) // rows, n_group - 1)
+        group_of = jnp.minimum(jnp.arange(total, dtype=jnp.int32) // rows, n_group - 1)
         matrix = regularized(gram, self, w.shape[0])
         refit = None
         # Whole blocks get no errors from before: their groups' scales are the static ones.
@@ -132,8 +133,8 @@ class SecondOrder:
 
 def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block b"]:
     """The rows of each block, the most important first; a block's rows stay in it."""
-    first = jnp.arange(len(importance))[:, None] * importance.shape[1]
-    return first + jnp.argsort(-importance, axis=1)
+    first = jnp.arange(len(importance), dtype=jnp.int32)[:, None] * importance.shape[1]
+    return first + jnp.argsort(-importance, axis=1).astype(jnp.int32)
 
 
 def regularized(
@@ -149,12 +150,12 @@ def regularized(
     Returns:
       float32.
     """
-    eye = jnp.eye(gram.shape[-1])
+    eye = jnp.eye(gram.shape[-1], dtype=jnp.float32)
     diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
     mean = jnp.sum(diagonal) / channels
     # If nothing was observed, every direction is worth the same.
     added = rule.shrinkage * diagonal + rule.damping * jnp.where(mean > 0, mean, 1.0)
-    return (1 - rule.shrinkage) * gram + added[..., None] * eye
+    return (1 - rule.shrinkage) * gram + added[..., None] * eye[None]
 
 
 def feedback(h: Float[Array, "n_block b b"]) -> Float[Array, "n_block b b"]:
@@ -209,8 +210,8 @@ def round_rows(
 
     def take(i: Array, state: tuple) -> tuple:
         codes, errors, scales, zeros = state
-        start = i * step
-        block, local = jax.lax.div(start, b), jax.lax.rem(start, b)
+        start = i.astype(jnp.int32) * step  # counted in int64 where 64-bit types are enabled
+        block, local = jax.lax.div(start, np.int32(b)), jax.lax.rem(start, np.int32(b))
         columns = _cut(u, (block, 0, local), (1, b, step))[0]
         given = _cut(w, (start, 0), (step, n))
 
@@ -219,7 +220,7 @@ def round_rows(
             of = _cut(errors, (block * b + p * panel, 0), (panel, n))
             return target + jnp.matmul(by.T, of, precision="highest")
 
-        panels = jax.lax.div(local + (panel - 1), panel)
+        panels = jax.lax.div(local + (panel - 1), np.int32(panel))
         target = jax.lax.fori_loop(0, panels, earlier, given)
         within = _cut(columns, (local, 0), (step, step))
         groups = _cut(group_of, (start,), (step,))
@@ -231,14 +232,15 @@ def round_rows(
         code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid)
         return _put(codes, code, start), _put(errors, error, start), scales, zeros
 
-    state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n)), scales, zeros)
+    state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n), jnp.float32), scales, zeros)
     codes, _, scales, zeros = jax.lax.fori_loop(0, scales.shape[0] * rows // step, take, state)
     return codes, scales, zeros
 
 
 def _cut(a: Array, start: tuple, size: tuple) -> Array:
     """A slice whose indices need no check for negative ones."""
-    return jax.lax.dynamic_slice(a, start, size, allow_negative_indices=False)
+    at = [np.int32(i) if isinstance(i, int) else i for i in start]
+    return jax.lax.dynamic_slice(a, at, size, allow_negative_indices=False)
 
 
 def _put(a: Array, rows: Array, start: Array) -> Array:
@@ -264,7 +266,7 @@ def _round_few(
     """Codes and errors of a few rows, one after the other."""
 
     def one(j: Array, state: tuple) -> tuple:
-        codes, errors = state
+        j, (codes, errors) = j.astype(jnp.int32), state
         w, t, s, z = (_cut(a, (j, 0), (1, a.shape[1])) for a in (given, target, scales, zeros))
         column = _cut(u, (0, j), (len(u), 1))
         fed = jnp.matmul(column.T, errors, precision="highest")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.convert import quantize_site
@@ -101,7 +101,7 @@ def gather_widths(packed: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         if isinstance(results, tuple):
             n_layers = results[0].scales.shape[0]
             _, which = _used(recipe.grids(name, n_layers))
-            members = [np.flatnonzero(which == i) for i in range(len(results))]
+            members = [np.flatnonzero(which == i).astype(np.int32) for i in range(len(results))]
             slot = np.zeros_like(which)
             for layers in members:
                 slot[layers] = np.arange(len(layers))
@@ -145,6 +145,11 @@ def _selected(params: Params, recipe: Recipe) -> dict[str, Array]:
     }
 
 
+@jax.jit
+def _mean_squares(moments: Moments) -> Float[Array, "L d_in"]:
+    return jax.vmap(lambda layer: layer.mean_power(2.0))(moments)
+
+
 def static_factors(
     params: Params, recipe: Recipe | None, moments: dict[str, Moments] | None = None
 ) -> dict[str, LowRank]:
@@ -170,7 +175,7 @@ def static_factors(
     for name, stack in _selected(params, recipe).items():
         power = None
         if recipe.low_rank.weighted and moments:
-            power = jax.vmap(lambda m: m.mean_power(2.0))(moments[SITE_OF[name]])
+            power = _mean_squares(moments[SITE_OF[name]])
         factors[name] = factor_layers(stack, recipe.low_rank.rank, power)
     return factors
 
@@ -201,7 +206,7 @@ def quantize_tree(
             return quantize_layer(stacks, at[1], recipe, at[2], layer=at[0])[1]
 
         n_layers = len(next(iter(stacks.values())))
-        per_layer = (jnp.arange(n_layers), moments.get(site), factors)
+        per_layer = (jnp.arange(n_layers, dtype=jnp.int32), moments.get(site), factors)
         packed |= jax.lax.map(one, per_layer)
     return replace_kernels(params, gather_widths(packed, recipe))
 
