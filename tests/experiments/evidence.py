@@ -1,0 +1,399 @@
+"""What the result files say of each claim: the tables of `experiments/RESULTS.md`, made anew.
+
+One function for each claim, by its heading: it returns the section's tables, cell by cell, and the
+figures that its sentences may name.
+"""
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "experiments" / "results"
+sys.path.insert(0, str(ROOT / "experiments"))
+import quality  # noqa: E402
+
+SMOLLM2, GEMMA3 = "quality_smollm2.jsonl", "quality_gemma3.jsonl"
+CORPORA = {"wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4", "gsm8k": "GSM8K",
+           "python": "Python"}  # fmt: skip
+EVIDENCE = {}
+
+
+def evidence(heading):
+    """Registers what a section must show: a function that returns (tables, figures in words)."""
+
+    def register(make):
+        EVIDENCE[heading] = make
+        return make
+
+    return register
+
+
+def read(name):
+    """A result file: a dictionary, or the rows of one with many."""
+    text = (RESULTS / name).read_text()
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
+@functools.cache
+def gaps(file, windows):
+    return quality.gaps(quality.Results(RESULTS / file).read(), windows)
+
+
+def gap(file, windows, name, form=quality.interval):
+    found = gaps(file, windows).get(name)
+    return form(found["gap"]) if found else "—"
+
+
+def plain(draws):
+    return f"{draws[0]:.3f}"
+
+
+def bits(file, windows, name):
+    found = gaps(file, windows).get(name)
+    return f"{found['bits']:.2f}" if found else "—"
+
+
+def report(sweep, heading):
+    """The first table of a kept report below a heading: {label: {column: cell}}."""
+    text = (RESULTS / sweep / "report.md").read_text()
+    (lines,) = re.findall(rf"^#+ {re.escape(heading)}\n\n((?:\|.*\n)+)", text, re.M)
+    header, _, *rows = [[c.strip(" *") for c in line.split("|")[1:-1]]
+                        for line in lines.splitlines()]  # fmt: skip
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def results_of(sweep, model, protocol):
+    text = (RESULTS / sweep / "report.md").read_text()
+    (heading,) = re.findall(rf"^## (Results: {model}, {protocol},.*)$", text, re.M)
+    return report(sweep, heading)
+
+
+@evidence("The default leaves a third of the gap of the paper's 16 ranks, in fewer bits")
+def _():
+    names = ["paper-3", "paper-3-r16", "ttq-3", "ttq-3-r16", "awq-4-g64-sym@c4",
+             "gptq-4-g64-sym@c4", "fast", "best-n0", "best"]  # fmt: skip
+    table = [["recipe", "SmolLM2: bits", "gap", "Gemma3: bits", "gap"]]
+    for name in names:
+        table.append([f"`{name}`"])
+        for file in (SMOLLM2, GEMMA3):
+            table[-1] += [bits(file, 40, name), gap(file, 40, name)]
+    left = [["gap of … over that of …", "SmolLM2", "Gemma3"]]
+    for ours, theirs in [("fast", "paper-3-r16"), ("fast", "ttq-3-r16"), ("best", "paper-3-r16"),
+                         ("best", "ttq-3-r16")]:  # fmt: skip
+        left.append([f"`{ours}` over `{theirs}`"])
+        for file, suffix in ((SMOLLM2, "-n0" if ours == "best" else ""), (GEMMA3, "")):
+            found = gaps(file, 40)
+            left[-1].append(f"{found[ours + suffix]['gap'][0] / found[theirs]['gap'][0]:.2f}")
+    return [table, left], [gap(GEMMA3, 4, "paper-3")]
+
+
+@evidence("One more bit of code is worth more than narrow groups with zero points")
+def _():
+    table = [["recipe", "grid", "bits", "WikiText-2", "PTB"]]
+    rows = quality.Results(RESULTS / SMOLLM2).read()
+    for name, grid in [("paper-3", "3 bits, groups of 32, zero points"),
+                       ("paper-4-g64-sym", "4 bits, groups of 64, symmetric"),
+                       ("fast", "4 bits, groups of 64, symmetric")]:  # fmt: skip
+        both = [rows[name, corpus] for corpus in ("wikitext2", "ptb")]
+        base = [rows["none", corpus] for corpus in ("wikitext2", "ptb")]
+        table.append([f"`{name}`", grid, f"{both[0]['effective_bits']:.2f}"] + [
+            f"{np.exp((sum(a['nll'][:8]) - sum(b['nll'][:8])) / 8 / 256) - 1:.3f}"
+            for a, b in zip(both, base, strict=True)
+        ])  # fmt: skip
+    return [table], []
+
+
+@evidence("Quantization costs little on top of reading the prompt, unless it is second-order")
+def _():
+    ratios = read("prefill_times_smollm2.json")["over_plain_prefill"]
+    names = ("ttq-3", "fast", "paper-3", "paper-3-r16", "best")
+    return [[["recipe", "time over plain prefill"]] + [
+        [f"`{name}`", f"{ratios[name]:.2f}"] for name in names
+    ]], []  # fmt: skip
+
+
+@evidence("Short prompts are served too; a prior makes up for part of what they lack")
+def _():
+    short = "quality_smollm2_p16.jsonl"
+    table = [["recipe", "bits", "after 16 tokens", "after 256 tokens"]]
+    three = "fast-3-g32-asym"
+    names = ("paper-3", "fast-n0", "fast", "fast-s64", three, f"{three}-s64")
+    table += [[f"`{n}`", bits(short, 6, n), gap(short, 6, n), gap(SMOLLM2, 6, n)] for n in names]
+    at_16, at_256 = (gaps(file, 6)[f"{three}-s64"]["gap"][0] for file in (short, SMOLLM2))
+    over = at_16 / at_256
+    return [table], [f"{over:.2f}"]
+
+
+@evidence("Calibrated on C4, AWQ and GPTQ are nowhere better than the recipe of the same cost")
+def _():
+    table = [["recipe", *CORPORA.values()]]
+    found = gaps(SMOLLM2, 40)
+    pairs = [("awq-4-g64-sym@c4", "fast"), ("gptq-4-g64-sym@c4", "best-n0")]
+    for offline, ours in pairs:
+        assert all(found[offline]["by_corpus"][c] > found[ours]["by_corpus"][c] for c in CORPORA)
+    names = [name for pair in pairs for name in pair]
+    table += [[f"`{n}`", *(f"{found[n]['by_corpus'][c]:.3f}" for c in CORPORA)] for n in names]
+    return [table], []
+
+
+@evidence("Calibrated on another domain, AWQ and GPTQ are almost never better")
+def _():
+    rows = results_of("domain_shift_smollm2", "smollm2", "causal")
+    means = [["recipe", "bits", "mean gap over nine domains"]]
+    means += [[f"`{n}`", rows[n]["bits"], rows[n]["gap"]] for n in ("best", "fast", "ttq")]
+    for name in ("awq", "gptq"):
+        here = [row for label, row in rows.items() if label.startswith(f"{name}, ")]
+        assert len(here) == 9
+        found = sorted(float(row["gap"].split()[0]) for row in here)
+        means.append([f"`{name}`, by what it was calibrated on", here[0]["bits"],
+                      f"{found[0]:.3f} to {found[-1]:.3f}"])  # fmt: skip
+    text = (RESULTS / "domain_shift_smollm2" / "report.md").read_text()
+    counts = [["calibrated on another domain", "is better than", "in pairs"]]
+    for theirs, ours in (("awq", "fast"), ("awq", "best"), ("gptq", "fast"), ("gptq", "best")):
+        contest = re.search(rf"^\| {theirs} \| {ours} \| (\d+) \| (\d+) ", text, re.M)
+        better, pairs = contest.groups()
+        counts.append([f"`{theirs}`", f"`{ours}`", f"{better} of {pairs}"])
+    wikipedia = [["on Wikipedia, 40 windows", "gap"]]
+    store = quality.Results(RESULTS / SMOLLM2).read()
+    base = store["none", "wikitext2"]["nll"]
+    for name in ("awq-4-g64-sym@rights", "awq-4-g64-sym@python", "fast"):
+        nll = store[name, "wikitext2"]["nll"]
+        assert len(nll) == len(base) == 40
+        wikipedia.append([f"`{name}`", f"{np.exp((sum(nll) - sum(base)) / 40 / 256) - 1:.3f}"])
+    return [means, counts, wikipedia], []
+
+
+@evidence("At 2.80 stored bits SmolLM2 has about twice its perplexity")
+def _():
+    file, name = "quality_smollm2_2.8.jsonl", "experiments/recipes/smollm2_2.8.toml"
+    found = gaps(file, 40)[name]
+    return [[
+        ["recipe", "bits", "mean", *CORPORA.values()],
+        ["`smollm2_2.8.toml`", bits(file, 40, name), f"{1 + found['gap'][0]:.2f}",
+         *(f"{1 + found['by_corpus'][c]:.2f}" for c in CORPORA)],
+    ]], []  # fmt: skip
+
+
+@evidence("At 5 stored bits Gemma3 is within a few percent, by widths chosen for each layer")
+def _():
+    table = [["recipe", "bits", "gap, 40 windows", "gap, 4 windows"]]
+    names = ("paper-4", "paper-4-r16", "ttq-4", "fast-4-g32-asym",
+             "experiments/recipes/gemma3_5.01.toml")  # fmt: skip
+    table += [[f"`{Path(n).name}`", bits(GEMMA3, 4, n), gap(GEMMA3, 40, n), gap(GEMMA3, 4, n)]
+              for n in names]  # fmt: skip
+    return [table], []
+
+
+@evidence("The window protocol flatters what fits the prompt closely")
+def _():
+    table = [["recipe, 3 bits", "bits", "causal: perplexity", "gap", "window: perplexity", "gap"]]
+    causal, window = (results_of("protocols_smollm2", "smollm2", p) for p in ("causal", "window"))
+    for name in ("none", "ttq", "best"):
+        table.append([f"`{name}`", causal[name]["bits"]])
+        for rows in (causal, window):
+            table[-1] += [rows[name]["wikitext2"], rows[name]["gap"] or "—"]
+    return [table], []
+
+
+@evidence("An independent PyTorch implementation has the same perplexities")
+def _():
+    rows = {(r["recipe_name"], r["protocol"]["kind"]): r
+            for r in read("compare_torch_quality.json")["rows"]}  # fmt: skip
+    table = [["difference, causal / window", "2 bits", "3 bits", "4 bits"]]
+    largest = []
+    for label, name in (("RTN", "rtn-{}"), ("AWQ", "awq-{}@c4"), ("TTQ", "ttq-{}"),
+                        ("TTQ, 16 ranks", "ttq-r16-{}"),
+                        ("TTQ, symmetric", "ttq-sym-{}")):  # fmt: skip
+        table.append([label])
+        for width in (2, 3, 4):
+            both = [abs(rows[name.format(width), p]["difference"]) for p in ("causal", "window")]
+            largest += both if label != "TTQ, symmetric" else []
+            table[-1].append(" / ".join(f"{100 * one:.2f} %" for one in both))
+    (tied,) = [r for r in read("compare_torch_ties.json")["rows"] if "explanation" in r]
+    told = tied["explanation"]
+    return [table], [
+        f"{100 * max(largest):.2f} %", f"{100 * tied['difference']:.2f} %",
+        f"{told['weights_apart']} of {told['weights'] / 1e6:.0f} million",
+        f"{100 * told['difference_with_equal_weights']:.3f} %",
+    ]  # fmt: skip
+
+
+@evidence("Packed decoding on a CPU is up to twice as fast as unquantized decoding")
+def _():
+    found = read("bench_cpu.json")
+    widths = [2, 3, 4, 5, 8]
+    rate = found["decode"]["tokens_per_second"]
+    ours = [f"{found['decode']['packed_over_unquantized'][f'ttq {w}-bit']:.2f}" for w in widths]
+    theirs = [f"{rate[f'ttq {w}-bit'] / rate['transformers float32']:.2f}" for w in widths]
+    decode = [
+        ["tokens per second over …", *(f"{w} bits" for w in widths), "unquantized"],
+        ["our unquantized decoding", *ours, "1"],
+        ["transformers' float32 `generate`", *theirs,
+         f"{found['decode']['unquantized_over_transformers']:.2f}"],
+    ]  # fmt: skip
+    prefill = [["prompt tokens", "prefill with 4-bit quantization over plain"]] + [
+        [n, f"{one['ratio']:.2f}"] for n, one in found["prefill"].items()
+    ]
+    start = [["`ttq generate`", "first token, cold", "with a warm compilation cache",
+              "peak memory"]]  # fmt: skip
+    for model, name in (("smollm2", "SmolLM2-135M"), ("gemma3-270m", "Gemma-3-270M")):
+        cold, warm = (found["start_up"][model][f"first_token_{k}"] for k in ("cold", "warm"))
+        start.append([name, f"{cold['seconds']:.1f} s", f"{warm['seconds']:.1f} s",
+                      f"{cold['peak_resident_mb'] / 1000:.1f} GB"])  # fmt: skip
+    # The second figure is of an earlier run: the file's first version.
+    return [decode, prefill, start], [f"{rate['transformers float32']:.1f}", "28.5"]
+
+
+@evidence("Decoding on a CPU is faster than with other quantizers")
+def _():
+    table = [["contender", "bits", "tokens per second over transformers", "perplexity"]]
+    table += [
+        [r["contender"], *(f"{r[k]:.2f}" for k in ("bits", "over_transformers", "perplexity"))]
+        for r in read("compare_torch_speed.json")["rows"]
+    ]
+    return [table], []
+
+
+@evidence("Learning α, λ and a clipping factor gains little")
+def _():
+    found = quality.gaps(quality.Results(RESULTS / "learned_recipe_scores.jsonl").read(), 8)
+    table = [["recipe, 3 bits", "learns", "gap", "of the closed form's gap"]]
+    for label, name in (
+        ("closed form: `ttq`", "ttq"),
+        ("one α, λ, c for the model", "learned on wikitext2, global"),
+        ("one for each kind of projection", "learned on wikitext2, projection"),
+        ("one for each projection of each layer", "learned on wikitext2, layer"),
+        ("a clip search in each group", "ttq, clip search"),
+        ("second-order rounding", "ttq, second order"),
+    ):  # fmt: skip
+        learns = "yes" if name.startswith("learned") else "no"
+        draws = found[name]["gap"]
+        table.append([label, learns, quality.interval(draws),
+                      quality.interval(draws / found["ttq"]["gap"])])  # fmt: skip
+    return [table], []
+
+
+@evidence("The paper's Table 1: AWQ shows no trend with its calibration tokens")
+def _():
+    table = [["gap, causal", "SmolLM2", "Gemma3"]]
+    one, two = (results_of(f"table1_{m}", n, "causal")
+                for m, n in (("smollm2", "smollm2"), ("gemma3", "gemma3-270m")))  # fmt: skip
+    table.append(["TTQ, no calibration", one["paper"]["gap"], two["paper"]["gap"]])
+    for power in range(11, 18):
+        labels = ("awq, calibration c4, calibration_tokens", "awq, calibration_tokens")
+        both = [rows.get(f"{label} {2**power}", {}).get("gap", "—")
+                for rows, label in zip((one, two), labels, strict=True)]  # fmt: skip
+        table.append([f"AWQ, {2**power} tokens of C4", *both])
+    return [table], []
+
+
+@evidence("The paper's Table 2: larger groups cost TTQ about what they cost AWQ")
+def _():
+    sizes = ["8", "16", "32", "64", "128", "512"]
+    table = [["gap, causal", *(f"group {size}" for size in sizes)]]
+    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
+        rows = report(f"table2_{name.split('-')[0]}", f"Mean gap by group size: {name}, causal")
+        for label, key in (("RTN", "rtn"), ("AWQ", "awq"), ("TTQ", "paper")):
+            table.append([f"{model}, {label}", *(rows[key][size] for size in sizes)])
+    return [table], []
+
+
+@evidence("The paper's Table 3: its order of methods is found at 2 and 3 bits")
+def _():
+    table = [["gap at 3 bits, window / causal", "RTN", "AWQ", "TTQ", "TTQ, 16 ranks"]]
+    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
+        both = [results_of(f"table3_{name.split('-')[0]}", name, p) for p in ("window", "causal")]
+        table.append([model] + [
+            " / ".join(rows[key]["gap"].split()[0] for rows in both)
+            for key in ("rtn, bits 3", "awq, bits 3", "paper, bits 3, rank 0",
+                        "paper, bits 3, rank 16")
+        ])  # fmt: skip
+        for rows in both:
+            for width in (2, 3):
+                order = [float(rows[label.format(width)]["gap"].split()[0]) for label in (
+                    "rtn, bits {}", "awq, bits {}", "paper, bits {}, rank 16")]  # fmt: skip
+                assert order == sorted(order, reverse=True)
+    return [table], []
+
+
+@evidence("The paper's Figure 2: α near 0.5; λ and p hardly matter")
+def _():
+    tables = []
+    for axis, fixed in (("alpha", "lam 0.4, p 2.0"), ("lam", "alpha 0.5, p 2.0"),
+                        ("p", "alpha 0.5, lam 0.4")):  # fmt: skip
+        table = []
+        for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
+            rows = report(f"figure2_{name.split('-')[0]}", f"Mean gap by {axis}: {name}, causal")
+            row = rows[f"paper, {fixed}"]
+            if not table:
+                table.append([{"alpha": "α", "lam": "λ", "p": "p"}[axis], *list(row)[1:]])
+            table.append([model, *list(row.values())[1:]])
+        tables.append(table)
+    return tables, ["0.5", "0.4"]
+
+
+@evidence("The paper's Tables 4 to 8: the query projection, over a dense one")
+def _():
+    table = [["decoding over dense", *(f"{chip}, {w} bits" for chip in ("v5e", "v6e", "CPU")
+                                       for w in (2, 3, 4))]]  # fmt: skip
+    chips = {c: read(f"query_projection_{c}.json")["records"] for c in ("v5e", "v6e", "cpu")}
+    for model in dict.fromkeys(r["model"] for r in chips["v5e"]):
+        for rank in (0, 16):
+            table.append([f"{model}, r = {rank}"])
+            for records in chips.values():
+                for width in (2, 3, 4):
+                    (one,) = [r for r in records if (r["model"], r["bits"]) == (model, width)]
+                    table[-1].append(f"{one['decode'][f'ttq r={rank}']['speedup']:.2f}")
+    return [table], []
+
+
+@evidence("Whole programs compile at full size and fit the chip")
+def _():
+    table = [["model", "chip", "group", "bits", "peak memory", "of", "packed weights"]]
+    for one in read("compiled_programs.json")["programs"]:
+        memory = one["memory_gib"]
+        table.append([one["model"], one["chip"], str(one["recipe"]["grid"]["group_size"]),
+                      f"{one['effective_bits']:.2f}", f"{memory['peak']:.1f} GiB",
+                      f"{memory['chip']:.0f} GiB", f"{one['packed_gib']:.1f} GiB"])  # fmt: skip
+    return [table], []
+
+
+CHIPS = ("v5e", "v5p", "v6e")
+
+
+def cycles(chip, kernel, width, group, m):
+    wanted = (kernel, width, group, m)
+    (one,) = [r for r in read(f"kernels_{chip}.jsonl")
+              if (r["kernel"], r["bits"], r["group_size"], r["m"]) == wanted]  # fmt: skip
+    assert not one["symmetric"]
+    return one
+
+
+@evidence("What they reach")
+def _():
+    table = [["`packed_matmul`, M = 1 / 16", *CHIPS]]
+    for width in (2, 3, 4, 5, 8):
+        table.append([f"{width}-bit: of the floor; over the bf16 product"])
+        for chip in CHIPS:
+            one, many = (cycles(chip, "packed_matmul", width, 128, m) for m in (1, 16))
+            table[-1].append(
+                f"{one['fraction_of_floor']:.0%} / {many['fraction_of_floor']:.0%}; "
+                f"{one['speedup_vs_bf16']:.1f} / {many['speedup_vs_bf16']:.1f}×".replace("%", " %")
+            )
+    table.append(["`prefill_quantize` over the plain product, 512 / 2048 tokens"] + [
+        " / ".join(f"{cycles(c, 'prefill_quantize', 4, 128, m)['ratio_to_matmul']:.2f}"
+                   for m in (512, 2048)) for c in CHIPS
+    ])  # fmt: skip
+    table.append(["`quantize_pack` of the floor, 4-bit"] + [
+        f"{cycles(c, 'quantize_pack', 4, 128, 0)['fraction_of_floor']:.0%}".replace("%", " %")
+        for c in CHIPS
+    ])  # fmt: skip
+    narrow = {c: cycles(c, "packed_matmul", 4, 32, 16)["fraction_of_floor"] for c in CHIPS}
+    return [table], [f"{c} {100 * one:.0f} %" for c, one in narrow.items()]
