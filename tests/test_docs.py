@@ -1,17 +1,25 @@
 """The guides' examples run, and the files that they name are there."""
 
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_files import write_model
 
 from ttq_jax.commands.main import main
+from ttq_jax.commands.parsers import build_parser
 
 ROOT = Path(__file__).parent.parent
-GUIDES = {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "experiments/README.md")}
+GUIDES = {
+    name: (ROOT / name).read_text()
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md",
+                 "experiments/RESULTS.md", "ttq_jax/quant/README.md", "pallas_kernels/README.md")
+}  # fmt: skip
 
 
 def test_a_quantizer_of_your_own(tmp_path):
@@ -49,5 +57,50 @@ def test_a_sweep_of_your_own(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_files_that_are_named_exist(name):
-    for path in re.findall(r"`([\w./]+/(?!NAME)[\w.]+\.(?:py|toml|md))`", GUIDES[name]):
+    text = GUIDES[name]
+    named = re.findall(r"`([\w./]+/(?!NAME)[\w.]*\.(?:py|toml|md|jsonl?|ipynb))`", text)
+    named += re.findall(r"(?:python|sweep|--recipe) (experiments/[^\s`]+)", text)
+    for line in re.findall(r"^pytest (.*)$", text, re.M):
+        named += re.findall(r"tests/\S+", line)
+    for path in named:
         assert (ROOT / path).exists(), path
+
+
+def anchors(text):
+    """The names by which a Markdown file's headings are linked to."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", GUIDES[name]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_commands_that_are_named_are_understood(name):
+    parser = build_parser()
+    commands = parser._subparsers._group_actions[0].choices
+    fenced = re.findall(r"^ttq (.+?)(?:\s+#.*)?$", GUIDES[name], re.M)
+    for line in [*fenced, *re.findall(r"`ttq ([^`]+)`", GUIDES[name])]:
+        words = shlex.split(line.partition(" >")[0])
+        assert words[0] in commands, line
+        # Not a command's name alone, nor one cut short. lm_eval has a parser of its own.
+        whole = "--" in line and "--help" not in line and "… " not in line
+        if whole and words[0] != "lm-eval":
+            parser.parse_args(words)
+
+
+def test_the_citation_names_the_licence_and_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["license"] == project["license"]
+    (paper,) = cited["references"]
+    assert paper["url"] in GUIDES["README.md"]

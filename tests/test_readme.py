@@ -10,11 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-TOP = "\n".join(README.splitlines()[:40])
+LINES = README.splitlines()
+
+
+def test_it_is_short_and_in_a_newcomers_order():
+    assert len(LINES) <= 130
+    order = ["**ttq-jax quantizes", "```\npip install", "| perplexity after", "frontier.png",
+             "```python", "① prompts.py", "## What you can do", "## Models", "## Hardware",
+             "## Links"]  # fmt: skip
+    places = [README.index(mark) for mark in order]
+    assert places == sorted(places)
 
 
 def test_the_python_example_runs(tmp_path):
-    code = re.search(r"```python\n(.*?)```", TOP, re.S)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", "\n".join(LINES[:60]), re.S)
     assert 8 <= len(code.strip().splitlines()) <= 12, "a ten-line example"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -33,17 +42,15 @@ def test_the_python_example_runs(tmp_path):
     ],
 )
 def test_the_two_commands_stand_at_the_top(command):
-    assert command in TOP.splitlines()
+    assert command in LINES[:20]
 
 
-def test_every_file_and_command_it_names_exists():
-    for name in re.findall(r"`([\w./]+\.(?:py|md|json|toml))`", README):
-        assert (ROOT / name).exists() or (ROOT / "ttq_jax" / name).exists(), name
-    from ttq_jax.commands.parsers import build_parser
-
-    text = build_parser().format_help()
-    for command in re.findall(r"^ttq (\w+)", README, re.M):
-        assert command in text, command
+def test_the_stages_are_files():
+    stages = re.findall(r"^[①-⑤] ([\w/]+\.py)", README, re.M)
+    stages += re.findall(r"\(([\w/]+\.py)", README)
+    assert len(stages) >= 6
+    for name in stages:
+        assert (ROOT / "ttq_jax" / name).exists(), name
 
 
 def test_the_version_is_written_once():
