@@ -3,7 +3,7 @@
 Every window begins with a token drawn uniformly from the vocabulary and goes on by sampling from
 the model, as LLM-QAT (Liu et al., 2023, arXiv:2305.17888) makes its training data. It costs a
 generation once per model, where the profile of `ttq_jax.offline.prior` costs nothing, and says more
-(README, short prompts).
+(`experiments/RESULTS.md`, short prompts).
 """
 
 from functools import partial
