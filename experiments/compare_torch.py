@@ -1,26 +1,26 @@
 """Side by side with PyTorch: the same perplexities.
 
-Claim     RTN, AWQ and TTQ written anew in PyTorch (`torch_quantizers.py`, nothing of ttq_jax) have
-          ttq_jax's perplexity to 0.5 %, but for ties.
+Claim     RTN, AWQ and TTQ, written a second time in PyTorch (`torch_quantizers.py`, which uses
+          nothing of ttq_jax), have ttq_jax's perplexity to 0.5 %, but for ties.
 Command   python experiments/compare_torch.py --corpus wikitext2=FILE --calibration c4=FILE
               --method rtn awq@c4 ttq ttq-r16 ttq-sym
               --out experiments/results/compare_torch_quality.json
 Cost      SmolLM2-135M on 2 idle cores, 4 windows: about 30 minutes; 4 GB. Needs the test extra.
-          `compare_torch_ties.json` is of --method ttq-sym --bits 2 alone, 2 minutes.
-Expect    a table and exit status 0, or 1 and the rows that differ by more than 0.5 % for another
-          reason than ties. RTN, AWQ and TTQ differ by 0.34 % at most. Symmetric TTQ at 2 bits,
-          whose perplexity is 10^6, differs by 1.87 %: 38 of 425 million weights of four
-          windows lie on another code, and 0.005 % are left when both sides have the same.
+          `compare_torch_ties.json` is made by --method ttq-sym --bits 2, in 2 minutes.
+Expect    a table and exit status 0. Status 1 lists the rows that differ by more than 0.5 % for
+          another reason than ties. RTN, AWQ and TTQ differ by 0.34 % at most. Symmetric TTQ at 2
+          bits, whose perplexity is 10^6, differs by 1.87 %: 38 of 425 million weights of four
+          windows lie on another code. With the same codes on both sides 0.005 % are left.
 
-SmolLM2's package holds Q4_1, so `rtn` at 4 bits in groups of 32 gives its very weights back: a
-check of the arithmetic, not of a loss.
+SmolLM2's package holds Q4_1, so `rtn` at 4 bits in groups of 32 gives its very weights back. That
+row checks the arithmetic, not a loss.
 
-Both sides store scales and factors in float32, so that a difference is not one of storage; the
-prompt is read by the unquantized weights. PyTorch's weights are fake-quantized: its seconds are
-those of the evaluation (read, quantize, score) and say nothing of decoding; for that there is
-`compare_torch_speed.py`. What differs is ties: where a weight lies between two codes, the sides may
-choose differently, and at 2 bits such a step is felt. A row that differs too much is therefore
-scored again with ttq_jax's matrices in transformers' model, and the weights that are apart counted.
+Both sides store scales and factors in float32, so that no difference comes from storage. The
+unquantized weights read the prompt. PyTorch's weights are fake-quantized: its seconds are those of
+the evaluation (read, quantize, score) and say nothing about decoding; `compare_torch_speed.py`
+measures that. The two sides differ in ties: where a weight lies between two codes they may choose
+differently, and at 2 bits such a step matters. So a row that differs too much is scored again with
+ttq_jax's matrices in transformers' model, and the weights that differ are counted.
 """
 
 import argparse

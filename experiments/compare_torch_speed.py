@@ -14,8 +14,8 @@ Expect    over transformers: ttq 3.88, 3.19, 3.50 at 2, 3, 4 bits, fast 3.71, un
           torchao int8 1.34, int4 0.44; HQQ 0.26 and 0.24 at 4 and 3 bits; qwix 2.03 and 1.99.
 
 The PyTorch contenders run eagerly, as `generate` runs a model on a CPU. qwix has no decoder of its
-own: its arrays are multiplied by its own product inside ttq_jax's. At 2 to 4 bits everybody has
-groups of 64: on the grid that SmolLM2's file has, nobody loses anything.
+own, so its product multiplies its arrays inside ttq_jax's decoder. At 2 to 4 bits all contenders
+have groups of 64: on the grid of SmolLM2's own file none of them would lose anything.
 """
 
 import argparse

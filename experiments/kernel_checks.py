@@ -1,6 +1,6 @@
 """Kernels against the oracle, on whatever device is there: what `check_gpu_kernels.py` runs first.
 
-Nothing here knows a GPU: the calls to be checked are given.
+Nothing here is particular to a GPU: the caller gives the calls to be checked.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 Claim     Not far. α, λ and one clipping factor for each projection of each layer, learned on
           WikiText-2, leave 0.928 [0.870, 0.985] of the gap of the closed form (α = 0.5, λ = 0.4,
           whole ranges) at 3 bits; one of each for the whole model ends where it began (α = 0.52,
-          λ = 0.43, c = 0.97) and leaves 1.038 [0.982, 1.091]. What learns nothing does better: a
-          clip search in each group leaves 0.747 [0.705, 0.790], second-order rounding 0.592
+          λ = 0.43, c = 0.97) and leaves 1.038 [0.982, 1.091]. Recipes without learning do better:
+          a clip search in each group leaves 0.747 [0.705, 0.790], second-order rounding 0.592
           [0.537, 0.652].
 Command   T="python experiments/learned_recipe.py train --model smollm2 --window 320 --every 12
               --corpus wikitext2=TRAIN"; L=experiments/results/learned_recipe_wikitext2
@@ -25,11 +25,11 @@ Cost      SmolLM2-135M: 3.3 s of CPU time per step (windows of 320), 13 to 18 s 
           added.
 Expect    a gap of 0.475 for ttq, 0.493 / 0.465 / 0.441 learned (global, projection, layer), 0.355
           with clip search, 0.281 by second order. The projections want different α: 0.88 for v,
-          0.36 to 0.57 for the rest. What is gained on WikiText-2 and GSM8K does not show on PTB and
-          C4. The descent is short and had not converged for layers: the held-out loss still fell
+          0.36 to 0.57 for the rest. The gain on WikiText-2 and GSM8K does not appear on PTB and C4.
+          The descent is short, and for layers it had not converged: the held-out loss still fell
           when the rate reached zero. At 3 bits the straight-through gradient is not quite that of
-          the mean loss. So tuning may reach further than this descent did; and 8 windows per text
-          tell no finer differences.
+          the mean loss. So tuning may reach further than this descent did. 8 windows per text show
+          no finer differences.
 
 Three numbers are learned: α and λ of D = (m + λ)^α and c, the part of each group's range that the
 grid spans; once for the model (`global`), for each kind of projection (`projection`), or for each

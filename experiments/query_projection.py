@@ -16,25 +16,25 @@ Expect    Estimates, group 32, over dense bfloat16. v5e: AWQ and TTQ r = 0 from 
           3.15. v6e: from 2.2 to 3.27, 2.80 and 3.20, r = 16 from 1.6 to 3.11, 2.68 and 3.15. The
           quantization, spread over 128 tokens, takes 4 % of that at most.
           Measured on a CPU, over float32: AWQ and TTQ r = 0 2.6 to 4.1 at 2 bits, 1.6 to 3.3 at 3,
-          1.4 to 3.8 at 4; r = 16 within 6 % of that from 4B on but for one case, the quantization
-          spread over 128 tokens takes 5 to 24 %. Not in the order of sizes: where 4096 or 8192
-          output channels stand in a row (4B, 8B, 32B), XLA walks down columns a power of two
-          apart, which share few sets of the cache (4096 x 4224: 0.4 of the time of 4096 x 4096).
+          1.4 to 3.8 at 4; r = 16 within 6 % of that from 4B on but for one case; the quantization,
+          spread over 128 tokens, takes 5 to 24 %. Speed-ups do not follow the sizes: with 4096 or
+          8192 output channels (4B, 8B, 32B) XLA walks down columns that are a power of two apart
+          and share few sets of the cache (4096 x 4224: 0.4 of the time of 4096 x 4096).
 
-The experiment is that of TTQ's tables of the runtime of the query projection (arXiv:2603.19296). Of
-them only a summary is at hand: Qwen3 0.6B to 32B on A40, A100, L40, RTX3090 and RTX4090, up to 4.9
-times as fast as bfloat16 (Qwen3-32B, RTX4090), TTQ with r = 0 as fast as AWQ.
+This repeats the paper's tables of the query projection's runtime (arXiv:2603.19296). Only a summary
+of them is at hand: Qwen3 0.6B to 32B on A40, A100, L40, RTX3090 and RTX4090. The largest speed-up
+over bfloat16 is 4.9 (Qwen3-32B, RTX4090), and TTQ with r = 0 is as fast as AWQ.
 
-`--chip cpu`, `gpu` and `tpu` measure on the device that is there, in microseconds: the contenders
-take turns, a cost is the median over the turns, a speed-up the median of the turns' own ratios.
-Other names are of TPUs that need not be there: static cycles of their compiler's, never less than
-the time to move every stored byte once (`ttq_jax/chips/comparison.py`). Dense weights are bfloat16,
-on a CPU float32, where nobody computes in bfloat16. AWQ and TTQ with r = 0 run one and the same
-program, so what lies between them in a measurement is its noise.
+`--chip cpu`, `gpu` and `tpu` measure on this machine's device, in microseconds. The contenders take
+turns. A cost is the median over the turns, a speed-up the median of the turns' own ratios. Other
+names are TPUs that need not be there. Their costs are static cycles of the TPU compiler, and never
+less than the time to move every stored byte once (`ttq_jax/chips/comparison.py`). Dense weights are
+bfloat16, and float32 on a CPU. AWQ and TTQ with r = 0 run the same program, so the difference
+between them in a measurement is noise.
 
-The quantization is what the query projection adds to reading the prompt: where a kernel multiplies
-and quantizes in one read of the weight, that kernel less the plain product; else the quantization
-by itself. Not in it: D from the prompt's moments, which q, k and v share, and for r = 16 the
+"Quantization" is what the query projection adds to reading the prompt. Where one kernel multiplies
+and quantizes in one read of the weight, it is that kernel's cost less the plain product's;
+elsewhere it is the quantization alone. It leaves out D, which q, k and v share, and for r = 16 the
 subtraction of the low rank.
 """
 

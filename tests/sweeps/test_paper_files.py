@@ -11,13 +11,17 @@ from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import read_rows
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-FILES = sorted([*EXPERIMENTS.glob("paper/*.toml"), EXPERIMENTS / "domain_shift.toml"])
+FILES = sorted([*EXPERIMENTS.glob("paper/*.toml"), *EXPERIMENTS.glob("*.toml")])
+
+
+def test_all_are_there():
+    assert len(FILES) >= 6
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_cell_is_legal_and_every_file_says_what_to_expect(path):
     cells = read_sweep(str(path))
-    assert len(cells) > 40
+    assert len(cells) > 40 or path.stem == "protocols"
     assert not [cell.name() for cell in cells if cell.error]
     text = path.read_text()
     for word in ("# Claim ", "# Command ", "# Cost ", "# Expect "):
