@@ -38,12 +38,13 @@ def test_a_quantizer_of_your_own(tmp_path):
 
 
 def test_a_sweep_of_your_own(tmp_path, monkeypatch, capsys):
-    (text,) = re.findall(r"```toml\n(.*?)```", GUIDES["experiments/README.md"], re.S)
+    section = GUIDES["experiments/README.md"].partition("## How to read a report")[0]
+    (text,) = re.findall(r"```toml\n(.*?)```", section, re.S)
     model = write_model(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text(text)
     Path("my_text.txt").write_text("".join(f"{i} squared is {i * i}.\n" for i in range(99)))
-    for command in re.findall(r"^ttq (.*?)(?:\s+#.*)?$", GUIDES["experiments/README.md"], re.M):
+    for command in re.findall(r"^ttq (.*?)(?:\s+#.*)?$", section, re.M):
         words = command.split()
         if words[0] == "sweep":
             # The tiny model in the place of the real one, and of its windows.

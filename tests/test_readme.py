@@ -45,6 +45,17 @@ def test_the_two_commands_stand_at_the_top(command):
     assert command in LINES[:20]
 
 
+def test_its_figures_are_those_of_the_results():
+    """The demo's table, which a run of the demo makes, is not among them."""
+    text = README.partition("`ttq demo`:")[2].partition("\n\n")[2]
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|capability 8\.0", "", text, flags=re.S)
+    figures = re.findall(r"(?<![\w.–-])\d+\.\d+(?![\w.])", text)
+    assert figures
+    results = (ROOT / "experiments" / "RESULTS.md").read_text()
+    for figure in figures:
+        assert figure in results, figure
+
+
 def test_the_stages_are_files():
     stages = re.findall(r"^[①-⑤] ([\w/]+\.py)", README, re.M)
     stages += re.findall(r"\(([\w/]+\.py)", README)
