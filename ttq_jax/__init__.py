@@ -130,10 +130,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `ttq_jax.generate` the function, whichever was imported first.
+    """Keeps `ttq_jax.generate` bound to the function, not to the module of the same name.
 
-    Python binds a submodule to its package when it is imported, and this function is named like
-    the file that it lives in.
+    On import Python binds a submodule to its package's attribute of that name.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

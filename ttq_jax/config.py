@@ -1,4 +1,4 @@
-"""What a model is, as data: one frozen config serves every family.
+"""The configuration of a model: one frozen dataclass for every family.
 
 A family (Llama, Qwen3, Gemma3, OPT) is a preset of these fields plus a checkpoint key map; the
 mathematics is in `models.decoder` once.
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be served; the message says what to change."""
+    """A configuration that cannot be used; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,4 +155,7 @@ class ModelConfig:
                 f"got {len(self.sliding_layers)}"
             )
         if any(self.sliding_layers) and not self.sliding_window:
-            raise ConfigError("sliding layers need a sliding_window of at least 1 token")
+            raise ConfigError(
+                "sliding_window: layers with sliding attention need a window of at least 1 token, "
+                f"got {self.sliding_window}"
+            )

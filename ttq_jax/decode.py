@@ -1,7 +1,7 @@
 """Stage 5: the decode loop.
 
-Of the model's blocks it reads the packed weights and the cache, nothing else; only a refresh goes
-back to the unquantized ones.
+It reads the packed weights of the blocks and the KV cache. Only a refresh reads the unquantized
+weights again.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from ttq_jax.types import Cache, Moments, Params, QuantizedLinear
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """Quantizing anew while decoding, for the moments of what was generated.
+    """Quantizing again while decoding, from moments that include the generated tokens.
 
     Attributes:
-      every: tokens between two times, >= 1.
-      reads: what is observed of the generated tokens.
-      moments: per site, of everything read before.
-      quantize: (moments, tree so far) -> the tree to go on with.
+      every: tokens between two refreshes, >= 1.
+      reads: which moments of the generated tokens are observed.
+      moments: per site, of everything read before decoding.
+      quantize: (moments, old tree) -> new tree.
     """
 
     every: int
@@ -51,23 +51,23 @@ def decode(
     eos_ids: tuple[int, ...],
     refresh: Refresh | None = None,
 ) -> tuple[Int[Array, "B capacity"], Int[Array, "B"], dict[str, Moments]]:
-    """Generates until every row ended or reached the limit.
+    """Generates until every row has ended or reached the limit.
 
     Args:
       params: the tree to decode from.
       cache: the prompts', with at least `capacity` free slots.
       hidden: each prompt's last hidden state, which predicts the first token.
       key: a PRNG key.
-      limit: most tokens per row, from 1 to capacity; dynamic, so that it does not recompile.
+      limit: most tokens per row, from 1 to capacity; dynamic, so another limit compiles nothing.
       config: the model's.
       sampling: how tokens are chosen.
       capacity: columns of the output.
       eos_ids: tokens that end a row.
-      refresh: quantizes the weights anew now and then; None for never.
+      refresh: how to quantize again while decoding; None for never.
 
     Returns:
-      Tokens; per row how many of them count: up to the end token, which does not; and the moments
-      of everything read, {} without a refresh.
+      The tokens; per row, how many of them come before the end token; and the moments of everything
+      read, {} without a refresh.
     """
     run = partial(
         _loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
@@ -77,8 +77,8 @@ def decode(
     if any(isinstance(w, QuantizedLinear) for w in kinds):
         return run(params, cache, hidden, key, limit)
 
-    # An unquantized tree is decoded at the speed of memory, where a CPU gains from `unstack`;
-    # packed layers are small enough for the scan, which compiles much faster.
+    # Decoding an unquantized tree is bound by memory bandwidth, where a CPU gains from `unstack`.
+    # Packed layers are small enough for the scan, which compiles much faster.
     def apart(params: Params, *rest: Any) -> tuple[Array, Array, dict[str, Moments]]:
         return run(unstack(params), *rest)
 
@@ -107,7 +107,7 @@ def _loop(
     def one_token(tree: Params, state: tuple) -> tuple[tuple, dict[str, Any]]:
         step, token, cache, out, done, counts = state
         valid = jnp.ones((batch, 1), bool)
-        # What follows a row's end is computed and never looked at.
+        # What follows a row's end is computed and never used.
         project = observing(~done[:, None], refresh.reads) if refresh else plain
         hidden, cache, seen = forward(config, tree, token[:, None], valid, cache, project=project)
         token = choose(step, hidden[:, 0])
@@ -131,7 +131,7 @@ def _refreshed(
     params: Params, refresh: Refresh, running: Callable[[tuple], Array],
     one_token: Callable[[Params, tuple], tuple[tuple, dict[str, Any]]], state: tuple,
 ) -> tuple[tuple, dict[str, Moments]]:  # fmt: skip
-    """The loop in stretches of `refresh.every` tokens, the weights quantized anew between them."""
+    """The loop in stretches of `refresh.every` tokens, with a refresh after each."""
 
     def stretch(carry: tuple) -> tuple:
         tree, moments, state = carry

@@ -1,7 +1,7 @@
 """Text to text: prefill, moments, scale, pack and decode as one XLA program.
 
-`generate_tokens` is that program, and the way of the data is its four lines. `generate` is what
-stands around it: tokenizer, padding, timing.
+`generate_tokens` is that program; `_one_tree` shows its stages in order. `generate` adds the
+tokenizer, padding and timing.
 """
 
 import dataclasses
@@ -99,10 +99,10 @@ def generate_tokens(
 
 @contextmanager
 def _compile_seconds() -> Iterator[list[float]]:
-    """Collects what jax traces, lowers and compiles (or reads from its cache) inside the block.
+    """Collects the seconds that jax traces, lowers and compiles (or reads its cache) in the block.
 
     Yields:
-      The seconds of each step; none if every program was there already.
+      The seconds of each step; empty if every program was compiled already.
     """
     steps: list[float] = []
 
@@ -128,19 +128,19 @@ def generate(
     seed: int = 0,
     measure: bool = False,
 ) -> Generation:
-    """Continues a batch of prompts from weights quantized for them.
+    """Continues a batch of prompts with weights that are quantized for them.
 
     Args:
       model: from `load`.
       texts: the prompts, one batch.
       recipe: how to quantize, see `preset`; None for the unquantized model.
-      offline: from `prepare`; None makes it here, which a corpus recipe does not allow. A
-        conversation's next turn puts `Generation.moments` of the last one into its `carried`.
+      offline: from `prepare`; None prepares it here, except for recipes that need a corpus. For
+        the next turn of a conversation, its `carried` is the last turn's `Generation.moments`.
       max_new_tokens: most new tokens per prompt, >= 1.
       sampling: how tokens are chosen.
       seed: of the sampling.
-      measure: time the stages apart, by running the program for one token first (twice if that
-        compiled it). Otherwise `seconds` holds only "total".
+      measure: time the stages separately, by running the program for one token first (twice if
+        that compiled it). Otherwise `seconds` holds only "total".
 
     Returns:
       Tokens, texts, sizes and times.

@@ -1,4 +1,4 @@
-"""The single dispatch on what a weight is: all that a model ever multiplies goes through here."""
+"""The one dispatch on how a weight is stored: every product of a model goes through it."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ def linear(
     w: Float[Array, "d_in d_out"] | Stacked | QuantizedLinear | MixedLinear,
     bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """Y = x·W (+ bias), whatever W is stored as; accumulated in float32, returned in x's dtype.
+    """Y = x·W (+ bias), however W is stored; accumulated in float32, returned in x's dtype.
 
     For a packed weight the channel scale divides the activation vector and never touches the
     codes: y = Q(W·D)·(x / D) + B(A x) (arXiv:2603.19296).
@@ -62,7 +62,7 @@ def add_bias(
 
 
 def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:
-    """The matrix that a packed weight stands for, by the formula in its docstring.
+    """The matrix that a packed weight stands for, see `QuantizedLinear`.
 
     Args:
       w: packed; may be stacked over layers.

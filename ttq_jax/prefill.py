@@ -1,8 +1,8 @@
 """Stages 2 to 4: read the prompt; per layer observe, scale, quantize.
 
 Everything happens inside the scan over the layers, so only one layer's activations, Gram matrix
-and unpacked codes are alive at a time; and each weight is read once, for both the prompt's product
-and its codes, where a kernel can round it.
+and unpacked codes are alive at a time. Where a kernel does the rounding, each weight is read once,
+for both the product with the prompt and the codes.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array,
 
 
 def observing(valid: Bool[Array, "B T"], reads: Reads) -> Callable[..., Any]:
-    """The `Project` that multiplies and keeps the moments of what each site saw."""
+    """A `Project` that multiplies and keeps the moments of each site's input."""
 
     def project(
         site: str, x: Array, weights: dict[str, Params]
@@ -109,14 +109,17 @@ def prefill(
 
 
 def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
-    """The stacks of a site's dense kernels, and the layer that is meant.
+    """The stacks of a site's dense kernels, and the layer's index.
 
     Raises:
       ValueError: one is packed.
     """
     for name, kernel in kernels.items():
         if not isinstance(kernel, Stacked):
-            raise ValueError(f"{name} is packed already; prefill quantizes a dense tree")
+            raise ValueError(
+                f"{name}: expected a dense weight to quantize, got a packed one; pass the tree "
+                "that load() returned"
+            )
     layer = next((kernel.layer for kernel in kernels.values()), None)
     return {name: kernel.kernels for name, kernel in kernels.items()}, layer
 
@@ -124,13 +127,13 @@ def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
 def requantize(
     params: Params, seen: dict[str, Moments], recipe: Recipe, offline: Offline
 ) -> Params:
-    """The tree to decode from, made anew from moments that have grown since the prompt.
+    """Quantizes the weights again, from moments that include tokens generated since the prompt.
 
     Args:
       params: the dense tree.
       seen: per site, stacked over the layers, without the prior.
       recipe: how to quantize.
-      offline: what the recipe needs besides.
+      offline: what the recipe needs besides the prompt.
 
     Returns:
       The tree with packed kernels.
@@ -160,12 +163,12 @@ def decoded_shapes(
 
 
 def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str, Moments]:
-    """The moments of a conversation that has not begun: zeros.
+    """The moments that the first turn of a conversation starts from: zeros.
 
     Args:
       params: the dense tree, or its shapes.
       config: the model's.
-      recipe: with a decay.
+      recipe: one with a decay.
 
     Returns:
       Per site, stacked over the layers; what `Offline.carried` takes.

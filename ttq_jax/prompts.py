@@ -16,7 +16,7 @@ SMALLEST_BUCKET = 32
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be served; the message says what to change."""
+    """A prompt that cannot be used; the message says what to change."""
 
 
 def token_ids(ids: np.ndarray | Array) -> np.ndarray:
@@ -66,7 +66,7 @@ def pad_prompts(
     Args:
       rows: token ids, one sequence per prompt.
       max_positions: the model's context, tokens.
-      max_new_tokens: room that the answer needs in it.
+      max_new_tokens: tokens of it to keep free for the answer.
       pad_id: any token id; it has no effect.
 
     Returns:
@@ -85,8 +85,8 @@ def pad_prompts(
             )
         if len(row) + max_new_tokens > max_positions:
             raise PromptError(
-                f"prompt {i + 1} has {len(row)} tokens and asks for {max_new_tokens} more, but "
-                f"the model's context is {max_positions}; shorten the prompt or ask for fewer"
+                f"prompt {i + 1} has {len(row)} tokens and asks for {max_new_tokens} more, but the "
+                f"model's context is {max_positions} tokens; shorten the prompt or ask for fewer"
             )
     length = bucket(max(map(len, rows)))
     tokens = np.full((len(rows), length), pad_id, np.int32)

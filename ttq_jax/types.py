@@ -1,8 +1,8 @@
-"""Every pytree that travels between the stages, and nothing else.
+"""The pytrees that are passed between the stages.
 
 Shapes use the legend of `ttq_jax/__init__.py`. In a layer-stacked tree each array has one more
-leading axis `L`; the static fields always describe a single layer, so `lax.scan` over the layers
-hands the body exactly the object that is documented here.
+leading axis `L`; the static fields always describe a single layer. So the body of a `lax.scan` over
+the layers gets exactly the object that is documented here.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class Prompts:
     """A batch of tokenized prompts, padded to one length on either side.
 
     Attributes:
-      tokens: int32[B, T]; what stands in the padding has no effect.
+      tokens: int32[B, T]; values in the padding have no effect.
       valid: bool[B, T]; True where a token is real. The real tokens of a row are contiguous.
     """
 
@@ -76,8 +76,8 @@ class Moments:
         """
         if self.holds() != other.holds():
             raise ValueError(
-                f"cannot add moments that hold {self.holds()} and {other.holds()}; "
-                "observe both for one recipe (Recipe.reads)"
+                f"moments: expected two of one kind, got {self.holds()}, and {other.holds()}; "
+                "observe both with the same reads (Recipe.reads)"
             )
         return jax.tree.map(jnp.add, self, other)
 
@@ -89,7 +89,7 @@ class Moments:
         return f"powers {self.powers} and {blocks}"
 
     def scaled(self, factor: jax.Array | float) -> "Moments":
-        """The moments of every token `factor` times, factor >= 0."""
+        """The moments as if every token had been read `factor` times, factor >= 0."""
         return jax.tree.map(lambda a: a * factor, self)
 
     def mean_power(self, p: float) -> jax.Array:
@@ -112,15 +112,15 @@ class Moments:
 
 @struct.dataclass
 class LowRank:
-    """Factors of a correction: it stands for the matrix `down @ up` of its `factors()`.
+    """A low-rank correction: the matrix `down @ up` of its `factors()`.
 
     In the method's symbols (y = W x with W[d_out, d_in]), `down` is Aᵀ and `up` is Bᵀ.
 
     Attributes:
       down: [d_in, r].
       up: [r, d_out].
-      down_scale: [r] if `down` is int8, a factor of each column; None if it is floating.
-      up_scale: [r] if `up` is int8, a factor of each row; None if it is floating.
+      down_scale: [r], a scale per column if `down` is int8; None if it is floating point.
+      up_scale: [r], a scale per row if `up` is int8; None if it is floating point.
     """
 
     down: Leaf
@@ -145,7 +145,7 @@ class Offline:
       moments: per site, a corpus's moments or a prior's; {} for recipes that read neither.
       carried: per site, the moments of a conversation so far; {} at its first turn.
       low_rank: per projection, static factors; {} for none.
-      packed: the whole tree, already quantized: prefill then quantizes nothing; None otherwise.
+      packed: the whole tree, if it is quantized already and prefill quantizes nothing; else None.
     """
 
     moments: dict[str, Leaf] = struct.field(default_factory=dict)
@@ -165,16 +165,16 @@ class QuantizedLinear:
 
     where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
     scale is 1 if None and the low-rank term 0 if None. Rows from d_in up to the padded width
-    n_group · group_size stand for nothing: their inputs are zeros.
+    n_group · group_size are padding: their inputs are zeros.
 
     Attributes:
       planes: uint8 bit planes of the codes, see `pallas_kernels.layout`.
       scales: [n_group, d_out], positive.
       zeros: [n_group, d_out] or None for a symmetric grid.
       channel_scale: D, [d_in], positive, or None.
-      low_rank: what is added in full precision, or None.
-      layer: None; or int32[], and planes, scales and zeros have a leading axis over the layers,
-        of which this is the one that is meant.
+      low_rank: the low-rank correction that is added, or None.
+      layer: None for a single layer; else int32[], its index: planes, scales and zeros then have
+        a leading axis over all layers.
       bits: 2, 3, 4, 5 or 8.
       group_size: rows of one column that share a scale; a multiple of 8.
       d_in: input channels, before padding.
@@ -193,10 +193,10 @@ class QuantizedLinear:
     d_out: int = struct.field(pytree_node=False, kw_only=True)
 
     def at(self, layer: jax.Array) -> "QuantizedLinear":
-        """One layer of a stack: what is large stays in it, to be indexed by a kernel.
+        """One layer of a stack. The large arrays stay stacked; a kernel indexes them.
 
         Args:
-          layer: int32[], which one.
+          layer: int32[], its index.
 
         Returns:
           The same stack with `layer` set; channel scale and factors are sliced.
@@ -207,13 +207,13 @@ class QuantizedLinear:
 
 @struct.dataclass
 class MixedLinear:
-    """A projection whose layers do not all share a width: a stack for each width.
+    """A projection whose layers have different widths: one stack per width.
 
     Attributes:
       stacks: packed weights, each stacked over the layers that have its width.
-      which: int32[L]; per layer, its stack's number.
-      slot: int32[L]; per layer, its place in that stack.
-      layer: None; or int32[], the layer that is meant.
+      which: int32[L]; per layer, the index of its stack.
+      slot: int32[L]; per layer, its index within that stack.
+      layer: int32[], the index of the current layer; None before one is chosen.
     """
 
     stacks: tuple[QuantizedLinear, ...]
@@ -224,11 +224,11 @@ class MixedLinear:
 
 @struct.dataclass
 class Stacked:
-    """A dense kernel that is one layer of a stack, not copied out of it.
+    """A dense kernel, given as a stack and a layer's index so that it need not be copied.
 
     Attributes:
       kernels: [L, d_in, d_out].
-      layer: int32[], which one.
+      layer: int32[], its index.
     """
 
     kernels: Leaf
@@ -236,16 +236,16 @@ class Stacked:
 
     @property
     def kernel(self) -> jax.Array:
-        """The kernel itself, [d_in, d_out]; XLA copies it unless what follows can be fused."""
+        """The kernel, [d_in, d_out]; XLA copies it unless it can fuse the slice with its use."""
         return _at(self.kernels, self.layer)
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of what was read so far.
+    """The KV cache: keys and values of the tokens read so far.
 
-    Validity and causality are read from `positions` and `valid`, not from the slot number, so
-    padding may stand on either side.
+    Validity and causality follow from `positions` and `valid`, not from the slot number, so padding
+    may be on either side.
 
     Attributes:
       k: [L, B, S, K, H], rotated.
@@ -263,15 +263,15 @@ class Cache:
 
 
 def at_layer(layers: Params, layer: jax.Array) -> Params:
-    """One layer of a stacked block tree; what is large stays in its stack.
+    """One layer of a stacked block tree; the large arrays stay in their stacks.
 
     A scan that slices its operands copies each weight before a kernel can read it. Here the
-    weights of the linear layers are handed on whole, with the layer's number; the kernels find
-    their blocks in the stack. Norms, biases, channel scales and factors are sliced.
+    weights of the linear layers are passed whole, with the layer's index; the kernels read their
+    blocks from the stack. Norms, biases, channel scales and factors are sliced.
 
     Args:
       layers: the tree's "layers" entry, stacked.
-      layer: int32[], which one.
+      layer: int32[], its index.
 
     Returns:
       The layer's tree, with `Stacked` for dense kernels and `layer` set in the others.
@@ -294,7 +294,7 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
 
 
 def _leaf_sizes(leaf: Any) -> tuple[int, int]:
-    """(stored bytes, weights it stands for) of one kernel, dense or packed."""
+    """(stored bytes, number of weights) of one kernel, dense or packed."""
     stored = sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(leaf))
     if isinstance(leaf, MixedLinear):
         return stored, sum(_leaf_sizes(stack)[1] for stack in leaf.stacks)
@@ -328,11 +328,11 @@ def stored_bytes(tree: Any) -> int:
 
 
 def effective_bits(params: Params) -> float:
-    """Bits per weight over all linear layers of the blocks, everything counted.
+    """Effective bits per weight over all linear layers of the blocks.
 
-    Codes, padding, scales, zero points, channel scales and low-rank factors are in it; biases,
-    norms, the embedding and the head are not weights of these layers and are left out. It depends
-    on shapes and dtypes only, so `jax.eval_shape` trees serve too.
+    Everything stored is counted: codes, padding, scales, zero points, channel scales and low-rank
+    factors. Biases, norms, the embedding and the head are not weights of these layers and are left
+    out. Only shapes and dtypes matter, so trees of `jax.eval_shape` work too.
 
     Args:
       params: a model's parameter tree, dense, packed or mixed.
@@ -352,9 +352,9 @@ class Generation:
       tokens: per prompt, the new token ids (end-of-text excluded).
       texts: the same, decoded.
       prompt_tokens: per prompt, its length in tokens.
-      effective_bits: of the weights that were decoded from.
+      effective_bits: per weight, of the weights that the decode loop read.
       seconds: "compile", "prefill_and_quantize" and "decode", wall clock; see `generate`.
-      moments: per site, what the next turn of a conversation starts from; {} without a decay.
+      moments: per site, for the next turn of a conversation; {} for recipes without a decay.
     """
 
     tokens: list[list[int]]
