@@ -1,4 +1,4 @@
-"""The key-value cache: made empty, then written slot by slot."""
+"""The KV cache: made empty, then written slot by slot."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ _ZERO = np.int32(0)
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
-    """A cache that nothing was written to.
+    """An empty cache.
 
     Args:
       config: the model's.
@@ -38,7 +38,7 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike
 
 
 def next_positions(cache: Cache, valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions of tokens that follow what the cache holds.
+    """Positions of tokens that follow those in the cache.
 
     Args:
       cache: what was read so far.

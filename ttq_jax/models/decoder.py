@@ -1,10 +1,10 @@
 """One decoder for every family.
 
-The insight that keeps quantizers out of the model: a block never multiplies a weight itself. At
-four *sites* (the input of q,k,v; of o; of gate,up; of down) it hands its activations and the
-weights that meet them to `project`. Decoding passes `plain`; prefill passes a function that also
-observes and quantizes; calibration one that only observes. Whatever `project` keeps is stacked
-over the layers by the scan.
+One idea keeps quantizers out of the model: a block never multiplies a weight itself. At four
+*sites* (the inputs of q,k,v; of o; of gate,up; of down) it passes its activations and the site's
+weights to `project`. Decoding passes `plain` for it; prefill, a function that also observes and
+quantizes; calibration, one that also observes. What `project` keeps, the scan stacks over the
+layers.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]
 
 
 def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
-    """The `Project` of a model that is only used: multiply, keep nothing."""
+    """The simplest `Project`: multiply, keep nothing."""
     del site
     return {name: linear(x, w["kernel"], w.get("bias")) for name, w in weights.items()}, None
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
     config: ModelConfig
 
     def sublayer(self, name: str, x: Array, body: Callable[[Array], Array]) -> Array:
-        """Adds `body` to the residual stream, normed where this family norms."""
+        """Adds `body` to the residual stream, with norms where this family has them."""
         placement = self.config.norm_placement
         y = body(x if placement == "post" else make_norm(self.config, f"{name}_norm")(x))
         if placement == "sandwich":
@@ -194,15 +194,15 @@ def forward(
     project: Callable[..., tuple[dict[str, Array], Any]] = plain,
     per_layer: Any = None,
 ) -> tuple[Float[Array, "B T D"], Cache, dict[str, Any]]:
-    """Reads tokens after what the cache holds.
+    """Reads tokens that follow those in the cache.
 
     Args:
       config: the model's.
-      params: its tree, dense, packed or mixed; its layers stacked, or apart as `unstack` leaves
-        them (then nothing is kept and `per_layer` is not read).
+      params: its tree, dense, packed or mixed; its layers stacked, or separate as from `unstack`
+        (then nothing is kept and `per_layer` is not read).
       tokens: to read.
       valid: which of them are real; padding changes nothing outside its own outputs.
-      cache: what was read before, with at least T free slots.
+      cache: of the tokens read before, with at least T free slots.
       slots: attend only to the cache's first `slots` slots, which must include the new ones;
         None for all.
       project: see the module's docstring; with `per_layer` it gets one more argument.
@@ -264,10 +264,10 @@ def forward(
 
 
 def unstack(params: Params) -> Params:
-    """The same tree with its layers apart: a tuple of single-layer trees.
+    """The same tree with separate layers: a tuple of single-layer trees.
 
     `forward` then unrolls the layers. A scan copies each layer out of the stack before it is
-    multiplied, which a CPU, decoding at the speed of its memory, pays for in full.
+    multiplied, which is slow where memory bandwidth is the limit, as when a CPU decodes.
 
     Args:
       params: a tree with stacked layers.
@@ -281,7 +281,7 @@ def unstack(params: Params) -> Params:
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """A randomly initialized tree in the one form that every checkpoint is loaded into.
+    """Random parameters, in the tree structure that every checkpoint is loaded into.
 
     `jax.eval_shape(partial(init_params, config), key)` gives the shapes that a loader must fill.
 

@@ -1,7 +1,7 @@
-"""What a model family has to say: how its settings read and what its weights are called.
+"""What defines a model family: how its settings are read, and the names of its weights.
 
-The parameter tree is the same for all (`decoder.init_params`), so a family names the *modules* of
-that tree in the checkpoint's words; which leaves a module has follows from the config.
+All families share one parameter tree (`decoder.init_params`). A family maps the *modules* of that
+tree to the checkpoint's names; which leaves a module has follows from the config.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ Edit = Literal["unpermute", "minus_one", "skip_two_rows"]
 
 
 class Settings:
-    """A checkpoint's settings, read with account: what nobody took or waived is an error.
+    """A checkpoint's settings; one that is neither read nor ignored on purpose is an error.
 
-    A setting that the model code does not know may change its mathematics, and a wrong model
-    still produces fluent text; so nothing is skipped in silence.
+    A setting that the model code does not know may change the model's mathematics, and a wrong
+    model still produces fluent text. So nothing is skipped silently.
     """
 
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
@@ -30,7 +30,7 @@ class Settings:
 
         Args:
           values: name to value, as in config.json or a GGUF header.
-          prefix: stands before each name in messages.
+          prefix: put before each name in messages.
         """
         self._values = dict(values)
         self._prefix = prefix
@@ -94,15 +94,15 @@ class Settings:
         return self._typed(name, {}, lambda v: isinstance(v, dict), "an object")
 
     def ignore(self, *names: str) -> None:
-        """Waives settings that do not touch the mathematics of inference."""
+        """Ignores settings that do not change inference."""
         self._read.update(names)
 
     def ignore_prefix(self, *prefixes: str) -> None:
-        """Waives all settings whose names start so."""
+        """Ignores all settings whose names start with one of these."""
         self._read.update(n for n in self._values if n.startswith(prefixes))
 
     def require(self, name: str, *allowed: Any) -> None:
-        """Accepts a setting only at values that mean what the model code does.
+        """Accepts a setting only at the values that the model code implements.
 
         Args:
           name: of the setting; absent or null is accepted.
@@ -119,7 +119,7 @@ class Settings:
             )
 
     def finish(self) -> None:
-        """Checks that every setting was read or waived.
+        """Checks that every setting was read or ignored.
 
         Raises:
           ConfigError: naming the ones that were not.
@@ -128,8 +128,8 @@ class Settings:
         if unread:
             raise ConfigError(
                 f"unknown key{'s' if len(unread) > 1 else ''} {', '.join(unread)}: the model code "
-                "neither uses nor knowingly ignores it, so the model might compute something else. "
-                "If it does not change inference, remove it from the configuration or report it"
+                "neither uses nor knowingly ignores it, so its results might be wrong. If it does "
+                "not change inference, remove it from the configuration or report it"
             )
 
 
@@ -145,9 +145,9 @@ class Family:
       hf_types: values of config.json's `model_type`.
       hf_config: reads config.json.
       hf_modules: names in safetensors files, without prefix.
-      hf_prefixes: what may stand before the names; the first that fits counts.
-      hf_heads: names of the head, whole; kept out of the tree where it is tied.
-      hf_ignored: patterns (fnmatch) of tensors that are knowingly left out.
+      hf_prefixes: prefixes that the names may have; the first that matches is used.
+      hf_heads: full names of the head; not loaded where it is tied to the embedding.
+      hf_ignored: patterns (fnmatch) of tensors that are left out on purpose.
       hf_edits: module to edit.
       gguf_arch: value of a GGUF's `general.architecture`, or None where llama.cpp has none.
       gguf_config: reads a GGUF header, given the vocabulary size and whether the head is tied.
@@ -219,7 +219,7 @@ def activation(settings: Settings, key: str, default: str) -> Any:
     Args:
       settings: config.json.
       key: its key.
-      default: what absence means, in config.json's words.
+      default: the name to use where the key is absent, as config.json spells it.
 
     Returns:
       The name in `layers.ACTIVATIONS`.
@@ -234,7 +234,7 @@ def activation(settings: Settings, key: str, default: str) -> Any:
 
 
 def ignore_common(settings: Settings) -> None:
-    """Waives what any config.json may hold and inference does not depend on.
+    """Ignores keys that any config.json may have and that do not change inference.
 
     Args:
       settings: config.json, whose unknown-key check this prepares.
@@ -274,7 +274,7 @@ def make_rope(values: Mapping[str, Any], default_theta: float | None = None) -> 
 
     Args:
       values: the entry, with its `rope_theta`.
-      default_theta: where the entry has none.
+      default_theta: used where the entry has none.
 
     Returns:
       The rotation.
@@ -318,7 +318,7 @@ def hf_rope(settings: Settings, default_theta: float = 10000.0) -> Rope:
 
     Args:
       settings: config.json.
-      default_theta: where none is given.
+      default_theta: used where none is given.
 
     Returns:
       The rotation.
@@ -333,7 +333,7 @@ def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> 
     Args:
       settings: the GGUF header.
       arch: prefix of its keys.
-      default_theta: where none is given.
+      default_theta: used where none is given.
 
     Returns:
       The rotation.
@@ -350,7 +350,10 @@ def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> 
     settings.ignore(f"{arch}.rope.scaling.original_context_length")
     settings.ignore(f"{arch}.rope.scaling.finetuned")
     if kind not in ("none", "linear"):
-        raise ConfigError(f"{arch}.rope.scaling.type = {kind!r} is not implemented")
+        raise ConfigError(
+            f"{arch}.rope.scaling.type = {kind!r} is not implemented; expected none or linear. "
+            "Use a checkpoint without it"
+        )
     if kind == "none" or factor in (0, 1):
         return Rope(theta=theta)
     return Rope(theta=theta, scaling="linear", factor=factor)

@@ -1,6 +1,7 @@
 """Gemma3 text (Gemma Team, 2025), alone or as the text part of the vision model.
 
-Five of six layers slide and rotate with a small theta, the sixth sees everything with a large one.
+Five of six layers attend within a sliding window and rotate with a small theta; the sixth attends
+to everything and rotates with a large one.
 """
 
 from ttq_jax.config import ModelConfig, Rope
