@@ -283,9 +283,9 @@ def test_stored_bytes_are_what_effective_bits_says(bits, symmetric):
 
 def test_packed_trees_are_not_packed_twice():
     _, packed = read(PARAMS, prompts_of(random_rows([20]), 32))
-    with pytest.raises(ValueError, match="packed already"):
+    with pytest.raises(ValueError, match="expected a dense weight to quantize, got a packed one"):
         read(packed, prompts_of(random_rows([20]), 32))
-    with pytest.raises(ValueError, match="moments are the prompt's"):
+    with pytest.raises(ValueError, match=r"reads no prompt, got moments\.of = 'prompt'"):
         quantize_params(PARAMS, TTQ, Offline())
 
 

@@ -169,7 +169,7 @@ def test_the_budget_is_kept_by_what_is_stored(budget):
 
 
 def test_a_budget_below_the_narrowest_width_is_refused():
-    with pytest.raises(ConfigError, match=r"expected a budget of at least \d\.\d+ bits .*; got 2"):
+    with pytest.raises(ConfigError, match=r"a budget of at least \d\.\d+ stored bits .*, got 2"):
         allocate(measured(), 2.0)
 
 

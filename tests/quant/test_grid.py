@@ -196,11 +196,11 @@ def test_dead_channels_and_silent_prompts_stay_finite(name):
     ("change", "message"),
     [
         ({"bits": 7}, "bits: expected one of 2, 3, 4, 5, 8, got 7"),
-        ({"group_size": 0}, "positive multiple of 8, or -1 for the whole row, got 0"),
+        ({"group_size": 0}, "positive multiple of 8, or -1 for all input channels, got 0"),
         ({"group_size": 20}, "got 20"),
         ({"zero_point": "half"}, "zero point"),
         ({"store_dtype": "int4"}, "store dtype"),
-        ({"rank": -1}, "rank: expected rank and error_rank of 0"),
+        ({"rank": -1}, "low_rank: expected rank >= 0, error_rank >= 0"),
         ({"moments": "mine"}, "moments.of: expected one of none, corpus, prompt"),
         ({"moments": "none"}, "set moments.of to 'prompt' or 'corpus'"),
         ({"select": "("}, "select: not a regular expression"),
@@ -221,7 +221,7 @@ def test_knobs_are_finite(choice):
 
 
 def test_a_clip_search_does_not_replace_another_rounding():
-    with pytest.raises(ConfigError, match="recipe best rounds by second_order"):
+    with pytest.raises(ConfigError, match="the rounding of recipe best is second_order"):
         preset("best", clip=True)
 
 

@@ -221,5 +221,5 @@ def test_what_a_rule_reads():
     assert Recipe(low_rank=LowRankRule(error_rank=2)).reads == Reads((2.0,), -1)
     weighted = LowRankRule(rank=2, weighted=True)
     assert Recipe(moments="corpus", low_rank=weighted).reads == Reads((2.0,), 0)
-    with pytest.raises(ConfigError, match="made ahead of any prompt"):
+    with pytest.raises(ConfigError, match="needs the moments of a corpus or of a prior"):
         Recipe(low_rank=weighted)

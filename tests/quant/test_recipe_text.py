@@ -132,18 +132,19 @@ def test_what_a_file_leaves_out_has_its_default():
         ("colour = 3", ["colour", "moments", "rounding", "select"]),
         ("[grid]\nbit = 3", ["grid.bit", "group_size"]),
         ("grid = 3", ["grid", "[grid]", "3"]),
-        ("[grid]\nbits = 3.0", ["grid.bits", "whole number", "3.0"]),
-        ("[grid]\nbits = true", ["grid.bits", "whole number", "True"]),
-        ('[grid]\nbits = "3"', ["grid.bits", "whole number", "'3'"]),
+        ("[grid]\nbits = 3.0", ["grid.bits", "integer", "3.0"]),
+        ("[grid]\nbits = true", ["grid.bits", "integer", "True"]),
+        ('[grid]\nbits = "3"', ["grid.bits", "integer", "'3'"]),
         ("[grid]\nsymmetric = 1", ["grid.symmetric", "true or false"]),
         ("[scale]\nalpha = nan", ["scale.alpha", "number", "nan"]),
         ("[scale]\nalpha = true", ["scale.alpha", "number", "True"]),
         (f"[scale]\nlam = {10**400}", ["scale.lam", "number"]),
         ("[grid]\nbits = 7", ["bits", "2, 3, 4, 5, 8", "7"]),
         ('[rounding]\nrule = "up"', ["rounding", "half_quadratic", "'up'"]),
-        ("[rounding]\nrule = 3", ["rounding.rule", "text", "3"]),
-        ("[rounding]\ndamping = 0.3", ["rounding.damping", "nearest", "second_order has it"]),
-        ("prefill = 3", ["prefill", "text", "3"]),
+        ("[rounding]\nrule = 3", ["rounding.rule", "string", "3"]),
+        ("[rounding]\ndamping = 0.3",
+         ["rounding.damping", "nearest", "damping belongs to rule second_order"]),
+        ("prefill = 3", ["prefill", "string", "3"]),
         ('prefill = "half"', ["prefill", "full, quantized", "half"]),
         ('widths = "down"', ["widths", "[[widths]]", "down"]),
         ("widths = [3]", ["widths", "[[widths]]"]),
@@ -229,11 +230,11 @@ def test_every_knob_of_every_rule_can_be_set():
         ("prefill.full=true", ["prefill=VALUE"]),
         ("scale=gptq", ["scale", "power_law", "searched", "'gptq'"]),
         ("scale.damping=3", ["scale.damping", "power_law", "alpha, lam, p"]),
-        ("scale.steps=3", ["searched has it"]),
+        ("scale.steps=3", ["steps belongs to rule searched"]),
         ("low_rank.ranks=3", ["low_rank.ranks", "error_rank"]),
-        ("grid.bits=three", ["grid.bits", "whole number", "'three'"]),
-        ("grid.bits=3.0", ["grid.bits", "whole number", "'3.0'"]),
-        ("grid.bits=", ["grid.bits", "whole number", "''"]),
+        ("grid.bits=three", ["grid.bits", "integer", "'three'"]),
+        ("grid.bits=3.0", ["grid.bits", "integer", "'3.0'"]),
+        ("grid.bits=", ["grid.bits", "integer", "''"]),
         ("grid.symmetric=yes", ["grid.symmetric", "true or false", "'yes'"]),
         ("scale.alpha=nan", ["scale.alpha", "number"]),
         ("scale.alpha=3", ["alpha", "3.0"]),
@@ -285,7 +286,7 @@ def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
         load_recipe(tmp_path)
     path.write_bytes(b'select = "\xff"')
-    with pytest.raises(ConfigError, match=r"mine.toml: expected UTF-8 text, byte 10"):
+    with pytest.raises(ConfigError, match=r"mine.toml: expected UTF-8 text, but byte 10"):
         load_recipe(path)
     path.write_text("[grid]\nbits = 7")
     with pytest.raises(ConfigError, match=r"mine.toml: bits: expected"):

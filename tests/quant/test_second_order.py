@@ -174,7 +174,7 @@ def test_a_span_is_gptq_on_the_block_diagonal(span, d_in, rows, how):
 
 def test_scales_on_arrival_need_groups_within_a_block_or_of_whole_blocks():
     rule = SecondOrder(**PUBLISHED, span=24, static_groups=False)
-    with pytest.raises(ConfigError, match="24 channels and groups of 32 rows"):
+    with pytest.raises(ConfigError, match="24 channels and groups of 32"):
         ours(weight(96), inputs(d_in=96), rule, Grid(bits=3, group_size=32))
 
 

@@ -201,7 +201,7 @@ def test_a_rule_changes_only_what_it_names():
     ("knobs", "message"),
     [
         ({"select": "(", "bits": 2}, "not a regular expression"),
-        ({"select": "layers/q"}, "changes neither bits nor group_size"),
+        ({"select": "layers/q"}, "expected bits or group_size for 'layers/q', got neither"),
         ({"select": "layers/q", "bits": 7}, "bits: expected one of 2, 3, 4, 5, 8, got 7"),
         ({"select": "layers/q", "group_size": 12}, "got 12"),
     ],

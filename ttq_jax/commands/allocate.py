@@ -1,4 +1,4 @@
-"""`ttq allocate`: a recipe whose widths spend a budget where this model needs it."""
+"""`ttq allocate`: chooses the bits of each projection of each layer, within a budget."""
 
 import argparse
 import dataclasses
@@ -15,13 +15,14 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths
 from ttq_jax.offline.calibrate import prepare_unpacked
 from ttq_jax.quant.grid import BITS
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
 
 
 def judged(measured: Measured, recipe: Recipe) -> tuple[float, float]:
-    """What a recipe's widths cost and leave: sums over its projections.
+    """Size and error of a recipe's widths, over all its projections.
 
     Args:
       measured: with all of its widths.
@@ -52,7 +53,7 @@ def _checked_widths(given: list[int]) -> tuple[int, ...]:
     """The widths to choose from, ascending.
 
     Raises:
-      ConfigError: fewer than two, or one that there is not.
+      ConfigError: fewer than two, or one that does not exist.
     """
     widths = tuple(sorted(set(given)))
     if len(widths) < 2 or not set(widths) <= set(BITS):
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe, widths = recipe_of(args), _checked_widths(args.widths)
     if recipe is None:
-        raise ConfigError(f"recipe {args.method} quantizes nothing, so there is nothing to allot")
+        raise ConfigError(quantizes_nothing(args.method, "there are no bits to allocate"))
     with progress.stage(f"reading {args.corpus}"):
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)
@@ -108,8 +109,6 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         return
     print_text(table(_layers_by_width(measured, made)))
     others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
-    print_text(
-        f"\n{bits:.3f} stored bits per quantized weight; estimated divergence {found:.4f} nats"
-    )
+    print_text(f"\n{bits:.3f} stored bits per quantized weight")
     print_text(f"estimated divergence {found:.4f} nats per token ({others})")
-    print_text(f"saved in {args.out}: --recipe {args.out}, with the same model")
+    print_text(f"saved to {args.out}; use it with --recipe {args.out} and the same model")

@@ -1,7 +1,7 @@
 """`ttq kernels`: which implementation serves which projection of a model, and why.
 
-Nothing is compiled or loaded onto a device: it asks the very function that decides while a program
-is traced (`pallas_kernels.choose`).
+Nothing is compiled or loaded onto a device: the answer is that of `pallas_kernels.choose`, which
+also decides while a program is traced.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.scaling import NoScale
 
 
 def target_of(chip: str | None) -> Target:
-    """What a chip's name stands for; None is the device that is there."""
+    """The target of a chip's name; None is this machine's device."""
     if chip is None:
         return current_target()
     if chip == "cpu":
@@ -52,18 +53,18 @@ def listing(
       ConfigError: the recipe selects no projection.
     """
     rows = []
-    # A recipe without a prompt is packed ahead: no product beside it.
+    # A recipe that reads no prompt is packed before it: there is no product beside.
     ahead = recipe.source.of != "prompt"
     pooled = batch if recipe.batch == "pooled" else 1
     quantizer, quantizer_rows = ("quantize_pack", 0) if ahead else (
         "prefill_quantize", pooled * prompt_tokens,
     )  # fmt: skip
     rounding = recipe.rounding
-    # 0: a rounding that no kernel does.
+    # 0: a rounding without a kernel.
     shrinks = len(rounding.shrinks) if isinstance(rounding, Nearest | ClipSearch) else 0
-    for name, (d_in, d_out) in projections(config).items():
-        if not recipe.selects(name):
-            continue
+    sizes = projections(config)
+    for name in recipe.selected(sizes):
+        d_in, d_out = sizes[name]
         for grid in dict.fromkeys(recipe.grids(name, config.n_layers)):
             group = grid.rows_per_group(d_in)
             for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", pooled)):
@@ -73,7 +74,7 @@ def listing(
                     "k": -(-d_in // group) * group, "n": d_out,
                 }  # fmt: skip
                 if quantizes and shrinks == 0:
-                    reason = f"no kernel does {RULE_NAMES[type(rounding)]} rounding"
+                    reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding"
                     rows.append({
                         **row,
                         "implementation": "xla",
@@ -95,9 +96,6 @@ def listing(
                     **row, "implementation": choice.implementation, "reason": choice.reason,
                     "fallback": choice.fallback,
                 })  # fmt: skip
-    if not rows:
-        paths = ", ".join(f"layers/{name}" for name in projections(config))
-        raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
     return rows
 
 
@@ -109,17 +107,20 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: an option out of range, or a method that packs nothing.
+      ConfigError: an option out of range, or a recipe that quantizes nothing.
     """
     recipe = recipe_of(args)
     if recipe is None:
-        raise ConfigError("recipe none quantizes nothing, so it uses no kernel; choose another")
+        raise ConfigError(quantizes_nothing(args.method, "it uses no kernel"))
     if args.batch_size < 1 or args.prompt_tokens < 1:
-        raise ConfigError("expected --batch-size and --prompt-tokens of at least 1")
+        raise ConfigError(
+            "expected --batch-size and --prompt-tokens of at least 1, got "
+            f"{args.batch_size} and {args.prompt_tokens}"
+        )
     if args.model in RELEASED:
         config = released_config(args.model)
     else:
-        # Only its sizes are looked at, and checkpoints are not loaded as float16.
+        # Only its sizes are used, and checkpoints are not loaded as float16.
         config = load_model(args.model, "bfloat16", progress)[0].config
     target = target_of(args.chip)
     rows = listing(

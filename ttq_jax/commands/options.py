@@ -8,6 +8,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import read_file
 from ttq_jax.evaluation.preparation import Needs
 from ttq_jax.prompts import PromptError
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
 
@@ -27,12 +28,12 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     short = {key: getattr(args, key, None) for key in SHORT}
     recipe = recipe_named(args.method, short, args.settings)
     if recipe is None and getattr(args, "save_recipe", None):
-        raise ConfigError(f"recipe {args.method} quantizes nothing, so --save-recipe has no use")
+        raise ConfigError(quantizes_nothing(args.method, "--save-recipe has no effect"))
     return recipe
 
 
 def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
-    """Where that what the recipe reads besides the prompt comes from.
+    """The sources of what the recipe needs besides the prompt.
 
     Args:
       args: with the calibration options.
@@ -58,7 +59,7 @@ def _read_prompts(path: str) -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as e:
-        raise PromptError(f"standard input: expected UTF-8 text, byte {e.start} is not") from e
+        raise PromptError(f"standard input: expected UTF-8 text, but byte {e.start} is not") from e
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:

@@ -6,12 +6,14 @@ from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import low_rank_in_short, moments_in_short, table
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import PRESETS, RULE_NAMES, Recipe, preset
 from ttq_jax.quant.recipe_text import load_recipe, to_toml, with_settings
 
 _HINT = """\
---recipe NAME uses one. ttq recipes NAME > my.toml writes one with all its choices, to be edited
-and given to --recipe my.toml. --set AXIS.KEY=VALUE changes a choice: --set rounding.damping=0.1.\
+--recipe NAME uses a recipe. ttq recipes NAME > my.toml writes it with all its settings; edit the
+file and use it with --recipe my.toml. --set AXIS.KEY=VALUE changes one setting, as in
+--set rounding.damping=0.1.\
 """
 
 
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     name = args.recipe
     if name is None:
         if args.settings:
-            raise ConfigError("--set: say which recipe is to be changed, as in ttq recipes ttq")
+            raise ConfigError("--set: expected a recipe to change, got none; add its NAME")
         if args.json:
             for key, one in PRESETS.items():
                 data = None if one.recipe is None else one.recipe.describe()
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         return
     recipe = load_recipe(name) if name.endswith(".toml") else preset(name)
     if recipe is None:
-        raise ConfigError(f"recipe {name} quantizes nothing, so there is nothing to print")
+        raise ConfigError(quantizes_nothing(name, "there is nothing to print"))
     recipe = with_settings(recipe, args.settings)
     if args.json:
         print_json({"name": name, "recipe": recipe.describe()})

@@ -1,6 +1,6 @@
-"""From names to what a measurement needs: the model, and what its recipe reads besides the prompt.
+"""Loads a model by name and prepares what its recipe needs besides the prompt.
 
-Every step shows how far it is. A text that is needed is read before anything slow begins.
+Every step shows its progress. Texts are read before anything slow begins.
 """
 
 import dataclasses
@@ -17,18 +17,19 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Offline
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """A recipe, and where that what it reads besides the prompt comes from.
+    """A recipe, and the sources of what it needs besides the prompt.
 
     Attributes:
       method: the recipe's name, for messages.
       recipe: None for the unquantized model.
-      calibration: the corpus, see `read_corpus`; None for none.
+      calibration: the calibration corpus, see `read_corpus`; None for none.
       calibration_tokens: how many of its first tokens are read.
       prepared: a directory of `ttq prepare`; None for none.
     """
@@ -41,7 +42,7 @@ class Needs:
 
     @property
     def anything(self) -> bool:
-        """Whether something is made ahead of a prompt: a tree, moments or static factors."""
+        """Whether anything is made before a prompt: a packed tree, moments or static factors."""
         if self.recipe is None:
             return False
         source = self.recipe.source
@@ -72,7 +73,7 @@ def calibration_text(needs: Needs, progress: Progress) -> str | None:
 
     Args:
       needs: of the recipe.
-      progress: gets a note if a corpus was given in vain.
+      progress: gets a note if a corpus was given that is not used.
 
     Returns:
       The text; None if the recipe reads none.
@@ -83,15 +84,12 @@ def calibration_text(needs: Needs, progress: Progress) -> str | None:
     recipe = needs.recipe
     needed = recipe is not None and recipe.source.reads_corpus and not needs.prepared
     if needed and needs.calibration is None:
-        raise ConfigError(
-            f"recipe {needs.method} reads a corpus's moments here: give a text (--calibration FILE)"
-            " or what ttq prepare saved (--prepared DIR); moments of the prompt alone, as in recipe"
-            " ttq, and a prior from the weights or from samples need neither"
-        )
+        give = "pass --calibration FILE, or --prepared DIR with what ttq prepare saved"
+        raise ConfigError(lacks_corpus(f"recipe {needs.method}", give))
     if not needed and needs.calibration is not None:
-        unread = f"recipe {needs.method} reads none"
-        why = f"{needs.prepared} is used" if needs.prepared else unread
-        progress.note(f"the calibration corpus is not read: {why}")
+        unread = f"recipe {needs.method} needs none"
+        why = f"{needs.prepared} is used instead" if needs.prepared else unread
+        progress.note(f"the calibration corpus is not used: {why}")
     return read_corpus(needs.calibration) if needed and needs.calibration else None
 
 
@@ -131,7 +129,7 @@ def prepare_offline(
     start, recipe = time.perf_counter(), needs.recipe
     if recipe is None:
         if needs.prepared:
-            progress.note(f"recipe {needs.method} quantizes nothing; {needs.prepared} is not read")
+            progress.note(f"recipe {needs.method} quantizes nothing: {needs.prepared} is not used")
         return Offline(), 0.0
     if needs.prepared:
         with progress.stage(f"loading {needs.prepared}"):

@@ -1,1 +1,1 @@
-"""What is made once per model, ahead of any prompt: moments, priors, static factors, widths."""
+"""What is made once per model, before any prompt: moments, priors, static factors, widths."""

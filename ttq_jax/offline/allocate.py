@@ -1,14 +1,14 @@
 """Bits where they matter: a width for each projection of each layer, within a budget.
 
-What a width costs is estimated in the unit that counts, nats per token. A text is cut into windows;
-each is a prompt and what follows it. Every weight is rounded at every width from the prompt, as the
-recipe would, and its output error δ at the following tokens is weighed by the gradient g of the
-log-likelihood there: ½ E[(g·δ)²], the second-order estimate of the divergence from the unquantized
-model (g of labels drawn from the model itself, so that g gᵀ is the Fisher information; errors of
-different weights and tokens are taken as independent). An output error by itself would not do: a
-few huge activations dominate some layers' outputs and matter little.
+What a width costs is estimated in nats per token. A text is cut into windows; each is a prompt and
+what follows it. Every weight is rounded at every width from the prompt, as the recipe would, and
+its output error δ at the following tokens is weighted by the gradient g of the log-likelihood
+there: ½ E[(g·δ)²], the second-order estimate of the divergence from the unquantized model (g of
+labels drawn from the model itself, so that g gᵀ is the Fisher information; errors of different
+weights and tokens are taken as independent). The output error alone would mislead: in some layers a
+few huge activations dominate it and matter little.
 
-Upgrades are then bought in the order of divergence removed per stored bit. The result is a tuple of
+Widths are then raised in the order of divergence removed per stored bit. The result is a tuple of
 `Width` rules, static in the recipe: one program per model, and none per prompt.
 """
 
@@ -49,7 +49,7 @@ from ttq_jax.types import (
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What each width costs and leaves, per projection.
+    """Size and error of each width, per projection.
 
     Attributes:
       widths: ascending.
@@ -68,7 +68,7 @@ class Measured:
 def sensitivities(
     params: Params, tokens: Int[Array, "T"], key: Array, *, config: ModelConfig
 ) -> tuple[dict[str, Float[Array, "L T d_in"]], dict[str, Float[Array, "L T d_out"]]]:
-    """What every projection reads at every token, and how the likelihood depends on its output.
+    """The input of every projection at every token, and the likelihood's gradient at its output.
 
     Args:
       params: a dense tree.
@@ -167,7 +167,7 @@ def measure_widths(
         not read.
       offline: its moments and static factors are used.
       config: the model's.
-      prompt_tokens: the first P of a window are the prompt, the rest is what errors are judged by;
+      prompt_tokens: the first P of a window are the prompt, errors are measured on the rest;
         0 < P < W.
       widths: to try, ascending.
       progress: called with (windows done, windows in all).
@@ -183,9 +183,8 @@ def measure_widths(
             f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
             f"{len(windows)} of {windows.shape[1]}; give a longer text, or fewer prompt tokens"
         )
-    dense = {n: k for n, k in kernels(params["layers"]).items() if recipe.selects(n)}
-    if not dense:
-        raise ConfigError(f"select: {recipe.select!r} matches no projection of this model")
+    found = kernels(params["layers"])
+    dense = {name: found[name] for name in recipe.selected(found)}
     shape = (windows.shape[0], config.n_layers, len(widths))
     errors = {name: np.zeros(shape) for name in dense}
     bits = {name: np.zeros(len(widths)) for name in dense}
@@ -216,16 +215,16 @@ def measure_widths(
 
 
 def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:
-    """Widths that spend a budget where it removes most error.
+    """Chooses widths within a budget, where they remove most error.
 
     Every weight starts at the narrowest width; of all upgrades along the lower convex hull of each
-    weight's (size, error) points, the one that removes most error per bit is bought first, until
-    nothing more fits. For a sum of convex terms this greedy choice is optimal up to the last item.
+    weight's (size, error) points, the one that removes most error per bit comes first, until no
+    more fits. For a sum of convex terms this greedy choice is optimal up to the last item.
 
     Args:
       measured: from `measure_widths`.
       budget: stored bits per weight on average over what the recipe selects, everything counted
-        but the two int32 by which a layer of mixed widths is found.
+        except the two int32 by which a layer of mixed widths is found.
 
     Returns:
       Rules, a few per projection; `Recipe.widths` takes them.
@@ -238,8 +237,8 @@ def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:
     spent = sum(measured.bits[name][0] * len(errors) for name, errors in measured.errors.items())
     if spent > budget * total:
         raise ConfigError(
-            f"allocate: expected a budget of at least {spent / total:.3f} bits per weight, what "
-            f"{measured.widths[0]} bits in these groups take; got {budget}"
+            f"allocate: expected a budget of at least {spent / total:.3f} stored bits per weight, "
+            f"the size at {measured.widths[0]} bits everywhere, got {budget}"
         )
     upgrades = []
     for name, errors in measured.errors.items():

@@ -1,6 +1,6 @@
-"""What is made once per model, ahead of any prompt: moments, static factors, packed trees.
+"""Prepares what is made once per model, before any prompt: moments, static factors, packed trees.
 
-AWQ is TTQ with the moments of a corpus in place of the prompt's; this is where they come from.
+AWQ is TTQ with a calibration corpus's moments in place of the prompt's; they are observed here.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from ttq_jax.offline.samples import sample_windows
 from ttq_jax.prefill import observing
 from ttq_jax.prompts import token_ids
 from ttq_jax.quant.moments import Reads
+from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import quantize_params, static_factors
 from ttq_jax.types import Moments, Offline, Params
@@ -54,7 +55,7 @@ def calibrate(
     reads: Reads,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Moments]:
-    """A corpus's moments: the sum over its windows.
+    """The moments of a calibration corpus: the sum over its windows.
 
     Args:
       model: the unquantized model.
@@ -88,12 +89,12 @@ def prepare(
 ) -> Offline:
     """Everything that a recipe needs besides the prompt.
 
-    A recipe that looks at no prompt is quantized here, once; one that does gets its prior and its
-    static factors here and its weights at every prompt.
+    With a recipe that reads no prompt the weights are quantized here, once. For other recipes this
+    makes the prior and the static factors; the weights are quantized at every prompt.
 
     Args:
       model: the unquantized model.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
       calibration: for a recipe that reads a corpus's moments: int32[n, W] token ids, or what
         `calibrate` made of them.
       progress: called with (windows done, windows in all) of the calibration.
@@ -102,7 +103,7 @@ def prepare(
       What `generate` and `perplexity` take as `offline`.
 
     Raises:
-      ConfigError: a corpus recipe without a corpus.
+      ConfigError: the recipe needs a calibration corpus and none was given.
     """
     made = prepare_unpacked(model, recipe, calibration, progress)
     if recipe is None or recipe.source.of == "prompt":
@@ -116,7 +117,7 @@ def prepare_unpacked(
     calibration: np.ndarray | dict[str, Moments] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Offline:
-    """The moments and static factors that a recipe reads, no weight quantized.
+    """The moments and static factors that a recipe reads; quantizes no weight.
 
     Args:
       model: see `prepare`.
@@ -128,18 +129,14 @@ def prepare_unpacked(
       What `quantize_params` and `allocate.measure_widths` take.
 
     Raises:
-      ConfigError: a corpus recipe without a corpus.
+      ConfigError: the recipe needs a calibration corpus and none was given.
     """
     if recipe is None:
         return Offline()
     source, moments = recipe.source, {}
     if source.reads_corpus:
         if calibration is None:
-            raise ConfigError(
-                "this recipe reads a corpus's moments, but no calibration text was given; give "
-                "one (--calibration FILE on the command line) or use recipe 'ttq' or 'rtn', or a "
-                "prior that reads no text (moments.prior 'weights' or 'samples')"
-            )
+            raise ConfigError(lacks_corpus("this recipe", "pass calibration= to prepare()"))
         if not isinstance(calibration, dict):
             calibration = calibrate(model, calibration, recipe.reads, progress)
         moments = calibration

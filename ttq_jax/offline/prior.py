@@ -1,9 +1,9 @@
-"""A prior without data: what a layer's inputs look like, judged by the model's own weights.
+"""A prior without data: a layer's activation statistics, estimated from the model's own weights.
 
 A normed vector has power g² per channel, g the norm's scale. White noise of that power, sent
 through the block's own weights, gives the power of the values that attention mixes and of the
-gated units. Only the profile over the channels is meant: `quant.source.blend` puts it into the
-prompt's unit. It says less than a corpus and costs nothing to obtain.
+gated units. Only the profile over the channels matters: `quant.source.blend` scales it to the
+prompt. It is less accurate than a corpus and costs nothing.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
     norms = {name: _norm_power(config, layers[f"{name}_norm"]) for name in ("attn", "mlp")}
     attn_in, mlp_in = norms["attn"], norms["mlp"]
     if config.norm_placement == "post":
-        # Normed at its end: attention reads what the layer before has normed last.
+        # The norm comes last: attention reads the output of the previous layer's last norm.
         attn_in, mlp_in = jnp.roll(norms["mlp"], 1, axis=0), norms["attn"]
     values = _through(attn_in, layers["v"])
     heads = values.reshape(len(values), config.n_kv_heads, -1)

@@ -1,9 +1,9 @@
 """A prior without data: text that the model writes itself.
 
 Every window begins with a token drawn uniformly from the vocabulary and goes on by sampling from
-the model, as LLM-QAT (Liu et al., 2023, arXiv:2305.17888) makes its training data. It costs a
-generation once per model, where the profile of `ttq_jax.offline.prior` costs nothing, and says more
-(`experiments/RESULTS.md`, short prompts).
+the model, as LLM-QAT (Liu et al., 2023, arXiv:2305.17888) makes its training data. It costs one
+generation per model and is more accurate than the profile of `ttq_jax.offline.prior`, which costs
+nothing (`experiments/RESULTS.md`, short prompts).
 """
 
 from functools import partial
@@ -27,13 +27,13 @@ def sample_windows(
     """Text of the unquantized model, sampled at temperature 1 by a fixed key.
 
     Args:
-      model: whose text.
+      model: writes the text.
       rows: windows, sampled side by side; >= 1.
-      length: tokens of each, >= 2; at most the model's context is taken.
+      length: tokens of each, >= 2; never more than the model's context.
       seed: of the draws.
 
     Returns:
-      Token ids. An end token does not end a window: what follows is another text.
+      Token ids. An end token does not end a window: another text follows.
     """
     config = model.config
     capacity = min(length, config.max_positions) - 1
@@ -46,7 +46,7 @@ def sample_windows(
 def _written(
     params: Params, key: Array, *, config: ModelConfig, rows: int, capacity: int
 ) -> Int[Array, "rows length"]:
-    """A drawn token and what the model says after it."""
+    """A drawn token and a continuation sampled from the model."""
     first_key, key = jax.random.split(key)
     first = jax.random.randint(first_key, (rows, 1), 0, config.vocab_size, jnp.int32)
     prompts = Prompts(first, jnp.ones(first.shape, bool))

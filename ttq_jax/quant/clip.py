@@ -1,9 +1,9 @@
-"""Rounding with clip search: give up a group's extremes where that costs the output least.
+"""Rounding with clip search: narrow a group's range where that lowers the output error.
 
 Each group and column picks, from a few shrink factors of its range, the one with the smallest
 activation-weighted error Σ_i h_i (w_i − ŵ_i)², h_i = E[x_i²]/D_i² (Lin et al., 2023, AutoAWQ's
-search, there on layer outputs). The full range is always a candidate: by its own measure the
-search never does worse than none.
+search, there on layer outputs). The full range is always a candidate, so by this measure the search
+is never worse than no search.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ def search_ranges(
     grid: Grid,
     shrinks: tuple[float, ...],
 ) -> tuple[Float[Array, "n_group n"], Float[Array, "n_group n"]]:
-    """The search as plain JAX, for roundings that no kernel does.
+    """The search as plain JAX, for roundings without a kernel.
 
     Args:
       groups: scaled weights, float32.

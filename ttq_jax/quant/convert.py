@@ -29,12 +29,12 @@ from ttq_jax.types import LowRank, Moments, QuantizedLinear, Stacked
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """One projection, everything decided but its codes.
+    """One projection with everything decided except its codes.
 
     Attributes:
-      stack: the weight as it came, maybe stacked.
-      layer: which one of the stack, or None.
-      factors: the static ones as stored, or None.
+      stack: the weight as given, maybe stacked over layers.
+      layer: its index in the stack, or None.
+      factors: the static low-rank factors as stored, or None.
       scale: D as stored, [d_in], or None.
       grid: the codes' grid.
     """
@@ -108,7 +108,7 @@ def _scaled(ready: dict[str, _Ready], moments: Moments | None, recipe: Recipe) -
 def _round_by_kernel(
     ready: _Ready, moments: Moments | None, rule: KernelRounding, x: Array | None, quantized: bool
 ) -> tuple[Array | None, QuantizedLinear]:
-    """Nearest rounding and clip search: one read of the weight, for the product too."""
+    """Nearest rounding and clip search by a kernel, which reads the weight once."""
     second, scale = _second(moments), ready.scale
     if second is not None and scale is not None:
         second = second / jnp.square(ready.divisor)
@@ -127,7 +127,7 @@ def _round_by_kernel(
 def _round_together(
     ready: list[_Ready], moments: Moments | None, rule: SecondOrder | HalfQuadratic
 ) -> list[QuantizedLinear]:
-    """Roundings that no kernel does; projections of one input, D and grid are one wide weight."""
+    """Roundings without a kernel; projections of one input, D and grid are one wide weight."""
     first, gram = ready[0], None
     d_in = first.stack.shape[-2]
     if rule.span:
@@ -151,7 +151,7 @@ def _round_together(
 def _corrected(
     packed: QuantizedLinear, ready: _Ready, moments: Moments | None, rule: LowRankRule
 ) -> QuantizedLinear:
-    """The packed weight with the part of its error that the inputs see most."""
+    """The packed weight, corrected by the part of its error that the inputs excite most."""
     assert moments is not None, "Recipe refuses an error part without moments"
     error = ready.weight - dense_weight(packed)
     d_in = len(error)
@@ -175,11 +175,11 @@ def quantize_site(
     Args:
       weights: by projection, [d_in, d_out]; with a leading axis over layers if `layer` is given.
       moments: of the input, with what `recipe.reads` says; None if the recipe reads nothing.
-      recipe: how; its `prefill` says which weight `x` meets, the given or the quantized one.
+      recipe: how; its `prefill` says if the given weights multiply `x`, or the quantized ones.
       low_rank: static factors of BA by projection, where there are any.
       grids: by projection; None for the recipe's.
-      layer: which one of stacked weights; moments and factors are its own. None: not stacked.
-      x: activations [..., d_in] to multiply on the way, or None.
+      layer: index of the layer, whose moments and factors these are; None if not stacked.
+      x: activations [..., d_in] to be multiplied by the weights, or None.
 
     Returns:
       ({projection: x·W without a bias} or {} without x, {projection: packed weight of one layer}).
@@ -238,7 +238,7 @@ def quantize(
       moments: of the layer's inputs.
       recipe: how.
       low_rank: factors of BA, or None.
-      layer: which one of stacked weights.
+      layer: index of the layer; None if not stacked.
 
     Returns:
       The packed weight, of one layer.
@@ -248,7 +248,7 @@ def quantize(
 
 
 def _assembled(arrays: Any, ready: _Ready) -> QuantizedLinear:
-    """Packed arrays, and what it takes to read them."""
+    """A packed weight of its arrays."""
     planes, scales, zeros = arrays
     d_in, d_out = ready.stack.shape[-2:]
     return QuantizedLinear(

@@ -1,4 +1,4 @@
-"""The grid: which codes there are. The arithmetic is the kernels', `pallas_kernels.grid`."""
+"""The quantization grid: bits, groups, zero points. Its arithmetic is in `pallas_kernels.grid`."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -15,12 +15,12 @@ STORE_DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Static description of the codes' grid.
+    """A quantization grid.
 
     Attributes:
       bits: width of a code, one of `BITS`.
-      group_size: rows of a column that share a scale: a positive multiple of 8, or -1 for the
-        whole row.
+      group_size: input channels that share a scale: a positive multiple of 8, or -1 for all of
+        them.
       symmetric: no zero point is stored.
       zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
         "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention).
@@ -38,7 +38,7 @@ class Grid:
             raise ConfigError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
             raise ConfigError(
-                f"group size: expected a positive multiple of 8, or -1 for the whole row, "
+                f"group size: expected a positive multiple of 8, or -1 for all input channels, "
                 f"got {self.group_size}"
             )
         if self.zero_point not in {"integer", "float"}:
@@ -49,7 +49,7 @@ class Grid:
             )
 
     def rows_per_group(self, d_in: int) -> int:
-        """The group size in rows for a width: never more than the whole (padded) row.
+        """The group size at a number of input channels: never more than these, padded.
 
         Args:
           d_in: input channels.
@@ -61,7 +61,7 @@ class Grid:
         return whole if self.group_size == -1 else min(self.group_size, whole)
 
     def packing(self, d_in: int) -> dict[str, Any]:
-        """What the kernels want to know of a grid, by the names of their arguments.
+        """The grid as the kernels' keyword arguments.
 
         Args:
           d_in: input channels.
@@ -90,12 +90,12 @@ def split_groups(w: Float[Array, "d_in *rest"], rows: int) -> Float[Array, "n_gr
 
 
 def store(x: Array, grid: Grid) -> Array:
-    """X in the type that small per-group and per-channel numbers are stored in."""
+    """X in the dtype that scales and other small arrays are stored in."""
     return x.astype(grid.store_dtype)
 
 
 def store_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Array | None:
-    """Zero points as they are kept: floating, uint8, or None for a symmetric grid."""
+    """Zero points as they are stored: floating, uint8, or None for a symmetric grid."""
     if grid.symmetric:
         return None
     return zeros.astype(jnp.uint8) if grid.kind == "integer" else store(zeros, grid)

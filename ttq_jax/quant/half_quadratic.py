@@ -43,8 +43,8 @@ class HalfQuadratic:
         if not (0 < self.p < 1 and positive and self.steps >= 1):
             raise ConfigError(
                 "half-quadratic rounding: expected 0 < p < 1, finite beta > 0 and kappa >= 1, "
-                "steps >= 1; "
-                f"got {self.p}, {self.beta}, {self.kappa}, {self.steps}"
+                f"steps >= 1; got p={self.p}, beta={self.beta}, kappa={self.kappa}, "
+                f"steps={self.steps}"
             )
 
     def round(
@@ -56,7 +56,7 @@ class HalfQuadratic:
         groups = split_groups(w, rows)
         scales, zeros = fit(groups, grid)
         if not grid.symmetric:
-            # Rows that pad the last group stand for nothing: they have no say.
+            # Rows that only pad the last group do not count.
             real = split_groups(jnp.ones(w.shape[0], jnp.float32), rows)[:, :, None]
             zeros = self._fit_zeros(groups, real, scales, zeros, grid)
         codes = encode(groups, scales, zeros, grid).astype(jnp.uint8)
@@ -82,7 +82,7 @@ class HalfQuadratic:
             codes, wrong, _ = measured(zeros)
             beta = self.beta * self.kappa ** i.astype(jnp.float32)
             size = jnp.abs(wrong)
-            # 0^(p−1) is infinite; what it is taken from is 0, and so is the threshold of it.
+            # 0^(p−1) is infinite, but an error of 0 stays 0 after any threshold.
             floor = jnp.where(size > 0, size, 1.0) ** (self.p - 1)
             large = jnp.sign(wrong) * jnp.maximum(size - floor / beta, 0.0)
             fitting = codes - (groups - large) / scales[:, None]

@@ -1,8 +1,9 @@
-"""Which low rank: a part of the weight kept beside the codes, Ŵ = Q((W − BA) D) D⁻¹ + BA.
+"""The low-rank part of a weight, kept beside the codes: Ŵ = Q((W − BA) D) D⁻¹ + BA.
 
-Static: BA is the truncated SVD of W (arXiv:2603.19296), or of W with its rows weighed by the
-activations they meet; known before any prompt. Error: after rounding, the part of W − Ŵ that the
-prompt's own inputs see most, E U Uᵀ with U the top output directions of Xᵀ E; known after it.
+Static: BA is the truncated SVD of W (arXiv:2603.19296), or of W with its rows weighted by the power
+of their inputs; computed before any prompt. Error: the part of the rounding error E = W − Ŵ that
+the prompt's own inputs X excite most, E U Uᵀ with U the top output directions of Xᵀ E; computed
+after rounding.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ _OVERSAMPLING = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankRule:
-    """What is kept beside the codes. A rank above a weight's smaller side keeps all of it.
+    """Ranks of the part beside the codes. One above a weight's smaller side keeps all of it.
 
     Attributes:
       rank: of the static part, >= 0; 0 for none.
-      weighted: the static part is the best one for inputs of the corpus's (or prior's) power per
-        channel, instead of for white ones.
+      weighted: whether the static part is the best one for inputs with the corpus's (or prior's)
+        power per channel, instead of for white noise.
       error_rank: of the correction of the rounding error, >= 0; 0 for none.
       iterations: of the subspace iteration that finds it, >= 1.
       store: "float" (the grid's store dtype) or "int8" with a scale per rank.
@@ -46,15 +47,17 @@ class LowRankRule:
     def __post_init__(self):
         if self.rank < 0 or self.error_rank < 0 or self.iterations < 1:
             raise ConfigError(
-                "rank: expected rank and error_rank of 0 (none) or more and iterations >= 1, got "
-                f"{self.rank}, {self.error_rank} and {self.iterations}"
+                "low_rank: expected rank >= 0, error_rank >= 0 and iterations >= 1, got "
+                f"rank={self.rank}, error_rank={self.error_rank}, iterations={self.iterations}"
             )
         if self.store not in _STORES:
             raise ConfigError(
                 f"low_rank.store: expected one of {', '.join(_STORES)}, got {self.store!r}"
             )
         if self.weighted and not self.rank:
-            raise ConfigError("low_rank.weighted weighs the static part: give it a rank above 0")
+            raise ConfigError(
+                "low_rank.weighted: expected a static part to weight, got rank 0; set low_rank.rank"
+            )
 
     @property
     def total(self) -> int:
@@ -63,16 +66,16 @@ class LowRankRule:
 
     @property
     def span(self) -> int:
-        """The Gram matrix that is read: all of it for the error part."""
+        """How much of the Gram matrix is read: all for the error part, otherwise none."""
         return -1 if self.error_rank else 0
 
 
 def stored_factors(factors: LowRank, rule: LowRankRule, dtype: str) -> LowRank:
-    """Factors as they are kept.
+    """Factors as they are stored.
 
     Args:
       factors: float32.
-      rule: says how.
+      rule: its `store` says how.
       dtype: of floating factors.
 
     Returns:
@@ -153,7 +156,7 @@ def factor_layers(
 def error_factors(
     error: Float[Array, "d_in d_out"], gram: Float[Array, "d_in d_in"], rule: LowRankRule
 ) -> LowRank:
-    """The part of an error that the inputs see most, by randomized subspace iteration.
+    """The part of an error that the inputs excite most, by randomized subspace iteration.
 
     Args:
       error: W − Ŵ.

@@ -1,7 +1,7 @@
-"""Observation: what a linear layer saw, reduced to sums over tokens.
+"""Activation moments: a linear layer's inputs, reduced to sums over tokens.
 
-TTQ (arXiv:2603.19296) reads them from the prompt, AWQ (Lin et al., 2023) and GPTQ (Frantar et al.,
-2022) from a calibration corpus; nothing else distinguishes the two.
+TTQ (arXiv:2603.19296) observes them on the prompt; AWQ (Lin et al., 2023) and GPTQ (Frantar et al.,
+2022), on a calibration corpus. The code is the same for both.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from ttq_jax.types import Moments
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """What a recipe wants to know of a layer's inputs.
+    """The moments of a layer's inputs that a recipe reads.
 
     Attributes:
       powers: exponents p > 0 of Σ |x|^p, ascending.
@@ -25,7 +25,7 @@ class Reads:
     span: int = 0
 
     def block(self, d_in: int) -> int:
-        """Channels per Gram block for a width, 0 for none: never more than the (padded) row."""
+        """Channels per Gram block, 0 for none: never more than the layer has, padded."""
         whole = -(-d_in // 8) * 8
         return whole if self.span == -1 else min(self.span, whole)
 
@@ -33,7 +33,7 @@ class Reads:
 def observe(
     x: Float[Array, "*batch T d_in"], valid: Bool[Array, "*batch T"], reads: Reads
 ) -> Moments:
-    """Sums over the real tokens' activations; padding never enters.
+    """Sums over the real tokens' activations; padding is left out.
 
     Args:
       x: activations entering a linear layer.
@@ -88,5 +88,8 @@ def gram_blocks(moments: Moments, block: int) -> Float[Array, "n_block block blo
         n = whole.shape[0] // block
         gram = jnp.einsum("ibic->ibc", whole.reshape(n, block, n, block))
     if gram is None or gram.shape[-1] != block:
-        raise ValueError(f"expected Gram blocks of {block}, got moments with {moments.holds()}")
+        raise ValueError(
+            f"moments: expected Gram blocks of {block}x{block}, got {moments.holds()}; observe "
+            "with the recipe's own reads (Recipe.reads)"
+        )
     return gram / jnp.maximum(moments.count, 1.0)

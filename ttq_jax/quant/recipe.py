@@ -7,6 +7,7 @@ data; a new method is a new row.
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ttq_jax.config import ConfigError
@@ -31,16 +32,16 @@ class Recipe:
     """How weights are quantized.
 
     Attributes:
-      moments: whose activations are looked at; a plain string stands for `Source(of=…)`.
-      scale: which channel scale.
-      rounding: which rounding.
-      low_rank: what is kept beside the codes.
+      moments: whose activation moments are used; a string is short for `Source(of=…)`.
+      scale: the rule for the channel scale.
+      rounding: the rule for the codes.
+      low_rank: the low-rank part beside the codes.
       grid: bits, groups and storage.
-      widths: rules that change the grid of some projections or layers, the last match counts.
-      prefill: "full": the prompt is read by the unquantized weights; "quantized": each layer's
-        output already uses its quantized weight, so later layers see its error (the paper's).
+      widths: rules that change the grid of some projections or layers; the last match counts.
+      prefill: "full": the unquantized weights read the prompt; "quantized": each layer reads it
+        with its own quantized weights, so later layers see the error (as in the paper).
       batch: "pooled": one weight tree from the moments of all prompts of a batch; "per_prompt":
-        a tree for each.
+        one tree per prompt.
       select: regular expression; a projection is quantized if its path ("layers/q", …) matches
         fully. The embedding and the head are never quantized.
 
@@ -82,7 +83,7 @@ class Recipe:
         readers = {
             f"a {type(self.scale).__name__} scale": bool(self.scale.powers),
             "second-order rounding": bool(self.rounding.span),
-            "an error part of the low rank": bool(self.low_rank.error_rank),
+            "low_rank.error_rank": bool(self.low_rank.error_rank),
         }
         for what, reads in readers.items():
             if source.of == "none" and reads:
@@ -92,12 +93,13 @@ class Recipe:
                 )
         if self.low_rank.weighted and not self.reads_offline:
             raise ConfigError(
-                "weighted static factors are made ahead of any prompt, from a corpus's or a "
-                "prior's moments; set moments.of to 'corpus', or moments.prior"
+                "low_rank.weighted needs the moments of a corpus or of a prior, which exist before "
+                "any prompt, but this recipe has none; set moments.of to 'corpus', or moments.prior"
             )
         if source.decay and self.batch != "pooled":
             raise ConfigError(
-                "a conversation has one set of moments: moments.decay needs batch = 'pooled'"
+                "moments.decay needs batch = 'pooled', because a conversation has one set of "
+                f"moments; got batch = {self.batch!r}"
             )
 
     @property
@@ -108,12 +110,12 @@ class Recipe:
 
     @property
     def reads_offline(self) -> bool:
-        """Whether moments are needed that were made ahead of any prompt."""
+        """Whether the recipe needs moments from before any prompt."""
         return self.source.of == "corpus" or self.source.prior != "none"
 
     @property
     def reads(self) -> Reads:
-        """What the scale, the rounding and the low rank want to know of the moments."""
+        """The moments that the scale, the rounding and the low rank read."""
         if self.source.of == "none":
             return Reads()
         second = {2.0} if self.low_rank.weighted else set()
@@ -126,6 +128,19 @@ class Recipe:
     def selects(self, projection: str) -> bool:
         """Whether a projection ("q", "down", …) is quantized."""
         return re.fullmatch(self.select, f"layers/{projection}") is not None
+
+    def selected(self, projections: Iterable[str]) -> list[str]:
+        """Those of the projections that are quantized, at least one.
+
+        Raises:
+          ConfigError: there is none.
+        """
+        names = list(projections)
+        found = [name for name in names if self.selects(name)]
+        if not found:
+            paths = ", ".join(f"layers/{name}" for name in names)
+            raise ConfigError(f"select: expected a match with one of {paths}, got {self.select!r}")
+        return found
 
     def grids(self, projection: str, n_layers: int) -> tuple[Grid, ...]:
         """The projection's grid in every layer."""
@@ -156,14 +171,14 @@ RULES: dict[str, dict[str, type]] = {
         "half_quadratic": HalfQuadratic,
     },
 }
-"""The axes that choose between rules, each with its own knobs."""
+"""The axes that choose between rules, each with its own settings."""
 
 RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}
 
 
-# 4.3 stored bits per weight: a code's bit is better spent than one on narrow groups.
+# 4.3 stored bits per weight: a bit more per code gains more than narrower groups of the same cost.
 _WIDE = Grid(bits=4, group_size=64, symmetric=True)
-# A long prompt does not feel it; a short one says too little by itself.
+# It hardly changes a long prompt's moments; those of a short one are too noisy by themselves.
 _BLEND = Source(prior="weights", prior_tokens=16.0)
 
 
@@ -227,21 +242,21 @@ PRESETS: dict[str, Preset] = {
     ),
     "ttq": Preset(
         recipe=Recipe(),
-        about="TTQ, the prompt read by unquantized weights",
+        about="TTQ with the prompt read by the unquantized weights",
         cost="one read of the weights, shared with prefill",
         use="the cheapest per-prompt recipe",
     ),
     "fast": Preset(
         recipe=Recipe(moments=_BLEND, rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
-        about="ttq on groups of 64, each group's range searched",
-        cost="as ttq, with more arithmetic in the same read",
+        about="TTQ in groups of 64 with clip search and a prior",
+        cost="as ttq, with more arithmetic per weight",
         use="the default",
     ),
     "best": Preset(
         recipe=Recipe(moments=_BLEND, rounding=SecondOrder(act_order=True), grid=_WIDE),
-        about="second-order rounding on the prompt, groups of 64",
+        about="second-order rounding from the prompt, groups of 64",
         cost="several times a short prompt's prefill",
-        use="when the answer is long or must be good",
+        use="for long answers or the best quality",
     ),
 }
 
@@ -256,12 +271,12 @@ def preset(
     clip: bool = False,
     **choices: Any,
 ) -> Recipe | None:
-    """A named recipe, with the usual knobs applied; what is not given stays as the preset has it.
+    """A named recipe with some settings changed; the others keep the preset's value.
 
     Args:
       name: a key of `PRESETS`.
       bits: 2, 3, 4, 5 or 8.
-      group_size: a positive multiple of 8, or -1 for the whole row.
+      group_size: a positive multiple of 8, or -1 for all input channels.
       rank: of the static low-rank part, 0 for none.
       symmetric: no zero points.
       clip: search each group's range (`ClipSearch`) before rounding to nearest.
@@ -303,7 +318,7 @@ def check_clip(name: str, base: Recipe) -> None:
     """
     if not isinstance(base.rounding, Nearest | ClipSearch):
         raise ConfigError(
-            f"clip (--clip) goes with rounding to nearest, but recipe {name} rounds by "
-            f"{RULE_NAMES[type(base.rounding)]}; change its own knobs (rounding.steps=10, …) or "
-            "set rounding=clip"
+            f"clip (--clip) needs rounding to nearest, but the rounding of recipe {name} is "
+            f"{RULE_NAMES[type(base.rounding)]}; change that rule's own settings "
+            "(rounding.steps=10, …) or set rounding=clip"
         )

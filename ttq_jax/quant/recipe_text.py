@@ -1,7 +1,7 @@
 """Recipes as text: settings on a command line, TOML files.
 
-Both are read by one function, from the fields and types of the dataclasses that make up a recipe:
-a knob that is added there can be set and saved here.
+Both are read by one function, from the fields and types of the dataclasses that make up a recipe.
+So a field that is added there can be set and saved without more code.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import tomli_w
 
 from ttq_jax.config import ConfigError
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.quant.widths import Width
@@ -24,7 +25,7 @@ _FIELDS = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fi
 _TABLES = tuple(name for name, value in _FIELDS.items() if dataclasses.is_dataclass(value))
 _PLAIN = tuple(name for name, value in _FIELDS.items() if isinstance(value, str))
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 SHORT = {
     "bits": "grid.bits",
@@ -41,7 +42,7 @@ SHORT = {
     "lam": "scale.lam",
     "p": "scale.p",
 }
-"""Short names of the settings that are changed most: what the command line has options for."""
+"""Short names of the most used settings: those with an option of the command line."""
 
 _FLAGS = {"clip": "clip", "per_prompt": "per_prompt"}
 _LAW = ("alpha", "lam", "p")
@@ -54,12 +55,12 @@ _HEAD = "# A recipe of ttq, see `ttq recipes`.\n" + "".join(
 def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """A recipe with some of its choices changed.
 
-    All settings are applied before the result is judged, so their order does not matter, but that
-    of several on one key the last one counts. A rule that the recipe does not have yet begins with
+    All settings are applied before the result is checked, so their order does not matter; of
+    several for one key the last one counts. A rule that the recipe does not have yet starts with
     its defaults.
 
     Args:
-      recipe: to begin with.
+      recipe: to be changed.
       settings: each "axis.key=value" ("rounding.damping=0.3"), "axis=rule" ("scale=searched"),
         "moments=corpus" (short for moments.of), a field by itself ("prefill=quantized"), or
         "widths=" with TOML ('widths=[{select = "layers/down", bits = 5}]').
@@ -120,7 +121,7 @@ def recipe_named(
     law = [key for key in _LAW if key in given]
     if base is None:
         for useless in [*(f"{key} (--{key})" for key in law), *(f"--set {s}" for s in settings)]:
-            raise ConfigError(f"recipe {name} quantizes nothing, so {useless} has no use")
+            raise ConfigError(quantizes_nothing(name, f"{useless} has no effect"))
         return None
     if "clip" in given:
         check_clip(name, base)
@@ -167,7 +168,7 @@ def to_toml(recipe: Recipe) -> str:
       A table per axis, with the name of its rule; an array of tables for width rules.
     """
     said = recipe.describe()
-    # TOML has infinity, JSON's word for it is not needed.
+    # TOML can write infinity; the string that stands for it in JSON is not needed.
     said["moments"]["prior_tokens"] = recipe.source.prior_tokens
     widths = said.pop("widths")
     parts = [tomli_w.dumps(said)]
@@ -192,7 +193,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         text = Path(path).expanduser().read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: expected UTF-8 text, byte {e.start} is not") from e
+        raise ConfigError(f"{path}: expected UTF-8 text, but byte {e.start} is not") from e
     except FileNotFoundError as e:
         raise ConfigError(f"{path}: no such file") from e
     except OSError as e:
@@ -204,7 +205,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
-    """Writes a recipe to a file; what was there stays until the new one is whole.
+    """Writes a recipe to a file; an old file is replaced only when the new one is complete.
 
     Args:
       path: of a TOML file.
@@ -224,7 +225,7 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 
 
 class _Text(str):
-    """A value that is still to be read, by the type of its field."""
+    """A value as text, still to be read by the type of its field."""
 
 
 def _parsed(text: str, what: str) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def _check_name(where: str, name: str, legal: Iterable[str]) -> None:
 
 
 def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """The recipe with everything given put in at once."""
+    """The recipe with all given changes made at once."""
     changes: dict[str, Any] = {}
     for axis, value in given.items():
         if axis in _TABLES:
@@ -285,7 +286,7 @@ def _table(axis: str, current: Any, given: dict[str, Any]) -> Any:
 
 
 def _no_such_key(axis: str, current: Any, key: str) -> str:
-    """What is wrong, and which keys or which other rule there are."""
+    """The error message for an unknown key: the keys that there are, and the rule that has it."""
     keys = ", ".join(field.name for field in dataclasses.fields(current)) or "none"
     if axis not in RULES:
         return f"{axis}.{key}: no such key; {axis} has {keys}"
@@ -294,8 +295,8 @@ def _no_such_key(axis: str, current: Any, key: str) -> str:
         for name, rule in RULES[axis].items()
         if key in {field.name for field in dataclasses.fields(rule)}
     ]
-    text = f"{axis}.{key}: no such key of {axis} rule {RULE_NAMES[type(current)]}, which has {keys}"
-    return f"{text}; rule {' and '.join(owners)} has it" if owners else text
+    text = f"{axis}.{key}: no such key; {axis} rule {RULE_NAMES[type(current)]} has {keys}"
+    return f"{text}; {key} belongs to rule {' and '.join(owners)}" if owners else text
 
 
 def _widths(given: Any) -> tuple[Width, ...]:

@@ -1,10 +1,9 @@
-"""Which scale: one positive number D per input channel, from the moments.
+"""The channel scale: one positive number D per input channel, from the moments.
 
 Scaling a channel up before rounding makes its relative error smaller; D divides the activation
 at decoding, so the product is unchanged. Each rule is a frozen value with three members: `powers`,
-the moments it reads, and a call `(moments, trial) -> D`, where `trial(D)` is the
-activation-weighted error that quantizing with D would leave; and `shared`, whether the
-projections that read one input get one D.
+the moments it reads; `shared`, whether the projections that read one input get one D; and a call
+`(moments, trial) -> D`, where `trial(D)` is the activation-weighted error of quantizing with D.
 """
 
 import dataclasses
@@ -22,7 +21,8 @@ from ttq_jax.types import Moments
 
 Trial = Callable[[Float[Array, "d_in"]], Float[Array, ""]]
 
-# A channel that no token excites could get D = 0; its weights do not matter, its quotient must.
+# A channel that is zero at every token could get D = 0. Its weights do not matter, but x / D must
+# be finite.
 _FLOOR = 1e-4
 
 
@@ -93,7 +93,7 @@ class SearchedAlpha:
     Attributes:
       steps: candidates, >= 1.
       p: exponent of the moment, > 0.
-      shared: one α for all projections that read the same input, by the sum of their errors.
+      shared: whether projections that read one input get one α, by the sum of their errors.
     """
 
     steps: int = 20

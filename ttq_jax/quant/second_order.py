@@ -1,11 +1,11 @@
-"""Second-order rounding: each row's rounding error is made good by the rows after it.
+"""Second-order rounding: the rows after each row compensate its rounding error.
 
 The output error of a column is eᵀ H e with H = E[x xᵀ], not a sum of squares. With H = U D Uᵀ, U
 unit upper triangular, it is Σ_k D_k (e_k + Σ_{j<k} U_jk e_j)²: rounding w_k + Σ_{j<k} U_jk e_j to
 nearest instead of w_k minimizes each term in turn. That is GPTQ (Frantar et al., 2022) in the form
 of LDLQ (Chee et al., 2023), which proved the two equal; this form needs one factorization and no
-inverse. GPTQ takes H from a corpus. Taken from the prompt, H has fewer tokens than channels and is
-singular; damping is the regularizer, an order of magnitude larger than GPTQ's.
+inverse. GPTQ takes H from a corpus. A prompt has fewer tokens than there are channels, so its H is
+singular; damping regularizes it, an order of magnitude more than in GPTQ.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ class SecondOrder:
       smallest: the last factor tried, in (0, 1].
       damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
       shrinkage: how far H is moved toward its own diagonal, in [0, 1].
-      span: how many consecutive channels exchange errors: -1 for all of a row; a multiple of 8
+      span: how many consecutive channels exchange errors: -1 for all channels; a multiple of 8
         reads only blocks of that size of the Gram matrix, which costs much less.
       act_order: round the channels with the largest H_ii first.
-      static_groups: scales come from the weights as given; otherwise each group's are fitted when
-        its turn comes, to the weights with the errors fed back (GPTQ's default).
+      static_groups: each group's scale is fitted to the weights as given; otherwise it is fitted
+        when the group is reached, to the weights with the errors fed back (GPTQ's default).
 
     Raises:
       ConfigError: a value outside its range.
@@ -62,13 +62,13 @@ class SecondOrder:
             )
         if self.span != -1 and (self.span < 8 or self.span % 8):
             raise ConfigError(
-                "second-order rounding: expected a span of -1 (all of a row) or a positive "
+                "second-order rounding: expected a span of -1 (all channels) or a positive "
                 f"multiple of 8, got {self.span}"
             )
         if self.act_order and not self.static_groups:
             raise ConfigError(
-                "second-order rounding: act_order visits the rows of a group at different times, "
-                "so its scale cannot be fitted on arrival; set static_groups to true"
+                "second-order rounding: act_order needs static_groups = true, because it reaches "
+                "the rows of one group at different times; set static_groups, or not act_order"
             )
 
     def round(
@@ -86,7 +86,7 @@ class SecondOrder:
           the values that are stored.
 
         Raises:
-          ConfigError: groups that straddle two blocks, whose scales are to be fitted on arrival.
+          ConfigError: groups that straddle two blocks, without static groups.
         """
         assert gram is not None, "Recipe refuses this rounding without moments"
         rows, b = grid.rows_per_group(w.shape[0]), gram.shape[-1]
@@ -110,9 +110,9 @@ class SecondOrder:
         if not self.static_groups and n_group > 1 and rows % b:
             if b % rows:
                 raise ConfigError(
-                    "second-order rounding: scales fitted on arrival (static_groups=False) need "
-                    "groups within a block of the Gram matrix, or of whole blocks; got a span of "
-                    f"{b} channels and groups of {rows} rows; make one divide the other"
+                    "second-order rounding: without static_groups the span and the group size "
+                    f"must divide one another, got a span of {b} channels and groups of {rows}; "
+                    "change one of them, or set static_groups = true"
                 )
             refit = lambda t, g: jax.tree.map(  # noqa: E731
                 lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
@@ -167,7 +167,7 @@ def feedback(h: Float[Array, "n_block b b"]) -> Float[Array, "n_block b b"]:
     Returns:
       float32, zeros on and below the diagonal.
     """
-    # Cholesky gives a lower factor; of the matrix read backwards, that is an upper one.
+    # Cholesky gives a lower factor. Of the reversed matrix, reversed again, it is an upper one.
     factor = jnp.linalg.cholesky(h[:, ::-1, ::-1])[:, ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=1, axis2=2)[:, None, :], 1)
 
@@ -184,9 +184,9 @@ def round_rows(
 ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
     """Rounds row after row, feeding errors forward.
 
-    Rows are taken a few at a time: the errors of all earlier ones arrive by matrix products, those
-    among the few as each row's turn comes. A TPU would multiply in bfloat16 unless told otherwise,
-    and a sum of errors is as small as a rounding step.
+    Rows are taken a few at a time: matrix products add the errors of all earlier rows, and those
+    among the few are added row by row. Products are at highest precision: a TPU would multiply in
+    bfloat16, and a sum of errors is as small as a rounding step.
 
     Args:
       w: scaled weights in the order of rounding, k = n_block · b.
@@ -196,7 +196,7 @@ def round_rows(
       group_of: per row, its group.
       grid: the codes' grid.
       rows: of a group; the rows beyond whole groups only pad, and come last.
-      refit: fits a group's scale when its turn comes, (weights with errors fed back, its number)
+      refit: fits a group's scale when it is reached, (weights with errors fed back, its index)
         -> (scale, zero); groups are then in order, each within a block. None keeps the scales
         given.
 
@@ -238,7 +238,7 @@ def round_rows(
 
 
 def _cut(a: Array, start: tuple, size: tuple) -> Array:
-    """A slice whose indices need no check for negative ones."""
+    """A slice at indices that are never negative, which spares a check."""
     at = [np.int32(i) if isinstance(i, int) else i for i in start]
     return jax.lax.dynamic_slice(a, at, size, allow_negative_indices=False)
 

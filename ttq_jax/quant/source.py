@@ -1,8 +1,8 @@
-"""Whose moments: nobody's, a corpus's, this prompt's, a blend, a conversation's.
+"""The source of the moments: none, a corpus, the prompt, a blend with a prior, a conversation.
 
 Moments are sums over tokens, so every one of these is a weighted sum. A prior worth n tokens is a
 prior scaled to count n; with n = 0 a blend is TTQ (arXiv:2603.19296), with n = ∞ it is AWQ (Lin et
-al., 2023). A short prompt needs one: 16 tokens say little about a channel.
+al., 2023). A short prompt needs a prior: 16 tokens say little about a channel.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ _PRIORS = ("none", "corpus", "weights", "samples")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Whose activations are looked at.
+    """Whose activation moments a recipe uses.
 
     Attributes:
-      of: "none", "corpus" (of a calibration corpus, ahead of any prompt) or "prompt".
+      of: "none", "corpus" (a calibration corpus, read before any prompt) or "prompt".
       prior: what a prompt's moments are blended with: "none", "corpus", or without any data
         "weights" (estimated from the model's norms and weights) or "samples" (of text that the
         model writes itself, once per model).
       prior_tokens: n >= 0; the prior counts like n tokens of the prompt; inf: the prior alone.
-      decay: what a conversation's earlier turns still count at the next one, in [0, 1]; 0 starts
-        afresh at every prompt.
-      refresh: after every so many generated tokens they are added to the moments and the weights
-        quantized anew; 0 for never.
+      decay: the weight of a conversation's earlier turns at the next turn, in [0, 1]; with 0 every
+        prompt starts from nothing.
+      refresh: n >= 0; after every n generated tokens their moments are added and the weights are
+        quantized again; 0 for never.
 
     Raises:
       ConfigError: a value outside its range, or one that only a prompt's moments have.
@@ -53,18 +53,18 @@ class Source:
         if not self.prior_tokens >= 0 or not 0 <= self.decay <= 1 or self.refresh < 0:
             raise ConfigError(
                 "moments: expected prior_tokens >= 0, 0 <= decay <= 1, refresh >= 0; got "
-                f"{self.prior_tokens}, {self.decay}, {self.refresh}"
+                f"prior_tokens={self.prior_tokens}, decay={self.decay}, refresh={self.refresh}"
             )
         if (self.prior == "none") != (self.prior_tokens == 0):
             raise ConfigError(
-                "moments: a prior and its prior_tokens go together, got "
+                "moments: expected a prior with prior_tokens above 0, or neither of them, got "
                 f"prior={self.prior!r} and prior_tokens={self.prior_tokens}"
             )
         of_prompt = (self.prior_tokens, self.decay, self.refresh)
         if self.of != "prompt" and any(of_prompt):
             raise ConfigError(
-                f"moments: prior, decay and refresh belong to a prompt's moments, not to "
-                f"{self.of!r}; set moments.of to 'prompt'"
+                "moments: prior, decay and refresh need moments of the prompt, got "
+                f"of={self.of!r}; set moments.of to 'prompt'"
             )
 
     @property
@@ -83,9 +83,9 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
 
     Args:
       seen: the prompt's.
-      prior: a corpus's, with its count; or a profile estimated from the weights, whose unit says
-        nothing: it is scaled to the prompt's mean power. None without a prior.
-      source: says what the prior is worth.
+      prior: a corpus's, with its count; or a profile estimated from the weights, which has no unit
+        and is scaled to the prompt's mean power. None without a prior.
+      source: says how many tokens the prior counts for.
 
     Returns:
       Moments of `seen.count + n` tokens, or the prior's alone for n = ∞.

@@ -2,8 +2,8 @@
 
 Layers are scanned, so every layer of a stack has one shape. A projection whose layers differ in
 width is computed by a `lax.switch` over its widths; each step of the scan gives one result per
-width, zeros but for the right one, and afterwards each width keeps its own layers. Each weight is
-rounded once; what it costs is temporary memory, the stacks of all widths at once.
+width, zeros except for the right one; afterwards each width keeps its own layers. Each weight is
+rounded once. The price is temporary memory: the stacks of all widths exist at once.
 """
 
 from functools import partial
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ttq_jax.config import ConfigError
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -32,7 +31,7 @@ def quantize_layer(
     layer: Array,
     x: Array | None = None,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """One layer's projections of a site, each at the width that the recipe gives it there.
+    """Quantizes one layer's projections of a site, each at the width that the recipe gives it.
 
     Args:
       stacks: by projection, weights stacked over the layers.
@@ -64,7 +63,7 @@ def quantize_layer(
 
 
 def _used(plan: tuple[Grid, ...]) -> tuple[list[Grid], np.ndarray]:
-    """The grids of a projection, and per layer the number of its grid."""
+    """The grids of a projection, and per layer the index of its grid."""
     grids = list(dict.fromkeys(plan))
     return grids, np.array([grids.index(grid) for grid in plan], np.int32)
 
@@ -72,7 +71,7 @@ def _used(plan: tuple[Grid, ...]) -> tuple[list[Grid], np.ndarray]:
 def _at_its_width(
     name: str, plan: tuple[Grid, ...], run: Any, layer: Array
 ) -> tuple[dict[str, Array], tuple[Any, ...]]:
-    """The product and, per grid, the packed weight: zeros but for the layer's own grid."""
+    """The product and, per grid, the packed weight: zeros except for the layer's own grid."""
     grids, which = _used(plan)
     of_grid = [partial(run, grids={name: grid}) for grid in grids]
     shapes = [jax.eval_shape(one)[1][name] for one in of_grid]
@@ -87,11 +86,11 @@ def _at_its_width(
 
 
 def gather_widths(packed: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Stacked results of `quantize_layer` with each width's layers together.
+    """Sorts the stacked results of `quantize_layer` by width.
 
     Args:
       packed: by projection, stacked over the layers.
-      recipe: that made them.
+      recipe: the one that made them.
 
     Returns:
       The same with a `MixedLinear` for each projection of several widths.
@@ -125,15 +124,13 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
 
     Args:
       params: the dense tree.
-      recipe: None for not at all.
+      recipe: None for the unquantized model.
 
     Raises:
       ConfigError: no projection of this tree is selected.
     """
-    names = list(kernels(params["layers"]))
-    if recipe is not None and not any(map(recipe.selects, names)):
-        paths = ", ".join(f"layers/{name}" for name in names)
-        raise ConfigError(f"select: {recipe.select!r} matches none of {paths}")
+    if recipe is not None:
+        recipe.selected(kernels(params["layers"]))
 
 
 def _selected(params: Params, recipe: Recipe) -> dict[str, Array]:
@@ -228,8 +225,8 @@ def quantize_params(params: Params, recipe: Recipe, offline: Offline) -> Params:
     """
     if recipe.source.of == "prompt":
         raise ValueError(
-            "this recipe's moments are the prompt's: use generate(…, recipe=…), which quantizes "
-            "during prefill, or a recipe with moments 'corpus' or 'none'"
+            "expected a recipe that reads no prompt, got moments.of = 'prompt'; use "
+            "generate(…, recipe=…), which quantizes during prefill, or moments 'corpus' or 'none'"
         )
     moments = offline.moments if recipe.reads != Reads() else {}
     return quantize_tree(params, recipe, moments, offline.low_rank)

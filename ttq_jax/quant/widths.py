@@ -1,4 +1,4 @@
-"""Which bits: rules that give some projections, or some of their layers, another grid."""
+"""Mixed precision: rules that give some projections, or some of their layers, another grid."""
 
 import dataclasses
 import re
@@ -9,13 +9,13 @@ from ttq_jax.quant.grid import Grid
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Width:
-    """A rule: what it selects gets these bits, or groups.
+    """A rule that sets the bits or the group size of what it selects.
 
     Attributes:
       select: regular expression; must match all of "layers/down" (a projection in every layer) or
         of "layers/3/down" (in one).
-      bits: 2, 3, 4, 5 or 8; None leaves them.
-      group_size: as in `Grid`; None leaves it.
+      bits: 2, 3, 4, 5 or 8; None changes nothing.
+      group_size: as in `Grid`; None changes nothing.
 
     Raises:
       ConfigError: not a regular expression, or nothing to change.
@@ -34,7 +34,9 @@ class Width:
                 "layers/down or layers/3/down"
             ) from e
         if self.bits is None and self.group_size is None:
-            raise ConfigError(f"widths: {self.select!r} changes neither bits nor group_size")
+            raise ConfigError(
+                f"widths: expected bits or group_size for {self.select!r}, got neither"
+            )
         self.applied(Grid())
 
     def matches(self, projection: str, layer: int) -> bool:

@@ -1,12 +1,12 @@
-"""A sweep file -> cells: the product of its axes, each cell what one `ttq perplexity` measures.
+"""A sweep file -> cells: the product of its axes. A cell is one run of `ttq perplexity`.
 
 A key of the file is an option of that command (`bits`, `corpus`, `method`), a recipe field
 (`rounding = "clip"`, `moments.prior_tokens`), or `seed`; its value is a list, or one value. Keys
 before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the union of the
 parts' products.
 
-What a cell does not read is no part of it: bits of the unquantized model, the calibration of a
-recipe that looks at the prompt. Such cells of a product are one, and run once.
+An axis that a cell does not read is left out of it, such as the bits of the unquantized model or
+the calibration corpus of a recipe that reads none. Cells that are then equal run once.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import CorpusError, read_file
+from ttq_jax.evaluation.corpora import read_file
 from ttq_jax.evaluation.perplexity import Protocol
-from ttq_jax.quant.names import DEFAULT, misnamed
+from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
 
@@ -38,7 +38,7 @@ AXES: dict[str, Any] = {
     "zero_point": ("integer", "float"), "store_dtype": ("bfloat16", "float16", "float32"),
 }  # fmt: skip
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 # What the unquantized model depends on.
 _OF_NONE = {
@@ -54,18 +54,18 @@ _LAST = ("max_windows", "corpus")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a cell measures, its recipe's choices apart: options of `ttq perplexity`, its defaults.
+    """A cell's options of `ttq perplexity` apart from the recipe's, with the same defaults.
 
     Attributes:
       model: a name that `load` takes.
-      corpus: that is scored, see `read_corpus`.
+      corpus: the text that is scored, see `read_corpus`.
       recipe: a preset's name, or a file's.
       dtype: of the unquantized weights and the activations.
       protocol: "causal" or "window".
       window: W, tokens.
       prompt_tokens: P, tokens.
       max_windows: how many are scored; None for all.
-      calibration: a corpus for recipes that read one.
+      calibration: the calibration corpus of recipes that read one.
       calibration_tokens: how many of its tokens are read.
       seed: of the draw of windows; None takes the first ones.
     """
@@ -104,13 +104,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What tells it from other cells: a digest of its values and of its recipe in full."""
+        """Identifies the cell: a digest of its values and of its whole recipe."""
         recipe = None if self.recipe is None else self.recipe.describe()
         text = json.dumps([self.values, recipe], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def name(self, axes: Iterable[str] | None = None) -> str:
-        """Its values along some axes, or along all, for people."""
+        """Its values on some axes, or on all, for people."""
         shown = self.values if axes is None else [a for a in axes if a in self.values]
         return ", ".join(f"{axis} {self.values[axis]}" for axis in shown)
 
@@ -120,25 +120,23 @@ def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
 
     Args:
       path: of a TOML file, see the module's docstring.
-      changes: each "KEY=VALUE,VALUE,…", in the place of that key in every part.
+      changes: each "KEY=VALUE,VALUE,…" replaces that key in every part.
 
     Returns:
       Cells without repetition, in the order in which they run best.
 
     Raises:
-      ConfigError: not TOML, a key that is no axis, or a value that its option does not take.
+      ConfigError: not TOML, a key that is not an axis, or a value that its option does not take.
       CorpusError: the file cannot be read.
     """
     try:
         data = tomllib.loads(read_file(Path(path).expanduser()))
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not TOML: {e}") from e
-    except CorpusError as e:
-        raise CorpusError(str(e).replace(" (a corpus may also be hf:NAME)", "")) from e
     given = dict(map(_change, changes))
     parts = data.pop("part", [{}])
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise ConfigError(f"{path}: part: expected tables, [[part]]")
+        raise ConfigError(f"{path}: part: expected tables, [[part]], got {parts!r}")
     cells: dict[str, Cell] = {}
     try:
         for part in parts:
@@ -171,7 +169,7 @@ def _change(text: str) -> tuple[str, list[Any]]:
     """`KEY=VALUE,VALUE` -> the axis.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it has another form.
     """
     key, equals, values = text.partition("=")
     if not equals or not key.strip() or not values:
@@ -214,7 +212,7 @@ def make_cell(point: dict[str, Any]) -> Cell:
       The cell; one whose choices do not go together has an `error`.
 
     Raises:
-      ConfigError: an axis that there is not, or a value that its option does not take.
+      ConfigError: an axis that does not exist, or a value that its option does not take.
     """
     labels, plain = {}, {}
     for axis, value in point.items():
@@ -234,7 +232,8 @@ def make_cell(point: dict[str, Any]) -> Cell:
             kind=options.protocol, window=options.window, prompt_tokens=options.prompt_tokens
         )
         if recipe is not None and recipe.source.reads_corpus and options.calibration is None:
-            raise ConfigError(f"recipe {options.recipe} reads a corpus: give the axis calibration")
+            give = 'give the axis calibration, as in calibration = ["FILE"]'
+            raise ConfigError(lacks_corpus(f"recipe {options.recipe}", give))
     except ConfigError as e:
         error = str(e)
     return Cell(_values(labels, options, recipe), options, recipe, protocol, error)
@@ -244,19 +243,19 @@ def _read(point: dict[str, Any]) -> dict[str, Any]:
     """The values that this point's recipe reads, each of its axis's type.
 
     Raises:
-      ConfigError: an axis that there is not or that is missing, or a value that it does not take.
+      ConfigError: an axis that does not exist or is missing, or a value that it does not take.
     """
     for axis in ("model", "corpus"):
         if axis not in point:
-            raise ConfigError(f'expected the axis {axis}, as in {axis} = ["…"]; it is not given')
+            raise ConfigError(f'the axis {axis} is missing; give it, as in {axis} = ["…"]')
     fields = {f.name for f in dataclasses.fields(Recipe)}
     read = {}
     for axis, value in point.items():
         field, dot, _ = axis.partition(".")
         if axis not in AXES and field not in fields:
             raise ConfigError(
-                f"{axis} is no axis; expected one of {', '.join(sorted(AXES))}, or a recipe's "
-                f"field as in {'rounding.damping' if dot else 'scale'}"
+                f"{axis} is not an axis; expected one of {', '.join(sorted(AXES))}, or a field of "
+                f"a recipe, as in {'rounding.damping' if dot else 'scale'}"
             )
         if point.get("recipe") == "none" and axis not in _OF_NONE:
             continue
@@ -287,7 +286,7 @@ def _value(axis: str, value: Any) -> Any:
     except (KeyError, ValueError) as e:
         raise ConfigError(f"{axis}: expected {_KINDS[kind]}, got {value!r}") from e
     if axis == "seed" and found < 0:
-        raise ConfigError(f"seed: expected a whole number from 0, got {value!r}")
+        raise ConfigError(f"seed: expected an integer >= 0, got {value!r}")
     return found
 
 
