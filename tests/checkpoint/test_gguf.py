@@ -194,7 +194,7 @@ def test_any_truncation_is_refused(parts, tmp_path):
     path.write_bytes(b"not a model at all, but long enough")
     refuse(path, "not a GGUF file")
     path.write_bytes(b"GGUF" + (1).to_bytes(4, "little") + bytes(16))
-    refuse(path, "GGUF version 1; expected 2 or 3")
+    refuse(path, "expected GGUF version 2 or 3, little-endian, got 1")
 
 
 @pytest.mark.parametrize(

@@ -50,32 +50,32 @@ FACTORS = CASES["factors"]
     ("case", "recipe", "pattern"),
     [
         ("rtn", changed(RTN, batch="per_prompt", prefill="quantized"), None),
-        ("rtn", changed(RTN, grid=Grid(bits=4, group_size=16)), "grid.bits is 3 there and 4 here"),
-        ("rtn", changed(RTN, select="layers/q"), "select is layers/"),
-        ("rtn", changed(RTN, widths=(Width(select="layers/q", bits=3),)), "widths is"),
-        ("rtn", changed(RTN, rounding=ClipSearch()), "rounding.rule is nearest there and clip"),
-        ("rtn", CASES["gptq"], "moments.of is none there and corpus here"),
-        ("rtn", PRIOR, "moments.of is none there and prompt here"),
+        ("rtn", changed(RTN, grid=Grid(bits=4, group_size=16)), "grid.bits: saved 3, now 4"),
+        ("rtn", changed(RTN, select="layers/q"), "select: saved layers/"),
+        ("rtn", changed(RTN, widths=(Width(select="layers/q", bits=3),)), "widths: saved"),
+        ("rtn", changed(RTN, rounding=ClipSearch()), "rounding.rule: saved nearest, now clip"),
+        ("rtn", CASES["gptq"], "moments.of: saved none, now corpus"),
+        ("rtn", PRIOR, "moments.of: saved none, now prompt"),
         ("gram", changed(PRIOR, moments=changed(CORPUS, prior_tokens=float("inf"))), None),
         ("gram", changed(PRIOR, moments="corpus"), None),
         ("gram", changed(PRIOR, grid=Grid(bits=2), select="layers/.*"), None),
         ("gram", changed(PRIOR, moments=Source(prior="weights", prior_tokens=64.0)),
-         "origin of the moments is corpus there and weights here"),
+         "origin of the moments: saved corpus, now weights"),
         ("gram", changed(PRIOR, moments=Source(prior="samples", prior_tokens=64.0)),
-         "origin of the moments is corpus there and samples here"),
-        ("gram", changed(PRIOR, moments="prompt"), "corpus there and none here"),
+         "origin of the moments: saved corpus, now samples"),
+        ("gram", changed(PRIOR, moments="prompt"), "saved corpus, now none"),
         ("gram", changed(PRIOR, rounding=changed(ROUNDING, span=8)),
          "hold .*Gram blocks of 16x16, but the recipe reads .*Gram blocks of 8"),
         ("gram", changed(PRIOR, scale=PowerLaw(p=1.0)), "hold powers .*the recipe reads powers"),
-        ("gram", changed(PRIOR, low_rank=LowRankRule(rank=4)), "low_rank.rank is 0 there and 4"),
+        ("gram", changed(PRIOR, low_rank=LowRankRule(rank=4)), "low_rank.rank: saved 0, now 4"),
         ("factors", changed(FACTORS, grid=Grid(bits=3)), None),
         ("factors", changed(FACTORS, low_rank=LowRankRule(rank=4, error_rank=2)), None),
-        ("factors", changed(FACTORS, low_rank=LowRankRule(rank=5)), "rank is 4 there and 5 here"),
-        ("factors", changed(FACTORS, low_rank=LowRankRule()), "rank is 4 there and 0 here"),
-        ("factors", changed(FACTORS, low_rank=INT8), "low_rank.store is float there and int8"),
-        ("factors", changed(FACTORS, grid=Grid(store_dtype="float32")), "grid.store_dtype is"),
-        ("factors", changed(FACTORS, select="layers/.*"), "select is"),
-        ("weighted factors", changed(FACTORS, moments=CORPUS), "low_rank.weighted is True there"),
+        ("factors", changed(FACTORS, low_rank=LowRankRule(rank=5)), "rank: saved 4, now 5"),
+        ("factors", changed(FACTORS, low_rank=LowRankRule()), "rank: saved 4, now 0"),
+        ("factors", changed(FACTORS, low_rank=INT8), "low_rank.store: saved float, now int8"),
+        ("factors", changed(FACTORS, grid=Grid(store_dtype="float32")), "grid.store_dtype: saved"),
+        ("factors", changed(FACTORS, select="layers/.*"), "select: saved"),
+        ("weighted factors", changed(FACTORS, moments=CORPUS), "low_rank.weighted: saved True"),
         ("weighted factors", changed(CASES["weighted factors"], scale=NoScale()), None),
     ],
 )  # fmt: skip
@@ -98,7 +98,7 @@ def test_what_a_recipe_needs_is_saved_or_nothing_is(tmp_path):
     other = offline_of("prior from weights")
     for recipe, offline, pattern in (
         (FACTORS, Offline(), "not saved: the recipe needs static factors of rank 4"),
-        (PRIOR, Offline(), "needs a corpus's or a prior's moments"),
+        (PRIOR, Offline(), "needs the moments of a corpus or of a prior, found none"),
         (PRIOR, other, "hold powers .* but the recipe reads"),
         (
             CHAT,
@@ -107,7 +107,7 @@ def test_what_a_recipe_needs_is_saved_or_nothing_is(tmp_path):
         ),
     ):
         refused(pattern, save_offline, place, MODEL, recipe, offline)
-    refused("only a recipe with moments.decay", save_conversation, place, MODEL, CHAT, {})
+    refused("got none; use a recipe with moments.decay", save_conversation, place, MODEL, CHAT, {})
     refused("hold", save_conversation, place, MODEL, CHAT, offline_of("gram").moments)
     assert not list(tmp_path.iterdir())
 
@@ -120,11 +120,11 @@ def chat(tmp_path):
 
 
 def test_kinds_are_not_mixed_up(tmp_path, chat):
-    refused("expected what a recipe needs .*it holds the moments of a conv", load_offline, chat,
+    refused("expected what a recipe needs .*, found the moments of a conv", load_offline, chat,
             MODEL, CHAT)  # fmt: skip
     save_offline(tmp_path / "o", MODEL, RTN, offline_of("rtn"))
-    refused("expected the moments of a conv.*it holds what", load_conversation, tmp_path / "o",
-            MODEL, CHAT)  # fmt: skip
+    refused("expected the moments of a conv.*, found what a recipe needs", load_conversation,
+            tmp_path / "o", MODEL, CHAT)  # fmt: skip
 
 
 def test_another_model_is_refused(chat):
@@ -167,7 +167,7 @@ def edited(place: Path, **changes):
 def test_other_versions_of_the_format_say_what_to_do(chat):
     ours = store_files.VERSION
     for version, pattern in (
-        (ours - 1, f"format version {ours - 1}, written by ttq-jax 0.0.9, is older than.*anew"),
+        (ours - 1, f"format version {ours - 1}, written by ttq-jax 0.0.9, is older.*save it again"),
         (None, "format version None, written by ttq-jax 0.0.9, is older"),
         (ours + 1, f"format version {ours + 1}, .* is newer than version {ours}.*upgrade ttq-jax"),
     ):
@@ -180,10 +180,10 @@ def test_other_versions_of_the_format_say_what_to_do(chat):
 def test_a_changed_description_is_refused(chat):
     whole = (chat / "ttq.json").read_text()
     for text, pattern in (
-        (whole.replace('"powers": [\n      2.0', '"powers": [\n      1.0'), "digest does not fit"),
+        (whole.replace('"powers": [\n      2.0', '"powers": [\n      1.0'), "wrong checksum"),
         ("[]", "expected an object"),
         ("", "damaged"),
-        ('{"format": "x"}', "not ttq-jax's .expected format"),
+        ('{"format": "x"}', "not ttq-jax's: expected format"),
     ):
         assert text != whole
         (chat / "ttq.json").write_text(text)
@@ -192,7 +192,7 @@ def test_a_changed_description_is_refused(chat):
     refused("damaged", load_conversation, chat, MODEL, CHAT)
     (chat / "ttq.json").write_text(whole)
     edited(chat, tree={"node": "Unheard", "static": {}, "fields": {}})
-    refused("describes no tree that this ttq-jax knows", load_conversation, chat, MODEL, CHAT)
+    refused("tree that this ttq-jax does not know", load_conversation, chat, MODEL, CHAT)
 
 
 def test_what_is_no_store_is_refused(tmp_path):
@@ -249,7 +249,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, chat):
     before = sorted(tmp_path.rglob("*"))
     for place in (foreign, foreign / "chapter1", chat, tmp_path, Path("/")):
         refused("not replaced; choose another", save_offline, place, MODEL, RTN, offline_of("rtn"))
-    refused("could not be written", save_offline, foreign / "chapter1" / "x", MODEL, RTN,
+    refused("cannot be written", save_offline, foreign / "chapter1" / "x", MODEL, RTN,
             offline_of("rtn"))  # fmt: skip
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "empty").mkdir()
@@ -295,7 +295,7 @@ def test_a_rename_that_fails_puts_the_old_store_back(tmp_path, chat, monkeypatch
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", no_draft)
-    refused("could not be written: not here", save_conversation, chat, MODEL, CHAT, before)
+    refused("cannot be written: not here", save_conversation, chat, MODEL, CHAT, before)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     assert same_bits(load_conversation(chat, MODEL, CHAT), before)
 

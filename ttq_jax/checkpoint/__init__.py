@@ -1,7 +1,7 @@
 """Loading models: Hugging Face directories and hub ids, GGUF files, and packaged aliases.
 
-Everything a checkpoint says is either used, knowingly ignored, or an error that names it: a model
-that is almost right still writes fluent text, and nobody would notice.
+Every setting and tensor of a checkpoint is used, ignored on purpose, or an error that names it. A
+model that is almost right still writes fluent text, and nobody would notice.
 """
 
 from pathlib import Path

@@ -32,6 +32,7 @@ _SUFFIX = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bia
 # Small enough for a chunk and its temporaries to stay in a core's cache.
 _CHUNK = 2**18
 _ALIGNMENT = 64
+_TOGETHER = "configuration and weights are of the same model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Leaf:
 def _leaves(
     config: ModelConfig, modules: Mapping[str, str], edits: Mapping[str, Edit]
 ) -> list[_Leaf]:
-    """What must be filled, by the tree that the config implies."""
+    """The arrays to fill, from the tree that the config implies."""
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves = []
     for keys, spec in jax.tree_util.tree_leaves_with_path(tree):
@@ -78,7 +79,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> None:
-    """Every expected tensor is there in its shape, and no other one.
+    """Checks that the file has every expected tensor in its shape, and no others.
 
     Raises:
       CheckpointError: a tensor is missing, unknown, or of another shape than expected.
@@ -89,14 +90,14 @@ def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> Non
         n = missing[0]
         raise CheckpointError(
             f"{source.label}: missing tensor{'s' if len(missing) > 1 else ''} {_some(missing)} "
-            f"({n} expected with shape {expected[n]}). Is the checkpoint complete, and do its "
-            "configuration and weights belong together?"
+            f"(expected {n} with shape {expected[n]}). Check that the checkpoint is complete and "
+            f"that {_TOGETHER}"
         )
     for name, shape in expected.items():
         if source.shapes[name] != shape:
             raise CheckpointError(
                 f"{source.label}: tensor {name}: expected shape {shape}, "
-                f"found {source.shapes[name]}. Configuration and weights do not belong together"
+                f"found {source.shapes[name]}. Check that {_TOGETHER}"
             )
     unknown = sorted(
         n for n in set(source.shapes) - set(expected)
@@ -105,8 +106,8 @@ def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> Non
     if unknown:
         raise CheckpointError(
             f"{source.label}: unknown tensor{'s' if len(unknown) > 1 else ''} {_some(unknown)}: "
-            "the model code has no use for it, so the model might compute something else. Is this "
-            "the architecture that the configuration names?"
+            "the model code does not use it, so its results might be wrong. Check that "
+            f"{_TOGETHER}"
         )
 
 
@@ -119,7 +120,7 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _edited(rows: np.ndarray, edit: Edit | None, head_dim: int) -> np.ndarray:
-    """A chunk of rows after what the family asks for."""
+    """A chunk of rows after the family's edit."""
     if edit == "minus_one":
         return rows.astype(np.float32) - 1
     if edit == "unpermute":
@@ -176,7 +177,7 @@ def assemble(
       source: the checkpoint's tensors.
       modules: dotted module path in the tree to module name in the checkpoint.
       edits: module path to what is done to its tensors' rows.
-      ignored: patterns of tensors that are knowingly left out.
+      ignored: patterns of tensors that are left out on purpose.
       dtype: of every leaf, float32 or bfloat16.
       progress: called as progress(done, total, "weights"), in elements.
 

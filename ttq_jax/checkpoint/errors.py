@@ -1,5 +1,5 @@
-"""The one exception of everything that reads models."""
+"""The exception of everything that reads models."""
 
 
 class CheckpointError(ValueError):
-    """A model that cannot be loaded: says what was expected, what came, and what to do."""
+    """A model that cannot be loaded; the message says what was expected and what to do."""

@@ -39,7 +39,7 @@ def _llama3_rope(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
     """The `llama3` scaling that a file stores as one divisor per frequency.
 
     Raises:
-      ConfigError: the divisors are of no released Llama 3.
+      ConfigError: the divisors are not those of a released Llama 3.
     """
     plain = rope.inverse_frequencies(head_dim)
     if rope.scaling == "none" and factors.shape == plain.shape and factors.max() >= 1:
@@ -108,7 +108,7 @@ def load_gguf(
       The model.
 
     Raises:
-      CheckpointError: the file cannot be served; the message says why.
+      CheckpointError: the file cannot be loaded; the message says why.
     """
     with RandomAccess(path) as access:
         file = GgufFile(access)
@@ -117,7 +117,7 @@ def load_gguf(
             config = read_config(file, family)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        # A vocabulary without merges takes seconds of one core; the weights are read meanwhile.
+        # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(build_tokenizer, file.metadata, file.label)
             params = assemble(

@@ -25,6 +25,7 @@ SUPPORTED_TYPES = (
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
             10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_DAMAGED = "The file is damaged; download it again"
 
 
 class _Cursor:
@@ -60,7 +61,7 @@ class _Cursor:
         if kind == _ARRAY:
             return self._array(self.integer(4), self.integer(8))
         if kind not in _SCALARS:
-            raise CheckpointError(f"{self.path}: unknown GGUF value type {kind}; file is damaged")
+            raise CheckpointError(f"{self.path}: unknown GGUF value type {kind}. {_DAMAGED}")
         dtype = np.dtype(_SCALARS[kind])
         return np.frombuffer(self.raw(dtype.itemsize), dtype)[0].item()
 
@@ -97,7 +98,7 @@ class _Cursor:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies and how it is stored."""
+    """Where a tensor is in the file, and how it is stored."""
 
     kind: str
     offset: int
@@ -138,7 +139,7 @@ class GgufFile:
           file: opened; the caller closes it.
 
         Raises:
-          CheckpointError: no GGUF, a version or type not supported, a truncated file.
+          CheckpointError: not a GGUF file, a version or type not supported, a truncated file.
         """
         self.label = str(file.path)
         self._file = file
@@ -150,13 +151,13 @@ class GgufFile:
             try:
                 self._parse(_Cursor(file.path, data))
             except UnicodeDecodeError as error:
-                raise CheckpointError(f"{file.path}: damaged header ({error})") from error
+                raise CheckpointError(f"{file.path}: bad header ({error}). {_DAMAGED}") from error
 
     def _parse(self, cursor: _Cursor) -> None:
         """Fills metadata, shapes and tensor places.
 
         Raises:
-          CheckpointError: no GGUF, or a version that is not supported, or a part of a split file.
+          CheckpointError: not a GGUF file, a version not supported, or a part of a split file.
         """
         path = self._file.path
         if cursor.raw(4) != b"GGUF":
@@ -164,7 +165,8 @@ class GgufFile:
         version = cursor.integer(4)
         if version not in (2, 3):
             raise CheckpointError(
-                f"{path}: GGUF version {version}; expected 2 or 3, little-endian. Convert it again"
+                f"{path}: expected GGUF version 2 or 3, little-endian, got {version}. Convert it "
+                "again"
             )
         n_tensors, n_keys = cursor.integer(8), cursor.integer(8)
         self.metadata: dict[str, Any] = {}
@@ -173,8 +175,8 @@ class GgufFile:
             self.metadata[key] = cursor.value(cursor.integer(4))
         if self.metadata.get("split.count", 1) > 1:
             raise CheckpointError(
-                f"{path}: one of {self.metadata['split.count']} parts of a split file; expected a "
-                "whole one. Join them with `llama-gguf-split --merge`"
+                f"{path}: expected a whole file, got one of {self.metadata['split.count']} parts. "
+                "Join them with `llama-gguf-split --merge`"
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._tensors: dict[str, _Tensor] = {}
@@ -197,10 +199,10 @@ class GgufFile:
         if not shape or shape[-1] % block:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {shape}; {kind} needs rows of a multiple of "
-                f"{block}. The file is damaged"
+                f"{block}. {_DAMAGED}"
             )
         if name in self.shapes:
-            raise CheckpointError(f"{path}: tensor {name!r} occurs twice; the file is damaged")
+            raise CheckpointError(f"{path}: tensor {name!r} occurs twice. {_DAMAGED}")
         self.shapes[name] = shape
         self._tensors[name] = _Tensor(kind, cursor.integer(8), shape[-1] // block * size)
 

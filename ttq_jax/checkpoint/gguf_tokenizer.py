@@ -180,7 +180,10 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
             raise CheckpointError(f"{label}: expected {_KEY}{key}, found none; convert it again")
     for key, what in _NOT_IMPLEMENTED.items():
         if meta.get(_KEY + key) not in (None, False):
-            raise CheckpointError(f"{label}: {_KEY}{key} asks for {what}; not implemented")
+            raise CheckpointError(
+                f"{label}: {_KEY}{key} asks for {what}, which is not implemented. Load the model "
+                "from a Hugging Face directory instead"
+            )
     backend = builders[kind](meta, label)
     _add_special(backend, meta)
     eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot")]

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: a snapshot of what is needed, or what the cache has of it."""
+"""Models on the Hugging Face hub: the needed files are downloaded, or found in its cache."""
 
 import re
 from pathlib import Path
@@ -54,6 +54,7 @@ def snapshot(model: str) -> Path:
     except Exception as error:
         # The hub's client lets through whatever its HTTP library raises, which varies by version.
         raise CheckpointError(
-            f"{model}: the Hugging Face hub cannot be reached or refused ({error})"
+            f"{model}: downloading from the Hugging Face hub failed ({error}). Try again, or give "
+            "a local directory, a .gguf file or an alias"
         ) from error
     return Path(path)

@@ -66,7 +66,7 @@ def _as_ids(value: Any) -> tuple[int, ...]:
 
 
 def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:
-    """(begin-of-text token, end-of-text tokens); generation_config.json has the last word."""
+    """(begin-of-text token, end-of-text tokens); generation_config.json takes precedence."""
     raw = read_json(directory / "config.json")
     raw = {**raw, **{k: v for k, v in raw.get("text_config", {}).items() if k not in raw}}
     path = directory / "generation_config.json"
@@ -77,7 +77,7 @@ def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:
 
 
 def _modules(family: Family, source: Safetensors) -> dict[str, str]:
-    """The family's names as this checkpoint prefixes them.
+    """The family's tensor names with this checkpoint's prefix.
 
     Raises:
       CheckpointError: there is no embedding under any known name.
@@ -87,7 +87,8 @@ def _modules(family: Family, source: Safetensors) -> dict[str, str]:
     if prefix is None:
         expected = " or ".join(p + probe for p in family.hf_prefixes)
         raise CheckpointError(
-            f"{source.label}: missing tensor {expected}; is this a {family.name} checkpoint?"
+            f"{source.label}: missing tensor {expected}. Check that this is a {family.name} "
+            "checkpoint"
         )
     head = next((h for h in family.hf_heads if h + ".weight" in source.shapes), family.hf_heads[0])
     return {k: prefix + v for k, v in family.hf_modules.items()} | {"head": head}
@@ -111,7 +112,7 @@ def _check_tied(source: Safetensors, modules: dict[str, str]) -> None:
     if not same:
         raise CheckpointError(
             f"{source.label}: tie_word_embeddings is true, but {head} differs from {table}; "
-            "set it to false if the head is meant to be its own"
+            "set it to false if the head has weights of its own"
         )
 
 
@@ -130,7 +131,7 @@ def load_directory(
       The model.
 
     Raises:
-      CheckpointError: the directory cannot be served; the message says why.
+      CheckpointError: the directory cannot be loaded; the message says why.
     """
     family, config = read_config(directory)
     bos_id, eos_ids = _ends(directory)

@@ -1,4 +1,4 @@
-"""What loading returns."""
+"""A loaded model: config, weights and tokenizer."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ class Model:
     """A loaded model.
 
     Attributes:
-      config: its mathematics.
+      config: its architecture and sizes.
       params: its weights, of the form of `decoder.init_params`.
       tokenizer: its tokenizer.
       name: what it was loaded as.
@@ -34,5 +34,5 @@ class Model:
         if self.tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
                 f"{self.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding "
-                f"only {self.config.vocab_size} rows; tokenizer and weights do not belong together"
+                f"only {self.config.vocab_size} rows. Use the tokenizer of this model"
             )

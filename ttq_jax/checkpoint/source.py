@@ -1,4 +1,4 @@
-"""What a weight file is to the loader: named tensors whose rows can be read a few at a time."""
+"""A weight file as the loader sees it: named tensors, of which a few rows are read at a time."""
 
 import os
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ class RandomAccess:
           uint8[size].
 
         Raises:
-          CheckpointError: the file ends before, by its header or while it is read.
+          CheckpointError: the file is shorter, or became shorter while it was read.
         """
         check_size(self.path, offset + size, self.size)
         out = np.empty(size, np.uint8)
@@ -79,7 +79,7 @@ class RandomAccess:
         while done < size:
             got = os.preadv(self._file.fileno(), [view[done:]], offset + done)
             if not got:
-                raise CheckpointError(f"{self.path}: became shorter while it was read")
+                raise CheckpointError(f"{self.path}: shrank while it was read. Load it again")
             done += got
         return out
 
@@ -97,6 +97,6 @@ def check_size(path: Path, needed: int, found: int) -> None:
     """
     if needed > found:
         raise CheckpointError(
-            f"{path}: truncated: its header promises at least {needed} bytes, the file has "
-            f"{found}. Download or copy it again"
+            f"{path}: truncated: expected at least {needed} bytes by its header, found {found}. "
+            "Download or copy it again"
         )

@@ -1,7 +1,7 @@
-"""What was made once per model, kept: calibrated moments, priors, factors, packed trees.
+"""Saves and loads what is made once per model: moments, priors, low-rank factors, packed trees.
 
-What is loaded is only as good as its match with the model and the recipe that will use it, and a
-wrong match still writes fluent text. So a store knows both, and a load refuses what does not fit.
+Stored data is right only for the model and the recipe that it was made for, and a mismatch still
+writes fluent text. So a store names both, and loading refuses a mismatch.
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 _KINDS = {
-    "offline": "what a recipe needs ahead of any prompt (save_offline)",
+    "offline": "what a recipe needs before any prompt (save_offline)",
     "conversation": "the moments of a conversation (save_conversation)",
 }
 
-# Choices of a recipe that do not change a tree quantized ahead of any prompt.
+# Choices of a recipe that do not change a tree quantized before any prompt.
 _OF_THE_PROMPT = ("batch", "prefill")
 
 # Elements of each array that the fingerprint looks at.
@@ -66,7 +66,7 @@ def _elements(arrays: tuple[Any, ...], places: list[tuple[Any, ...]]) -> list[ja
 
 
 def fingerprint(model: Model) -> str:
-    """Tells a model from others, also from those of the same shape.
+    """Identifies a model, also among those of the same shape.
 
     It is a digest of the config and of every array's name, shape, type and a sample of its values:
     weights that were trained further differ nearly everywhere. It depends neither on the device
@@ -90,13 +90,13 @@ def fingerprint(model: Model) -> str:
 
 
 def _identity(model: Model) -> dict[str, str]:
-    """What tells the model from others; the fingerprint decides, the rest is for messages."""
+    """What identifies the model: the fingerprint; the rest is for messages."""
     dtype = str(jax.tree.leaves(model.params)[0].dtype)
     return {"name": model.name, "dtype": dtype, "fingerprint": fingerprint(model)}
 
 
 def _about(kind: str, model: Model, recipe: Recipe) -> dict[str, Any]:
-    """What a store says of itself."""
+    """What a store's header says of its contents."""
     return {"kind": kind, "recipe": recipe.describe(), "model": _identity(model)}
 
 
@@ -104,16 +104,16 @@ def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offlin
     """Saves what `prepare` made.
 
     Of a packed tree only the packed kernels are written; the rest is the model's. An interrupted
-    save leaves what was there before, and beside it at most a hidden directory to delete.
+    save leaves an old store as it was, and at most a hidden directory beside it to delete.
 
     Args:
-      path: a directory; a store that is there is replaced.
-      model: that it was made for, dense.
-      recipe: that it was made for.
+      path: a directory; a store in it is replaced.
+      model: the one it was made for, dense.
+      recipe: the one it was made for.
       offline: moments, factors or a packed tree, as the recipe needs them.
 
     Raises:
-      StoreError: the recipe needs something else, the place is taken, or the disk refuses.
+      StoreError: the recipe needs something else, or the path is in use or cannot be written.
     """
     _check_parts(f"{path}: not saved", offline, recipe)
     if offline.packed is not None:
@@ -137,7 +137,7 @@ def load_offline(
     Args:
       path: the directory.
       model: the model it was made for, dense.
-      recipe: that will use it.
+      recipe: the one that will use it.
       sharding: where the arrays go: None for JAX's default device; a sharding for all of them; or
         a function of an array's name ("packed.q.planes.0", "moments.attn_in.sums") and shape
         that gives its sharding or None. The model's own arrays stay where they are.
@@ -163,18 +163,18 @@ def save_conversation(
     """Saves a conversation's state.
 
     Args:
-      path: a directory; a store that is there is replaced.
-      model: that it was held with.
-      recipe: with a decay.
+      path: a directory; a store in it is replaced.
+      model: the one it was held with.
+      recipe: one with a decay.
       moments: per site, of the turns so far; `Generation.moments`.
 
     Raises:
-      StoreError: not this recipe's moments, the place is taken, or the disk refuses.
+      StoreError: not this recipe's moments, or the path is in use or cannot be written.
     """
     if not moments:
         raise StoreError(
-            f"{path}: not saved: there are no moments; only a recipe with moments.decay above 0 "
-            "keeps a conversation's"
+            f"{path}: not saved: expected the moments of a conversation, got none; use a recipe "
+            "with moments.decay above 0, which keeps them"
         )
     _check_moments(f"{path}: not saved", moments, recipe)
     write(path, _about("conversation", model, recipe), moments)
@@ -211,14 +211,14 @@ def _fitting(path: str | Path, kind: str, model: Model) -> tuple[dict[str, Any],
     header = read_header(path)
     if header["kind"] != kind:
         held = _KINDS.get(header["kind"], repr(header["kind"]))
-        raise StoreError(f"{path}: expected {_KINDS[kind]}, but it holds {held}")
+        raise StoreError(f"{path}: expected {_KINDS[kind]}, found {held}")
     stored, ours = header["model"], _identity(model)
     if stored["fingerprint"] != ours["fingerprint"]:
         names = [f"{of['name']} in {of['dtype']}" for of in (stored, ours)]
         what = f"made for {names[0]}, not for {names[1]}"
         if names[0] == names[1]:
             what = f"made for other weights or another config of {names[0]}"
-        raise StoreError(f"{path}: {what}; load that model, or make it anew for this one")
+        raise StoreError(f"{path}: {what}; load that model, or save a store for this one")
     return header, shapes(path, header)
 
 
@@ -240,7 +240,7 @@ def _check_moments(
             raise StoreError(
                 f"{what}: the moments of {site} hold {one.holds()}, but the recipe reads powers "
                 f"{reads.powers} and {gram}; use the recipe they were observed for, or observe "
-                "anew for this one"
+                "them again for this one"
             )
 
 
@@ -256,14 +256,14 @@ def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
         return
     rank = recipe.low_rank.rank
     needs = {
-        "a corpus's or a prior's moments": recipe.reads_offline and not offline.moments,
+        "the moments of a corpus or of a prior": recipe.reads_offline and not offline.moments,
         f"static factors of rank {rank}": rank and not offline.low_rank,
     }
     missing = [part for part, absent in needs.items() if absent]
     if missing:
         raise StoreError(
-            f"{what}: the recipe needs {' and '.join(missing)}, and there are none; save what "
-            "prepare() makes for this recipe"
+            f"{what}: the recipe needs {' and '.join(missing)}, found none; save what prepare() "
+            "makes for this recipe"
         )
 
 
@@ -303,10 +303,10 @@ def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held
     pairs = {key: (there.get(key, absent), here.get(key, absent)) for key in keys}
     pairs = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if pairs:
-        # Of two rules only the names are told, not which knobs each has.
+        # Of two rules only the names are given, not the settings of each.
         shared = {key: pair for key, pair in pairs.items() if absent not in pair} or pairs
-        different = [f"{key} is {a} there and {b} here" for key, (a, b) in shared.items()]
+        different = [f"{key}: saved {a}, now {b}" for key, (a, b) in shared.items()]
         raise StoreError(
             f"{path}: made for another recipe: {'; '.join(different)}. Use the recipe it was made "
-            "for, or make it anew for this one"
+            "for, or prepare again for this one"
         )

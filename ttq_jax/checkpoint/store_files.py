@@ -1,8 +1,8 @@
-"""A store on disk: a directory with `ttq.json`, which says what it holds, and Orbax's arrays.
+"""A store on disk: a directory with `ttq.json`, which describes it, and arrays in Orbax's format.
 
 `ttq.json` describes the pytree with every static field, so that nothing is pickled, and lists each
-file with its size and digest, so that a damaged copy is refused before anything reads it. It is
-written last, into a draft beside the place it is meant for; the draft is renamed when complete.
+file with its size and checksum, so that a damaged copy is refused before anything reads it. A store
+is written into a draft beside its destination, `ttq.json` last, and then renamed.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
-"""Of the format; a change that older code would misread counts it up."""
+"""Of the format; a change that older code would misread increases it."""
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 Shardings = jax.sharding.Sharding | ShardingOf | None
@@ -35,15 +35,15 @@ _HEADER, _ARRAYS = "ttq.json", "arrays"
 _NODES: dict[str, type] = {
     node.__name__: node for node in (LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
 }
-_REMEDY = "copy it again, or make it anew"
+_REMEDY = "copy it again, or save it again"
 
 
 class StoreError(CheckpointError):
-    """A store that cannot be read or written: what was expected, what came, what to do."""
+    """A store that cannot be read or written; the message says why and what to do."""
 
 
 def plain(value: Any) -> Any:
-    """Data as it comes back from JSON: lists for tuples, and a word for infinity.
+    """Data as it comes back from JSON: lists for tuples, "inf" for infinity.
 
     Args:
       value: dicts, lists, tuples and scalars.
@@ -114,15 +114,15 @@ def _first_line(e: BaseException) -> str:
 
 
 def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
-    """Writes a store; what was there before stays until the new one is complete.
+    """Writes a store; an old one is replaced only when the new one is complete.
 
     Args:
       path: a directory that does not exist, is empty or is a store, which is then replaced.
-      about: what `ttq.json` says besides, in plain JSON types.
+      about: further keys of `ttq.json`, in plain JSON types.
       tree: of dicts, tuples, arrays and the nodes of `ttq_jax.types`.
 
     Raises:
-      StoreError: something else is there, or the disk refuses.
+      StoreError: the path is in use, or cannot be written.
     """
     place = Path(path).expanduser().resolve()
     try:
@@ -135,7 +135,7 @@ def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as e:
-        raise StoreError(f"{path}: could not be written: {e}; choose another place") from e
+        raise StoreError(f"{path}: cannot be written: {e}; choose another directory") from e
 
 
 def _write_draft(draft: Path, about: dict[str, Any], tree: Any) -> None:
@@ -161,10 +161,10 @@ def _write_draft(draft: Path, about: dict[str, Any], tree: Any) -> None:
 
 
 def _refuse_to_replace(place: Path) -> None:
-    """Lets pass what nobody would miss.
+    """Accepts a new path, an empty directory, or a store.
 
     Raises:
-      StoreError: the place holds something that is not a store, or more than one.
+      StoreError: the path holds something else, or more than a store.
     """
     if not place.exists():
         return
@@ -179,13 +179,13 @@ def _refuse_to_replace(place: Path) -> None:
         if ours:
             return
     raise StoreError(
-        f"{place}: exists and is not a store of ttq-jax (or holds other files too), so it is not "
-        "replaced; choose another place or remove it yourself"
+        f"{place}: exists and is not a ttq-jax store, or holds other files too, so it is not "
+        "replaced; choose another directory, or remove this one"
     )
 
 
 def _move(draft: Path, place: Path) -> None:
-    """The draft takes its place; a store that is there is set aside first, and restored if not."""
+    """Renames the draft to its destination; an old store is set aside, and restored on failure."""
     if not place.exists():
         draft.rename(place)
         return
@@ -231,18 +231,18 @@ def _parsed(place: Path) -> dict[str, Any]:
     """`ttq.json` as it is.
 
     Raises:
-      StoreError: there is none, or it is no JSON object.
+      StoreError: there is none, or it is not a JSON object.
     """
     try:
         header = json.loads((place / _HEADER).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         what = f"has no {_HEADER}" if place.exists() else "no such directory"
         raise StoreError(
-            f"{place}: {what}; expected a directory that ttq-jax has saved (an interrupted save "
-            "leaves none)"
+            f"{place}: {what}; expected a directory that ttq-jax saved (an interrupted save leaves "
+            "none)"
         ) from e
     except OSError as e:
-        raise StoreError(f"{place}: expected a directory that ttq-jax has saved: {e}") from e
+        raise StoreError(f"{place}: expected a directory that ttq-jax saved: {e}") from e
     except ValueError as e:
         raise StoreError(f"{place}: {_HEADER} is damaged ({_first_line(e)}); {_REMEDY}") from e
     if not isinstance(header, dict):
@@ -266,22 +266,22 @@ def read_header(path: str | Path) -> dict[str, Any]:
     header = _parsed(place)
     if header.get("format") != _MARK:
         raise StoreError(
-            f"{place}: {_HEADER} is not ttq-jax's (expected format {_MARK!r}, got "
-            f"{header.get('format')!r})"
+            f"{place}: {_HEADER} is not ttq-jax's: expected format {_MARK!r}, got "
+            f"{header.get('format')!r}; choose a directory that ttq-jax saved"
         )
     version, by = header.get("version"), header.get("ttq_jax", "an unknown version")
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
             f"{place}: format version {version}, written by ttq-jax {by}, is newer than version "
-            f"{VERSION}, which this ttq-jax {__version__} reads; upgrade ttq-jax, or make it anew"
+            f"{VERSION}, which this ttq-jax {__version__} reads; upgrade ttq-jax, or save it again"
         )
     if version != VERSION:
         raise StoreError(
             f"{place}: format version {version}, written by ttq-jax {by}, is older than version "
-            f"{VERSION}, the only one that this ttq-jax {__version__} reads; make it anew"
+            f"{VERSION}, the only one that this ttq-jax {__version__} reads; save it again"
         )
     if header.get("sha256") != _digest_of(header):
-        raise StoreError(f"{place}: {_HEADER} is damaged (its digest does not fit); {_REMEDY}")
+        raise StoreError(f"{place}: {_HEADER} is damaged (wrong checksum); {_REMEDY}")
     return header
 
 
@@ -302,7 +302,7 @@ def shapes(path: str | Path, header: dict[str, Any]) -> Any:
         return _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise StoreError(
-            f"{path}: {_HEADER} describes no tree that this ttq-jax knows "
+            f"{path}: {_HEADER} describes a tree that this ttq-jax does not know "
             f"({type(e).__name__}: {_first_line(e)}); {_REMEDY}"
         ) from e
 
@@ -388,4 +388,4 @@ def _check_files(place: Path, files: dict[str, dict[str, Any]]) -> None:
                 f"{_REMEDY}"
             )
         if not fits:
-            raise StoreError(f"{place}: {name} is damaged (its digest does not fit); {_REMEDY}")
+            raise StoreError(f"{place}: {name} is damaged (wrong checksum); {_REMEDY}")

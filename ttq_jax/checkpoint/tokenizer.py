@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever the checkpoint's tokenizer was stored as."""
+"""Text to token ids and back, for every form in which checkpoints store their tokenizer."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -133,7 +133,7 @@ def load_tokenizer(
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
-            raise CheckpointError(f"{path}: not readable ({error}). Download it again") from error
+            raise CheckpointError(f"{path}: cannot be read ({error}). Download it again") from error
     else:
         backend = _hub_backend(directory)
     # A tokenizer.json may ask for truncation or padding, as its author's training script left it.
