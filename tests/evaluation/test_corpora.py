@@ -65,7 +65,7 @@ def test_a_text_of_long_tokens_is_read_whole():
 
 
 def test_a_short_text_states_lengths():
-    with pytest.raises(CorpusError, match=r"5 tokens, shorter than one window of 8.*begin-of-text"):
+    with pytest.raises(CorpusError, match=r"5 tokens, fewer than one window of 8.*begin-of-text"):
         cut_windows(Letters(True), "abcde", 8)
     with pytest.raises(CorpusError, match="at least 2 tokens per window"):
         cut_windows(Letters(True), "abcde", 1)

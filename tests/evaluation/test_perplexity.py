@@ -129,5 +129,5 @@ def test_bad_windows_are_refused():
     with pytest.raises(ConfigError, match="context of 512"):
         long = np.zeros((1, 600), np.int32)
         perplexity(MODEL, long, recipe=None, protocol=Protocol(window=600))
-    with pytest.raises(ConfigError, match="no calibration text"):
+    with pytest.raises(ConfigError, match="this recipe needs a calibration corpus"):
         perplexity(MODEL, WINDOWS, recipe=preset("awq"), protocol=CAUSAL)

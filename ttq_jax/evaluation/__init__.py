@@ -1,1 +1,1 @@
-"""Judging a recipe: corpora, perplexity, continuations, the tasks of lm-evaluation-harness."""
+"""Evaluating a recipe: corpora, perplexity, continuations, lm-evaluation-harness."""

@@ -1,7 +1,7 @@
-"""What follows a prompt, by the weights made from it: given texts scored, or one text generated.
+"""Continuations under weights made from the prompt: scores given texts, or generates one.
 
-Scoring is the causal protocol of `perplexity` for texts that share their prompt: it is read once
-and the weights are quantized once. The first token of each continuation is predicted by the
+Scoring is the causal protocol of `perplexity` for texts that share a prompt: it is read once, and
+the weights are quantized once. The first token of each continuation is predicted by the
 prompt's last state, as in generation.
 """
 
@@ -62,15 +62,15 @@ def score_padded(
       lengths: how many tokens of each count.
       offline: what the recipe needs besides the prompt.
       config: the model's.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
 
     Returns:
       Per row the summed log-likelihood of its tokens, nats, and whether each of them is the
-      likeliest where it stands.
+      likeliest at its position.
     """
     count, width = rows.shape
     every = 0 if recipe is None else recipe.source.refresh
-    # Weights that are made anew on the way belong to one row.
+    # Weights that are refreshed on the way belong to one row.
     together = 1 if every else min(count, _TOGETHER)
     slots = prompts.tokens.shape[1] + width - 1 + every
     cache = empty_cache(config, 1, slots, params["embed"]["embedding"].dtype)
@@ -119,7 +119,7 @@ def score_continuations(
       prompt: token ids, at least one; with the longest continuation less its last token they
         must fit the context.
       continuations: token ids, at least one continuation of at least one token.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`.
 
     Returns:
@@ -148,18 +148,18 @@ def score_continuations(
 def stretches(
     context: Sequence[int], scored: Sequence[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Cuts a text so that each piece is scored by weights made from what stands before it.
+    """Cuts a text so that each piece is scored by weights made from the text before it.
 
-    One prompt for a whole text would be what little stands before it, or, if it held the text, a
-    look ahead. Pieces that double keep at least half of what a token follows in its prompt, at
-    the cost of reading the text twice, in prompts that fill their buckets.
+    One prompt for the whole text would be either very short, or a look ahead at what is scored.
+    With pieces that double in length, the prompt of a token holds at least half of the text before
+    it. The price is that the text is read twice, in prompts that fill their buckets.
 
     Args:
       context: token ids, at least one, not scored.
       scored: what follows it.
 
     Yields:
-      (prompt, continuation): each prompt is all that stands before its continuation, and the
+      (prompt, continuation): each prompt is all text before its continuation, and the
       continuations together are `scored`.
     """
     text, start = [*context, *scored], len(context)
@@ -180,15 +180,15 @@ def continue_until(
     offline: Offline,
     sampling: Sampling,
 ) -> str:
-    """Continues a prompt up to the first of some texts.
+    """Continues a prompt until one of some texts appears.
 
     Args:
       model: the unquantized model.
       prompt: token ids, at least one.
-      until: what ends the answer and is not part of it; special tokens may be among them.
+      until: texts that end the answer and are not part of it; may be special tokens.
       limit: most new tokens, >= 1; with the prompt they must fit the context.
       key: a PRNG key.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`.
       sampling: how tokens are chosen.
 
@@ -208,8 +208,8 @@ def continue_until(
         generate_tokens, model.params, prompts, offline, key, config=model.config, recipe=recipe,
         sampling=sampling, capacity=bucket(limit), eos_ids=tuple(sorted(ends)),
     )  # fmt: skip
-    # The program does not know texts: it is run for a few tokens and, if none of `until` is among
-    # them, for more, of which the first ones come out the same.
+    # The program knows tokens, not texts. It runs for a few tokens and, if none of `until` appears,
+    # again for more; the first ones come out the same.
     upto = min(SMALLEST_BUCKET, limit) if until else limit
     while True:
         tokens, counts, _ = jax.device_get(run(jax.device_put(np.int32(upto))))

@@ -1,10 +1,10 @@
 """Text -> evaluation and calibration windows.
 
-A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file of
-which every string is read, `hf:NAME[:CONFIG][:SPLIT]` for a Hugging Face dataset (NAME may be a
+A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file
+(every string in it is read), `hf:NAME[:CONFIG][:SPLIT]` for a Hugging Face dataset (NAME may be a
 local directory in the hub's layout), or `builtin:NAME` for a text that comes with every
-installation. The percentages, which may be left out, take a part of the text: `[:50%]` to calibrate
-and `[50%:]` to score.
+installation. The optional percentages take a part of the text: `[:50%]` to calibrate and `[50%:]`
+to score.
 """
 
 import dataclasses
@@ -25,24 +25,25 @@ _LONG_TOKEN = 16
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that is used here."""
 
     def encode(self, text: str, add_bos: bool = True) -> Sequence[int]:
         """Token ids, after the begin-of-text token where the model uses one."""
         ...
 
 
-def read_file(path: Path) -> str:
+def read_file(path: Path, *, missing: str = "check the path") -> str:
     """The text of a UTF-8 file.
 
     Args:
       path: of the file.
+      missing: what the message advises if there is no such file.
 
     Returns:
       Its text, with every line end a newline.
 
     Raises:
-      CorpusError: it is not there, not a file or not UTF-8.
+      CorpusError: there is none, or it cannot be read or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -51,9 +52,7 @@ def read_file(path: Path) -> str:
             f"{path}: expected UTF-8 text, but byte {e.start} is not; convert the file"
         ) from e
     except FileNotFoundError as e:
-        raise CorpusError(
-            f"{path}: no such file; expected a text file (a corpus may also be hf:NAME)"
-        ) from e
+        raise CorpusError(f"{path}: no such file; {missing}") from e
     except OSError as e:
         raise CorpusError(f"{path}: cannot be read ({e.strerror or e})") from e
 
@@ -63,11 +62,11 @@ _PART = re.compile(r"(.+)\[(?:(\d{1,3})%)?:(?:(\d{1,3})%)?\]")
 
 
 def read_corpus(spec: str) -> str:
-    """The text that a string names.
+    """Reads the corpus that a string names.
 
     Args:
-      spec: "SOURCE" or "SOURCE[A%:B%]" with 0 <= A < B <= 100, see the module's docstring; the
-        parts of a text begin at line ends.
+      spec: "SOURCE" or "SOURCE[A%:B%]" with 0 <= A < B <= 100, see the module's docstring; a part
+        begins at the start of a line.
 
     Returns:
       The text, not empty.
@@ -89,7 +88,7 @@ def read_corpus(spec: str) -> str:
 
 
 def _line_at(text: str, percent: int) -> int:
-    """Where the line begins that comes after so much of a text."""
+    """The start of the first line after that percentage of a text."""
     at = len(text) * percent // 100
     return text.find("\n", at) + 1 or len(text) if 0 < at < len(text) else at
 
@@ -107,12 +106,13 @@ def _read_source(source: str) -> str:
         if source[8:] not in known:
             raise CorpusError(f"corpus: expected builtin:{{{','.join(known)}}}, got {source!r}")
         return known[source[8:]].read()
-    text = read_file(Path(source).expanduser())
+    kinds = "a corpus is a text file, hf:NAME or builtin:NAME"
+    text = read_file(Path(source).expanduser(), missing=kinds)
     return _strings_of(source, text) if source.endswith(".jsonl") else text
 
 
 def _strings_of(source: str, text: str) -> str:
-    """Every string that stands in the objects of JSON lines, an empty line between objects.
+    """Every string in the objects of JSON lines, with an empty line between objects.
 
     Raises:
       CorpusError: a line is no JSON object.
@@ -148,9 +148,9 @@ def cut_windows(
     Args:
       tokenizer: the model's.
       text: the corpus.
-      window: W >= 2, tokens per window. Each window begins as the model's texts do: with a
-        begin-of-text token, and then W − 1 tokens of text, where its tokenizer uses one.
-      max_windows: take only the first so many, >= 1; None takes all.
+      window: W >= 2, tokens per window. Where the tokenizer uses a begin-of-text token, each window
+        begins with it and has W − 1 tokens of text.
+      max_windows: how many are taken, from the first on, >= 1; None takes all.
 
     Returns:
       int32[n, W], n >= 1.
@@ -169,7 +169,7 @@ def cut_windows(
     n = len(ids) // body
     if n == 0:
         raise CorpusError(
-            f"the corpus has {len(ids)} tokens, shorter than one window of {window}"
+            f"the corpus has {len(ids)} tokens, fewer than one window of {window}"
             + (f" ({body} and begin-of-text)" if begin else "")
             + "; give more text or a smaller window (--window on the command line)"
         )
@@ -179,7 +179,7 @@ def cut_windows(
 
 
 def _encode_enough(tokenizer: Tokenizer, text: str, needed: int | None) -> Sequence[int]:
-    """At least the first `needed` tokens, if there are so many, without reading all of a long text.
+    """At least the first `needed` tokens, or all; does not read the whole of a long text.
 
     The text is cut far beyond the last token needed, so those are the tokens of the whole text.
     """
@@ -223,12 +223,12 @@ def calibration_windows(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domain:
-    """A kind of text that is on every machine where this package runs.
+    """A text that comes with every installation of this package.
 
     Attributes:
       name: one word.
       source: what it is, for a caption.
-      read: gives the text.
+      read: returns the text.
     """
 
     name: str
@@ -251,7 +251,9 @@ def _package_file(package: str, *parts: str) -> str:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise CorpusError(f"package {package!r} is not installed; its files are the demo's text")
+        raise CorpusError(
+            f"package {package!r}, which has the text, is not installed; run: pip install {package}"
+        )
     origin = Path(spec.origin)
     return read_file(origin.parent.joinpath(*parts) if parts else origin)
 

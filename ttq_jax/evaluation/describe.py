@@ -1,4 +1,4 @@
-"""What a result says of itself: device, versions, its recipe in words, tables for people."""
+"""Describes a result: device, versions, the recipe in words, tables of text."""
 
 import os
 import platform
@@ -15,10 +15,10 @@ from ttq_jax.quant.source import Source
 
 
 def versions(*compilers: str) -> dict[str, str]:
-    """What a number depends on besides its options.
+    """The versions that a number depends on.
 
     Args:
-      *compilers: packages that had a part in it; they must be installed.
+      *compilers: further packages that it depends on; they must be installed.
 
     Returns:
       Version by package.
@@ -30,7 +30,7 @@ def versions(*compilers: str) -> dict[str, str]:
 
 
 def device() -> str:
-    """What computes: jax's name of the first device, with the number of cores if it is a CPU."""
+    """The device: jax's name of the first one, with the number of cores if it is a CPU."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return str(first.device_kind)
@@ -89,7 +89,7 @@ def megabytes(count: float) -> str:
 
 
 def moments_in_short(source: Source) -> str:
-    """Whose moments, in a few words."""
+    """The source of the moments, in a few words."""
     parts = [source.of]
     if source.prior != "none":
         parts.append(f"{source.prior} prior ({source.prior_tokens:g} tokens)")
@@ -101,7 +101,7 @@ def moments_in_short(source: Source) -> str:
 
 
 def low_rank_in_short(rule: LowRankRule) -> str:
-    """Which low rank, in a few words."""
+    """The low-rank part, in a few words."""
     parts = []
     if rule.rank:
         parts.append(f"{'weighted ' if rule.weighted else ''}rank {rule.rank}")

@@ -2,23 +2,24 @@
 
     ttq lm-eval --model ttq --model_args model=smollm2,recipe=fast,bits=4 --tasks NAME
 
-is lm_eval's own command line with one more model. Its `--model_args` are those of
-`harness_arguments.OPTIONS`, each as of `ttq`, and settings as of `ttq --set`, say
-`rounding.damping=0.3`. From Python: `lm_eval.simple_evaluate(model=TTQModel(model, recipe), …)`.
+is lm_eval's own command line with one more model. Its `--model_args` are the options in
+`harness_arguments.OPTIONS`, which mean the same as for `ttq`, and settings as for `ttq --set`, such
+as `rounding.damping=0.3`. From Python:
+`lm_eval.simple_evaluate(model=TTQModel(model, recipe), …)`.
 
-Weights come from what stands before the text that is scored or generated, never from that text:
+Weights come from the text before what is scored or generated, never from that itself:
 
     loglikelihood          from the context; requests that share it are scored together
     generate_until         from the prompt
-    loglikelihood_rolling  lm_eval's windows, cut into stretches that double (`stretches`): from all
-                           that stands in the window before a stretch. The first one has a single
-                           token before it, at the head of a document the begin-of-text token, and
-                           weights that know next to nothing: there a prior helps.
+    loglikelihood_rolling  lm_eval's windows, cut into stretches of doubling length (`stretches`):
+                           from all text in the window before a stretch. The first one has a single
+                           token before it (at the start of a document, begin-of-text), from which
+                           weights learn next to nothing: there a prior helps.
 
-A recipe that looks at no prompt scores a window in one piece. What differs from lm_eval's adapter
-for transformers besides the weights: a rolled text begins with one begin-of-text token, which is
-not scored, also if the model's prompts bring one of their own. There are no batches, and jax
-computes where it does: `--batch_size` and `--device` have no effect.
+A recipe that reads no prompt scores a window in one piece. Besides the weights, one thing differs
+from lm_eval's adapter for transformers: a rolled text begins with exactly one begin-of-text token,
+which is not scored, even if the model's prompts have one of their own. There are no batches, and
+jax chooses the device: `--batch_size` and `--device` have no effect.
 """
 
 import collections
@@ -48,7 +49,7 @@ from ttq_jax.types import Offline, effective_bits
 _WEIGHTS_FROM = {
     "loglikelihood": "the context",
     "generate_until": "the prompt",
-    "loglikelihood_rolling": "what stands in the window before each of its doubling stretches",
+    "loglikelihood_rolling": "the text in the window before each of its doubling stretches",
 }
 
 # (context, continuation) as texts, or None, and as token ids.
@@ -60,7 +61,7 @@ class MissingExtra(ImportError):
 
 
 class _Adapter:
-    """What `TTQModel` puts in the place of TemplateLM's abstract methods."""
+    """What `TTQModel` implements of TemplateLM."""
 
     # lm_eval's own.
     cache_hook: Any
@@ -81,13 +82,13 @@ class _Adapter:
         Args:
           model: from `load`.
           recipe: how to quantize, see `preset`; None for the unquantized model.
-          offline: from `prepare`; None makes it here, which a corpus recipe does not allow.
-          max_length: tokens of the context that are used, from 2 to all; None for all.
+          offline: from `prepare`; None prepares it here, except for recipes that need a corpus.
+          max_length: how many tokens of the context are used, from 2 to all; None for all.
           seed: of the sampling.
-          said: what `get_model_info` says besides; "method" is the recipe's name.
+          said: further facts for `get_model_info`; "method" is the recipe's name.
 
         Raises:
-          ConfigError: a length that the model does not have.
+          ConfigError: a length beyond the model's context.
         """
         super().__init__()
         context = model.config.max_positions
@@ -155,8 +156,8 @@ class _Adapter:
         """
         if not self.model.eos_ids:
             raise ConfigError(
-                f"{self.model.name}: lm_eval wants a begin- or end-of-text token before a text "
-                "without context, the model names neither"
+                f"{self.model.name}: lm_eval needs a begin- or end-of-text token before a text "
+                "without context, but the model has neither; set eos_token_id in its configuration"
             )
         return self.model.eos_ids[0]
 
@@ -168,13 +169,13 @@ class _Adapter:
 
     @property
     def tokenizer_name(self) -> str:
-        """Asked for where chat templates are applied, which is nowhere here.
+        """Only needed for chat templates, which are not supported.
 
         Raises:
           ConfigError: always.
         """
         raise ConfigError(
-            "chat templates are not applied here: leave out --apply_chat_template and write the "
+            "chat templates are not supported: leave out --apply_chat_template and write the "
             "turns into the task's doc_to_text"
         )
 
@@ -235,7 +236,7 @@ class _Adapter:
             total=len(requests), disable=disable_tqdm or self.rank != 0, desc="ttq: loglikelihood"
         )
         with bar:
-            # The longest first: what does not fit the memory fails at once.
+            # The longest first: one that does not fit into memory fails at once.
             for prompt, members in sorted(groups.items(), key=lambda group: -len(group[0])):
                 scores = score_continuations(
                     self.model, prompt, [requests[i][2] for i in members],
@@ -287,8 +288,8 @@ class _Adapter:
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers to prompts.
 
-        A sampled answer depends on the prompt and the seed alone; a prompt that is asked again
-        gets another one.
+        A sampled answer depends only on the prompt and the seed; a prompt that comes again gets
+        another answer.
 
         Args:
           requests: lm_eval's, each with a context and generation_kwargs, see `generation_of`.
@@ -323,7 +324,8 @@ class _Adapter:
         room = self.max_length - limit
         if room < 1:
             raise PromptError(
-                f"expected fewer new tokens than the context has, {self.max_length}, got {limit}"
+                f"expected fewer new tokens than the context of {self.max_length}, got {limit}; "
+                "lower the task's max_gen_toks"
             )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         if len(tokens) > room:
@@ -347,9 +349,7 @@ def model_class() -> type:
       MissingExtra: lm_eval is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtra(
-            'lm_eval is not installed; it comes with: pip install "ttq-jax[lm-eval]"'
-        )
+        raise MissingExtra('lm_eval is not installed; run: pip install "ttq-jax[lm-eval]"')
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 

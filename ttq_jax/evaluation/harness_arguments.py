@@ -1,4 +1,4 @@
-"""What lm_eval hands to `harness` by name: the model's arguments, and generation_kwargs."""
+"""Parses what lm_eval passes to `harness` by name: the model's arguments and generation_kwargs."""
 
 import dataclasses
 import difflib
@@ -68,7 +68,7 @@ def recipe_from(arguments: Mapping[str, Any]) -> tuple[str, Recipe | None]:
       Its name, and the recipe; None for "none".
 
     Raises:
-      ConfigError: it does not exist, or quantizes nothing and a setting has no use.
+      ConfigError: it does not exist, or a setting has no effect on it.
     """
     name = _text(arguments.get("recipe", DEFAULT))
     settings = [
@@ -123,20 +123,20 @@ def generation_of(kwargs: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
     Args:
       kwargs: `until` (a text or several), `do_sample`, `temperature`, `top_k`, `top_p`, and a
         number of tokens under any of the names that lm_eval knows (default: 256). Tokens are
-        sampled if `do_sample` says so, by default at temperature 1, or if it says nothing and
-        the temperature is above 0.
+        sampled if `do_sample` is true, by default at temperature 1, or if it is absent and the
+        temperature is above 0.
 
     Returns:
       Texts that end the answer, most new tokens, and how they are chosen.
 
     Raises:
-      ConfigError: anything else, or values that cannot be.
+      ConfigError: another name, or a value out of range.
     """
     for name in kwargs:
         if name not in _GENERATION:
             raise ConfigError(
                 f"generation_kwargs: expected some of {', '.join(_GENERATION)}, got {name!r}, "
-                "which ttq cannot do; leave it out"
+                "which ttq does not support; leave it out"
             )
     given = {key: value for key, value in kwargs.items() if value is not None}
     lengths = [key for key in _LENGTHS if key in given]
@@ -149,8 +149,8 @@ def generation_of(kwargs: Mapping[str, Any]) -> tuple[list[str], int, Sampling]:
     temperature = float(given.get("temperature", 1.0 if sampled else 0.0))
     if sampled and not temperature:
         raise ConfigError(
-            "generation_kwargs: do_sample wants a temperature above 0, got 0; leave out do_sample "
-            "for the likeliest tokens"
+            "generation_kwargs: do_sample needs a temperature above 0, got 0; leave out do_sample "
+            "to take the likeliest tokens"
         )
     until = given.get("until", [])
     sampling = Sampling(

@@ -102,7 +102,7 @@ def _load_rows(source: HubText) -> Any:
     """The dataset's rows, through the `datasets` library.
 
     Raises:
-      CorpusError: it cannot be had.
+      CorpusError: they cannot be loaded.
     """
     import datasets
 
@@ -128,7 +128,7 @@ def _text_columns(source: HubText, rows: Any) -> tuple[str, ...]:
     """The columns that hold the text.
 
     Raises:
-      CorpusError: they cannot be told.
+      CorpusError: it is not clear which they are.
     """
     features = rows.features or {}
     strings = [n for n, f in features.items() if getattr(f, "dtype", None) in _STRINGS]
@@ -156,7 +156,7 @@ def read_hub(spec: str) -> str:
       The text of every row, or of the first `max_rows`.
 
     Raises:
-      CorpusError: it cannot be had, or its text column cannot be told.
+      CorpusError: it cannot be loaded, or it is not clear which column is the text.
     """
     source = parse_hub_spec(spec)
     rows = _load_rows(source)

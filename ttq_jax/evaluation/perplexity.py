@@ -1,13 +1,13 @@
 """Perplexity under two protocols, token-weighted.
 
-    window   the weights are quantized from the very window that is scored (the paper's way):
+    window   the weights are quantized from the same window that is scored (the paper's way):
              later tokens help to score earlier ones
     causal   the weights are quantized from the first P tokens, and only the tokens after them are
              scored: what a user gets
 
-Always quote the protocol, the window and P with a number: they change it. Every method reads its
-prompt the way `Recipe.prefill` says, so that rows of one table differ in the method alone. A recipe
-that refreshes does so every n scored tokens, causal only: a window has nothing after its prompt.
+Always quote the protocol, the window and P with a number: they change it. `Recipe.prefill` says
+which weights read the prompt. A recipe with a refresh refreshes after every n scored tokens, under
+`causal` only: a window has nothing after its prompt.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is read, what is scored.
+    """Which tokens the weights come from, and which are scored.
 
     Attributes:
       kind: "causal" or "window", see the module's docstring.
@@ -71,7 +71,7 @@ class Perplexity:
       windows: scored so far.
       scored_tokens: so far.
       seconds: wall clock so far, compilation included.
-      effective_bits: of the weights that score.
+      effective_bits: per weight, of the weights that score.
       nll: per window, the summed negative log-likelihood of its scored tokens, nats.
     """
 
@@ -118,7 +118,7 @@ def score_window(
       tokens: the window.
       offline: what the recipe needs besides the prompt.
       config: the model's.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
       protocol: what is read, what is scored.
 
     Returns:
@@ -164,7 +164,7 @@ def read_refreshing(
       tokens: what follows the prompt.
       cache: with room for them, padded to whole stretches of n.
       moments: of the prompt.
-      again: weights from moments.
+      again: makes weights from moments.
 
     Returns:
       The final hidden state at every token.
@@ -200,7 +200,7 @@ def stream(
     Args:
       model: the unquantized model.
       windows: int32[n, W] token ids, see `corpora.cut_windows`.
-      recipe: how to quantize; None for not at all.
+      recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`.
       protocol: what is read, what is scored.
 
@@ -253,8 +253,8 @@ def perplexity(
     Args:
       model: the unquantized model.
       windows: int32[n, W] token ids, n >= 1, see `corpora.cut_windows`.
-      recipe: how to quantize; None for not at all.
-      offline: from `prepare`; None makes it here, which a corpus recipe does not allow.
+      recipe: how to quantize; None for the unquantized model.
+      offline: from `prepare`; None prepares it here, except for recipes that need a corpus.
       protocol: what is read, what is scored.
       progress: called with the running measurement and the number of windows in all.
 
@@ -274,7 +274,7 @@ def perplexity(
 
 
 def interval95(nll: Sequence[float], scored: int) -> tuple[float, float] | None:
-    """A 95 % interval of a perplexity, taking the windows as independent draws.
+    """A 95 % confidence interval of a perplexity, taking the windows as independent draws.
 
     Args:
       nll: per window, nats.

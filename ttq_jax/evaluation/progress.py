@@ -1,4 +1,4 @@
-"""What a command is doing and how long it has left, on stderr.
+"""The progress of a command and the time left, on stderr.
 
 On a terminal one line is redrawn; in a log file a stage gets a line when it begins, when it ends,
 and every ten seconds in between.
@@ -37,7 +37,7 @@ class _Stage:
             self.first = done, time.perf_counter()
 
     def left(self) -> str:
-        """The time left, at the pace since the first report: what came before it compiled."""
+        """The time left, at the pace since the first report; before that it compiled."""
         if self.first is None or self.done <= self.first[0]:
             return ""
         pace = (time.perf_counter() - self.first[1]) / (self.done - self.first[0])
@@ -45,7 +45,7 @@ class _Stage:
 
     def line(self) -> str:
         elapsed = clock(time.perf_counter() - self.start)
-        # What can be counted is done, but the stage goes on: how long is not known.
+        # All that is counted is done, but the stage goes on: the time left is unknown.
         if not 0 < self.done < self.total:
             return f"{self.text} … {elapsed}"
         share = f"{100 * self.done / self.total:.0f} %"
@@ -99,7 +99,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, text: str) -> Iterator[Callable[..., None]]:
-        """Shows that something long is going on, with the time it takes.
+        """Shows a long step and the time it takes.
 
         Args:
           text: what is done, as in "loading smollm2".

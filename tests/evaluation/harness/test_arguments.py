@@ -61,11 +61,11 @@ def test_model_arguments_say_what_options_say(tmp_path):
         ({"model": "m", "recipe": "fats"}, "recipe: expected one of none, rtn"),
         (
             {"model": "m", "recipe": "none", "bits": 3},
-            "quantizes nothing, so grid.bits=3 has no use",
+            "quantizes nothing, so --set grid.bits=3 has no effect",
         ),
-        ({"model": "m", "recipe": "awq"}, "recipe awq reads a corpus's moments"),
+        ({"model": "m", "recipe": "awq"}, "recipe awq needs a calibration corpus"),
         ({"model": "no-such-model"}, "no such file or directory"),
-        ({"model": "m", "bits": "many"}, "grid.bits: expected a whole number"),
+        ({"model": "m", "bits": "many"}, "grid.bits: expected an integer"),
     ],
 )
 def test_bad_model_arguments_are_refused(arguments, message):

@@ -184,7 +184,7 @@ def test_continuations_that_cannot_be_scored_are_refused(model):
     for continuation, found in (([], 0), ([1] * 17, 17)):
         with pytest.raises(PromptError, match=f"1 to 16 tokens, got {found}"):
             adapter._loglikelihood_tokens([(("", ""), [1], continuation)])
-    with pytest.raises(PromptError, match="fewer new tokens than the context has, 16, got 16"):
+    with pytest.raises(PromptError, match="fewer new tokens than the context of 16, got 16"):
         adapter.generate_until(requests("generate_until", ("a", {"max_gen_toks": 16})))
     for length in (1, CONTEXT + 1):
         with pytest.raises(ConfigError, match=f"2 to {CONTEXT} tokens, got {length}"):
