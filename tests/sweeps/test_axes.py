@@ -104,17 +104,17 @@ def test_an_illegal_cell_knows_why(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bots = 3", "bots is no axis; expected one of .*bits"),
-        ("json = true", "json is no axis"),
+        ("bots = 3", "bots is not an axis; expected one of .*bits"),
+        ("json = true", "json is not an axis"),
         ("rounding.dumping = 3", "no such key"),
         ("bits = []", "bits: expected a value or a list"),
         ("bits = [[3]]", "bits: expected a value or a list"),
-        ('bits = "three"', "bits: expected a whole number, got 'three'"),
-        ("window = 3.5", "window: expected a whole number, got 3.5"),
+        ('bits = "three"', "bits: expected an integer, got 'three'"),
+        ("window = 3.5", "window: expected an integer, got 3.5"),
         ('dtype = "int8"', "dtype: expected one of float32, bfloat16, got 'int8'"),
         ('recipe = "tqq"', "did you mean ttq"),
         ("symmetric = 1", "symmetric: expected true or false"),
-        ("seed = -1", "seed: expected a whole number"),
+        ("seed = -1", "seed: expected an integer >= 0"),
         ("bits = ", "not TOML"),
         ("part = 3", "part: expected tables"),
     ],
@@ -133,9 +133,9 @@ def test_mistakes_name_the_axis(tmp_path, text, message):
 
 
 def test_missing_axes_files_and_changes(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected the axis corpus, as in corpus ="):
+    with pytest.raises(ConfigError, match=r"the axis corpus is missing; give it, as in corpus ="):
         cells_of(tmp_path, 'model = "m"', head="")
-    with pytest.raises(CorpusError, match=r"no such file; expected a text file$"):
+    with pytest.raises(CorpusError, match=r"no such file; check the path$"):
         read_sweep(str(tmp_path / "none.toml"))
     for bad in ("bits", "=3", "bits="):
         with pytest.raises(ConfigError, match="--axis: expected KEY=VALUE"):

@@ -219,9 +219,9 @@ def test_two_ways_of_reading_the_prompt_in_one_table_are_said(tmp_path, made):
     write_rows(tmp_path / "s", [row(cell, 0.1) for cell in cells])
     assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
     text = (tmp_path / "s" / "report.md").read_text()
-    assert "do not compare: rtn, awq read the prompt by the unquantized weights" in text
-    assert "paper by the quantized ones" in text
-    assert "Two flavours" not in (made / "report.md").read_text()
+    assert "Unquantized weights read the prompt (prefill full): rtn, awq." in text
+    assert "Quantized weights read it (prefill quantized): paper." in text
+    assert "two kinds of prefill" not in (made / "report.md").read_text()
 
 
 def test_who_does_not_read_an_axis_is_a_horizontal_line(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_line_that_was_cut_short_is_dropped_and_said(tmp_path):
         rows.repair()
         assert rows.path.read_bytes() == whole[:first]
     assert len(notes) == len(whole) - first - 1
-    assert all("dropped a last line that was cut short" in note for note in notes)
+    assert all("removed an incomplete last line" in note for note in notes)
     rows.path.write_bytes(whole[: first + 5])
     rows.append(row(3))
     assert list(rows.read()) == [row(1)["key"], row(3)["key"]]

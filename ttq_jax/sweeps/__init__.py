@@ -1,7 +1,7 @@
-"""Sweeps over everything that `ttq perplexity` can be told, and the reports of what they found.
+"""Sweeps over the options of `ttq perplexity`, and reports of their results.
 
 axes      a TOML file -> the cells of its product
-rows      the file of finished cells, safe against kill -9 and shared by processes
+rows      the file of finished cells; survives kill -9 and is shared by processes
 run       one cell -> one row
 tables    rows -> numbers
 published the paper's numbers

@@ -1,4 +1,4 @@
-"""The paper's numbers with ours beside them, and in what ours differ."""
+"""The paper's numbers beside ours, and how the settings differ."""
 
 from collections.abc import Sequence
 
@@ -22,21 +22,21 @@ def _macro(one: Summary) -> float:
 
 
 def _differs(cell: Published, one: Summary, same_model: bool) -> str:
-    """In what ours is not what the paper measured."""
+    """How our measurement differs from the paper's."""
     recipe, said = next(iter(one.rows.values()))["recipe"], []
     if not same_model:
         said.append(f"model {one.values['model']}")
     if one.values["protocol"] != "window":
         said.append(f"protocol {one.values['protocol']} (P {one.values['prompt_tokens']})")
     if recipe["prefill"] != "quantized" and cell.method == "TTQ":
-        said.append("prompt read by unquantized weights")
+        said.append("unquantized weights read the prompt")
     if cell.method == "TTQ" and recipe["scale"] != _SCALE:
         said.append("scale " + ", ".join(f"{k} {v}" for k, v in recipe["scale"].items()))
     if recipe["grid"]["group_size"] != 32:
         said.append(f"group {recipe['grid']['group_size']}")
     if recipe["grid"]["symmetric"]:
         said.append("symmetric grid")
-    said.append(f"windows of {one.values['window']}; the paper's length is not at hand")
+    said.append(f"windows of {one.values['window']} (the paper's length is not known here)")
     return ", ".join(said)
 
 
@@ -66,7 +66,7 @@ def _ours(cell: Published, found: Sequence[Summary]) -> list[tuple[Summary, bool
 
 
 def beside_paper(found: Sequence[Summary]) -> list[Part]:
-    """Every published cell, with ours beside it; a sentence if nothing of ours compares.
+    """Every published cell with ours beside it; one sentence if none of ours is comparable.
 
     Args:
       found: from `tables.summaries`.
@@ -77,7 +77,7 @@ def beside_paper(found: Sequence[Summary]) -> list[Part]:
     if not any(_ours(cell, found) for cell in PUBLISHED):
         return [Heading("Beside the paper"), Text(
             f"No row has the method, bits and rank of one of the {len(PUBLISHED)} published cells "
-            f"({SOURCE}) on WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
+            f"({SOURCE}) on all of WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
         )]  # fmt: skip
     plains = {repr(s): plain_of(group) for s, group in settings(found)}
     rows = []
@@ -96,12 +96,12 @@ def beside_paper(found: Sequence[Summary]) -> list[Part]:
         if not ours:
             rows.append([*head, "not run", "", cell.note])
     text = (
-        f"Published perplexities ({SOURCE}), mean over WikiText-2, PTB and C4, beside ours where a "
-        "row has the same method, bits and rank on those three. Where the model differs, only the "
-        "ratios over the unquantized model compare, and those loosely."
+        f"Published perplexities ({SOURCE}) are means over WikiText-2, PTB and C4. Ours are beside "
+        "them where a recipe has the same method, bits and rank and was scored on all three. Where "
+        "the model differs, compare only the ratios to the unquantized model, and only roughly."
     )
-    header = ["published", "method", "bits", "paper", "over unq.", "ours", "over unq.",
-              "ours differs in"]  # fmt: skip
+    header = ["published", "method", "bits", "paper", "over unquantized", "ours",
+              "over unquantized", "ours differs in"]  # fmt: skip
     # The last column is text too, but a table has its text on the left.
     return [Heading("Beside the paper"), Text(text), Table(header, rows, left=2)]
 

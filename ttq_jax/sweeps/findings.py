@@ -25,14 +25,14 @@ _GAP = "gap"
 
 _READING = (
     "Perplexity is exp of the mean negative log-likelihood per scored token; lower is better. "
-    "The gap is perplexity over that of the unquantized model on the same windows, minus 1, its "
-    "mean taken over corpora; in brackets the 95 % interval of a bootstrap over windows, which "
-    "holds for these texts and says nothing of others. Bits are stored bits per weight of the "
-    "linear layers, scales, zero points, channel scales and low-rank factors counted. The best of "
-    "the quantized ones is marked in each column. Protocol causal: the weights are made from the "
-    "first P tokens of a window and the tokens after them are scored, as a user meets it; window: "
-    "they are made from the very window that is scored, as in the paper, which flatters whatever "
-    "fits the prompt closely. Numbers of different protocols, windows or P do not compare."
+    "The gap is the perplexity divided by that of the unquantized model on the same windows, minus "
+    "1, averaged over corpora. In brackets is its 95 % interval, from a bootstrap over windows; it "
+    "holds for these texts only. Bits are effective bits: stored bits per weight of the linear "
+    "layers, counting scales, zero points, channel scales and low-rank factors. In each column the "
+    "best quantized result is marked. Protocol causal: the first P tokens of a window make the "
+    "weights, and the tokens after them are scored; this is what a user gets. Protocol window: the "
+    "whole window makes the weights and is scored, as in the paper; this favours methods that fit "
+    "the prompt closely. Do not compare numbers of different protocols, windows or P."
 )
 
 
@@ -64,8 +64,8 @@ def parts_of(rows: Sequence[Row]) -> list[Part]:
 
 def _counts(rows: Sequence[Row], failed: Sequence[Row]) -> str:
     ended = max((row["finished"] for row in rows), default="")
-    also = f", {len(failed)} that failed and are listed below" if failed else ""
-    return f"{len(rows)} cells{also}; the last ended {ended}."
+    also = f", of which {len(failed)} failed (listed below)" if failed else ""
+    return f"{len(rows)} cells{also}. The last one finished at {ended}."
 
 
 def _named(values: dict[str, Any]) -> str:
@@ -95,9 +95,9 @@ def _gap_text(gap: float) -> str:
 
 
 def _best(columns: Sequence[Sequence[float | None]], skip: set[int]) -> frozenset[tuple[int, int]]:
-    """Where each column's least value is, rows `skip` left out.
+    """Where each column's smallest value is, without the rows `skip`.
 
-    A column with fewer than two to choose from has no best.
+    A column with fewer than two values has no best.
     """
     marks = set()
     for j, column in enumerate(columns):
@@ -127,7 +127,7 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
 
 
 def _readers(group: Sequence[Summary]) -> list[Part]:
-    """Who reads the prompt by which weights, where that is not the same for all."""
+    """States which weights read the prompt, where recipes differ in it."""
     readers: dict[str, dict[str, None]] = {}
     for one in group:
         recipe = next(iter(one.rows.values()))["recipe"]
@@ -136,9 +136,9 @@ def _readers(group: Sequence[Summary]) -> list[Part]:
     if len(readers) < 2:
         return []
     return [Text(
-        f"Two flavours are in this table, which do not compare: {', '.join(readers['full'])} read "
-        "the prompt by the unquantized weights (prefill full), "
-        f"{', '.join(readers['quantized'])} by the quantized ones (prefill quantized)."
+        "This table has two kinds of prefill; do not compare one with the other. Unquantized "
+        f"weights read the prompt (prefill full): {', '.join(readers['full'])}. Quantized weights "
+        f"read it (prefill quantized): {', '.join(readers['quantized'])}."
     )]  # fmt: skip
 
 
@@ -188,7 +188,7 @@ _FLAT = 4
 
 
 def _flat(axis: str, here: Sequence[Summary], have_gap: bool) -> dict[str, Summary]:
-    """Those that do not read an axis, by label, if they are few."""
+    """Recipes that do not read an axis, by label, if they are few."""
     others = [a for a in varying(here) if a != axis]
     flat = {
         one.label(others): one
@@ -246,12 +246,17 @@ def _domains(found: Sequence[Summary]) -> list[Part]:
             Heading(f"Domain shift: {_said(setting)}"),
             Picture(
                 f"domains_{i}.png", draw_domains(panels, tested, what),
-                "Recipes calibrated on one domain and scored on another; in parentheses those that "
-                f"read no calibration text. {what.capitalize()}, the best of each column in bold.",
+                "Each recipe is calibrated on one domain (rows) and scored on another (columns). "
+                "Recipes in parentheses read no calibration corpus. "
+                f"{what.capitalize()}; the best of each column is in bold.",
+            ),
+            Text(
+                "A pair is a test domain and another domain to calibrate on. The table counts in "
+                "how many pairs the calibrated recipe is better than the one without calibration, "
+                "and on how many test domains it is better in at least one pair."
             ),
             Table(
-                ["calibrated", "against", "better in", "of pairs",
-                 "better at its best other domain, of test domains"],
+                ["calibrated", "against", "better in", "of pairs", "better on test domains"],
                 compared, left=2,
             ),
         ]  # fmt: skip
@@ -259,13 +264,13 @@ def _domains(found: Sequence[Summary]) -> list[Part]:
 
 
 def _comparable(one: Summary, other: Summary) -> bool:
-    """Whether all that both read, the recipe apart, is the same."""
+    """Whether the two agree on every axis that both read, apart from the recipe."""
     both = set(one.values) & set(other.values) - {"recipe"}
     return all(one.values[axis] == other.values[axis] for axis in both)
 
 
 def _contest(label: str, line: dict[Any, Summary], one: Summary) -> list[str]:
-    """How often a recipe beats one that is not calibrated, its calibration's domain left out."""
+    """How often a calibrated recipe beats `one`, on domains other than its own calibration's."""
     pairs = [
         (corpus, row["perplexity"] < one.rows[corpus]["perplexity"])
         for name, calibrated in line.items()
@@ -281,7 +286,7 @@ def _contest(label: str, line: dict[Any, Summary], one: Summary) -> list[str]:
 
 
 def _made_by(rows: Sequence[Row]) -> list[Part]:
-    """What a number depends on besides its cell."""
+    """What the numbers depend on besides their cells."""
     if not rows:
         return []
     facts: dict[str, dict[str, None]] = {}
@@ -302,4 +307,4 @@ def _made_by(rows: Sequence[Row]) -> list[Part]:
         ["time", f"{seconds / 60:.1f} minutes in all"],
         ["peak memory", f"{peak / 1e9:.2f} GB"],
     ]
-    return [Heading("What made these numbers"), Table(["", ""], table, left=2)]
+    return [Heading("How these numbers were made"), Table(["", ""], table, left=2)]

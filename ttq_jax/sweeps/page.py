@@ -1,4 +1,4 @@
-"""A report's parts, and the two files that are made of them: Markdown, and self-contained HTML.
+"""The parts of a report, and its two files: Markdown and self-contained HTML.
 
 Both hold the same text, tables and pictures, in the same order.
 """
@@ -49,7 +49,7 @@ class Picture:
     Attributes:
       name: of its file, beside the Markdown.
       png: its bytes.
-      caption: what it shows, its description for those who do not see it too.
+      caption: what it shows; also its alternative text.
     """
 
     name: str

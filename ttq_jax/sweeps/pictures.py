@@ -1,7 +1,7 @@
 """The pictures of a report: lines along an axis, and calibration against test domains.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart, and every line has a marker of its
-own, so that they are legible in grey too.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Every line has its own
+marker, so that pictures can be read in grey too.
 """
 
 import io
@@ -64,8 +64,8 @@ def draw_lines(
     """Quality along an axis of numbers.
 
     Args:
-      axis: its name; along "bits" a point stands at the bits it stores, not at its code's, so that
-        recipes are compared at what they cost.
+      axis: its name; along "bits" a point stands at its stored bits, not at its bits per code, so
+        that recipes are compared at what they cost.
       lines: label -> value -> summary, all with a gap or none.
       title: what is the same for all.
       flat: label -> summary of those that do not read the axis, with a gap if the lines have one.

@@ -1,7 +1,7 @@
-"""The paper's tables as data: arXiv:2603.19296, as far as they are at hand.
+"""The paper's tables (arXiv:2603.19296) as data, as far as they are known here.
 
-The paper itself was not: every number here was taken from independent summaries of it that agree
-with each other, and says so in the report. Perplexity, lower is better; group size 32; AWQ is
+The paper itself was not available: every number was taken from independent summaries of it that
+agree with each other, and the report says so. Perplexity, lower is better; group size 32; AWQ is
 calibrated on C4; "macro" is the mean over the test sets of WikiText-2, PTB and C4. The paper scores
 the window that the weights were made from (our protocol "window").
 """
@@ -24,7 +24,7 @@ class Published:
       rank: of TTQ's static low-rank part.
       bits: None for the unquantized model, or where the summaries do not say.
       perplexity: the number.
-      unquantized: of the same model in the same table; None if not at hand.
+      unquantized: of the same model in the same table; None if not known.
       note: what else is known of it.
     """
 

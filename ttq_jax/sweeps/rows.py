@@ -1,9 +1,9 @@
-"""The file of finished cells: what is in it survives, and processes share it.
+"""The file of finished cells: it survives crashes and is shared by processes.
 
 A row is one line of JSON, written by one call and fsynced, so that a process killed at any moment
-leaves whole lines and at most one that is cut short, which the next writer removes. A cell is
-claimed by locking one byte of a lock file, at an offset that its key gives: the system lets go of
-the lock when the process ends, however it ends, so nothing is ever left locked.
+leaves whole lines and at most one incomplete line, which the next writer removes. A cell is claimed
+by locking one byte of a lock file, at an offset that its key gives. The system releases the lock
+when the process ends, however it ends, so nothing is ever left locked.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class Rows:
 
     Attributes:
       path: the file that is written, `rows.jsonl`, or `rows-IofN.jsonl` of a shard.
-      note: told what was repaired.
+      note: called with a line about what was repaired.
     """
 
     def __init__(self, directory: Path, shard: str = "", note: Callable[[str], Any] = print):
-        """Opens the directory, making it if it is not there.
+        """Opens the directory; makes it if there is none.
 
         Args:
           directory: see `ttq sweep --out`.
@@ -97,10 +97,10 @@ class Rows:
             return
         whole = self.path.read_bytes().rfind(b"\n") + 1
         os.ftruncate(self._file, whole)
-        self.note(f"{self.path.name}: dropped a last line that was cut short ({end - whole} bytes)")
+        self.note(f"{self.path.name}: removed an incomplete last line ({end - whole} bytes)")
 
     def repair(self) -> None:
-        """Removes a last line that was cut short, and says so; nothing if there is none."""
+        """Removes an incomplete last line, if there is one, and notes it."""
         fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WRITING)
         try:
             self._repair()
@@ -112,7 +112,7 @@ class Rows:
         return read_rows(self.path.parent)
 
     def close(self) -> None:
-        """Lets go of the files, and of every claim."""
+        """Closes the files and releases every claim."""
         os.close(self._file)
         os.close(self._lock)
 
@@ -134,7 +134,7 @@ def read_rows(directory: Path) -> dict[str, Row]:
 
     Returns:
       The last row of each key, by key, in the order in which they were first written. A last line
-      without its end is being written, or was cut short, and is left out.
+      without its end is still being written, or incomplete, and is left out.
 
     Raises:
       ConfigError: another line is not a row.

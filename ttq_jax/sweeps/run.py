@@ -1,7 +1,7 @@
 """One cell -> one row: what is shared between cells is made once.
 
 Models, texts, windows, a corpus's moments and quantized trees are kept for the next cell that needs
-them; compiled programs are jax's own to keep.
+them; jax keeps the compiled programs.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _PROGRAMS = 32
 def git_commit() -> str | None:
     """The commit of the package's own checkout, "+" after it if Python files differ from it.
 
-    Others do not count: a kept sweep that goes on writes into a tracked file itself.
+    Other files do not count: a committed sweep that is continued writes into a tracked file itself.
 
     Returns:
       None where it is not a checkout, or there is no git.
@@ -57,10 +57,11 @@ def git_commit() -> str | None:
 
 
 class PeakMemory:
-    """The most memory in use since it was made.
+    """The most memory in use so far.
 
-    On an accelerator its own, over the whole process; on a CPU the process's resident set, since
-    this object was made where the kernel can be told to begin anew (Linux), else of all its time.
+    On an accelerator: the device's, since the process began. On a CPU: the process's resident set,
+    since this object was made on Linux, where the counter can be reset; elsewhere since the process
+    began.
     """
 
     def __init__(self):
@@ -82,7 +83,7 @@ class PeakMemory:
 
 @dataclasses.dataclass
 class _Kept:
-    """The last few results of one kind, by what they were made from.
+    """The last few results of one kind, by key.
 
     Attributes:
       most: how many are kept.
@@ -122,7 +123,7 @@ class Runner:
           progress: called with the running measurement and the number of windows.
 
         Returns:
-          Its row, of which `Rows` is told.
+          Its row, for `Rows.append`.
 
         Raises:
           ConfigError: the cell is illegal, or does not fit its model.
@@ -159,7 +160,7 @@ class Runner:
         }  # fmt: skip
 
     def _load(self, name: str, dtype: Any) -> Model:
-        """Another model, after everything of the one before is let go."""
+        """Another model; everything of the one before is released first."""
         for kept in (self._windows, self._moments, self._offline):
             kept.made.clear()
         return load(name, dtype=dtype)

@@ -1,8 +1,8 @@
-"""Rows -> numbers: what was measured of each recipe, set against the unquantized model.
+"""Rows -> numbers: the results of each recipe, compared with the unquantized model.
 
-The gap is perplexity over the unquantized one on the same windows, minus 1. A mean over corpora
-has an interval: the 2.5th and 97.5th percentile over draws of each corpus's windows, the same draw
-for a recipe and its baseline.
+The gap is the perplexity divided by the unquantized one's on the same windows, minus 1. Its mean
+over corpora has an interval: the 2.5th and 97.5th percentile over draws of each corpus's windows,
+the same draw for a recipe and its baseline.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class Summary:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The part of `values` that comparisons need alike."""
+        """The part of `values` that must be equal in a comparison."""
         return {k: v for k, v in self.values.items() if k in SETTING}
 
     @property
@@ -76,7 +76,7 @@ class Summary:
         return self.values["recipe"] == "none"
 
     def label(self, axes: Iterable[str]) -> str:
-        """The recipe and what else tells it from others, as in "ttq, bits 3"."""
+        """The recipe and its values on these axes, as in "ttq, bits 3"."""
         parts = [f"{a} {self.values[a]}" for a in axes if a in self.values]
         return ", ".join([str(self.values["recipe"]), *parts])
 
