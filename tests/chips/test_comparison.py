@@ -178,7 +178,7 @@ def test_a_case_that_does_not_run_is_noted_and_the_rest_measured(monkeypatch):
 
 
 def test_a_device_that_is_not_there():
-    with pytest.raises(ChipError, match="measures on a GPU, and jax finds none"):
+    with pytest.raises(ChipError, match="measures on a GPU, but jax finds none"):
         measure([case()], "gpu")
 
 

@@ -204,5 +204,5 @@ def test_options_that_say_nothing_are_refused(options, words, monkeypatch, capsy
 
 
 def test_a_device_that_is_not_there(monkeypatch, capsys):
-    with pytest.raises(SystemExit, match=r"jax finds none here .*; choose the name of a TPU"):
+    with pytest.raises(SystemExit, match=r"jax finds none here .*; name a TPU"):
         run(monkeypatch, capsys, "--chip", "gpu")

@@ -1,1 +1,1 @@
-"""Compiling for chips, estimating on them and measuring them."""
+"""Compiling programs for chips, estimating their cycles and measuring their times."""

@@ -182,7 +182,7 @@ def libtpu_version() -> str:
 
 @functools.cache
 def device(name: str) -> Any:
-    """The first device of a topology with one such chip; nothing can run on it.
+    """The device of a topology with one such chip; it can be compiled for, not run on.
 
     Raises:
       ChipError: the chip is unknown or its compiler is not installed.
@@ -210,7 +210,7 @@ def device(name: str) -> Any:
 
 @contextlib.contextmanager
 def tracing_for(name: str) -> Iterator[None]:
-    """While it lasts, what is traced sees this chip as its device."""
+    """Inside this context, traced code sees this chip as its device."""
     it = device(name)
     platform = "gpu" if CHIPS[name].platform == "cuda" else "tpu"
     abstract = AbstractDevice(
@@ -222,7 +222,7 @@ def tracing_for(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiled_afresh() -> Iterator[None]:
-    """Keeps jax's persistent cache out: what a chip that is not here wrote cannot be loaded."""
+    """Turns jax's persistent cache off: a program for an absent chip cannot be loaded from it."""
     option = "jax_enable_compilation_cache"
     before = getattr(jax.config, option)
     jax.config.update(option, False)

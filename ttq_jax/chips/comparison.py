@@ -1,9 +1,9 @@
-"""What `ttq bench kernels` compares: kernels, problems, and the least that memory allows.
+"""What `ttq bench kernels` compares: kernels, problems, and the floor that memory sets.
 
 The floor of a kernel is the time to move every byte that is stored, once, at the memory's full
 bandwidth: planes, scales and zero points as they are stored, activations in and out, and for the
-quantizers the bfloat16 weight. The bfloat16 product is held to the same rule, so that a speed-up
-compares a time that includes the wait for memory with another that does.
+quantizers the bfloat16 weight. The bfloat16 product has such a floor too, so that both times of a
+speed-up include the wait for memory.
 
 Cycles and bandwidth are of one jax device. That is a whole chip on v5e, v6e (one core) and v5p (two
 cores: the estimate is of the slower one, a grid's parallel axis and XLA's products are split over
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def problem(self) -> Problem:
-        """What the choice of an implementation depends on."""
+        """The problem by which an implementation is chosen."""
         quantizes = self.kernel != "packed_matmul"
         return Problem(
             kernel=self.kernel, m=self.m, d_in=self.k, k=self.k, n=self.n, bits=self.bits,
@@ -108,7 +108,7 @@ class Case:
         return size
 
     def facts(self) -> dict[str, Any]:
-        """What a record says of the problem."""
+        """The fields of a record that describe the problem."""
         facts = dataclasses.asdict(self)
         del facts["dtype"]
         return facts
@@ -251,7 +251,7 @@ def kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
       chip: see `estimate`.
 
     Returns:
-      Cycles or None, its blocks, and why there are none or what to know of them.
+      Cycles or None, its blocks, and a note: why there are none, or what limits them.
 
     Raises:
       ChipError: see `estimate`.
@@ -279,7 +279,7 @@ def cycles_of(
       kernel: cycles count only if there are some of an operation named like it.
 
     Returns:
-      Cycles or None, what `note` gave, and why there are none or what to know of them.
+      Cycles or None, what `note` returned, and a note: why there are none, or what limits them.
 
     Raises:
       ChipError: see `estimate`.

@@ -1,4 +1,4 @@
-"""What the TPU compiler estimates of a program, on any machine.
+"""Cycle estimates by the TPU compiler, on any machine.
 
 It simulates the final instruction bundles of a kernel: static cycles, with a latency model of the
 memory but none of its contention. No estimate here was checked on hardware.
@@ -32,12 +32,12 @@ class CompileError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What the compiler says of a program.
+    """The compiler's estimate of a program.
 
     Attributes:
       cycles: by operation, Pallas kernels by their name.
-      note: what was asked beside it.
-      aborted: the profiler did, after these operations; others may be missing.
+      note: what `note` returned.
+      aborted: whether the profiler aborted, so that operations may be missing.
     """
 
     cycles: dict[str, int]
@@ -56,14 +56,14 @@ def estimate(
 
     Runs in a child process: the compiler reads the option once, when it is loaded, and on some
     programs its profiler aborts. The parent must not have loaded the TPU compiler yet. A second
-    child between the two outlives this process for a moment, however it ends: it stops the
-    compiler and removes what it wrote.
+    child between the two outlives this process for a moment, however this ends: it stops the
+    compiler and removes its files.
 
     Args:
       name: a TPU of `CHIPS` with a `bytes_per_cycle`.
       fn: to be compiled.
       *shapes: its arguments, as for `compile_for`.
-      note: called where the chip is what is traced for.
+      note: called while tracing for the chip.
       limit: seconds after which the compiler is stopped.
 
     Returns:
@@ -77,7 +77,10 @@ def estimate(
     if chip(name).bytes_per_cycle is None:
         raise ChipError(f"{name}: its compiler gives no cycle estimates")
     if device.cache_info().currsize:
-        raise RuntimeError("estimate: this process has loaded a compiler; call it before")
+        raise RuntimeError(
+            "estimate: this process has loaded a compiler already; call estimate first, or in a "
+            "new process"
+        )
     alive, hold = os.pipe()
     read, write = os.pipe()
     pid = None

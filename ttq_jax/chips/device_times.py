@@ -1,7 +1,7 @@
-"""Kernels measured on the device that is there, next to what they compete with.
+"""Times of kernels on this machine's device, beside those of what they compete with.
 
 A measured program runs a loop on the device, so that the host's part is paid once per hundreds of
-calls. Two things would make such a loop measure nothing: results that do not depend on the step
+calls. Two things would spoil such a measurement: results that do not depend on the step
 (the compiler computes them once), and a weight that stays in the cache. So each step waits for the
 one before through an optimization barrier, and reads another weight of a stack that is larger than
 any cache. The contenders take turns; a time is the median over the turns.
@@ -26,8 +26,8 @@ _SPEED = {"gpu": 1.5e12, "tpu": 0.8e12, "cpu": 2e9}
 _SECONDS = {"gpu": 0.02, "tpu": 0.02, "cpu": 0.2}
 
 
-# Copies are written out one after another in the measured program, and compile slowly; 16 of the
-# smallest dense weights of interest (1024 x 2048) are more than a cache still.
+# The measured program unrolls its copies, which compile slowly; 16 of the smallest dense weights of
+# interest (1024 x 2048) still exceed a cache.
 _MOST_COPIES, _MOST_LAYERS = 16, 64
 
 
@@ -196,8 +196,8 @@ def device_of(platform: str) -> jax.Device:
         return jax.devices(platform)[0]
     except RuntimeError as e:
         raise ChipError(
-            f"--chip {platform} measures on a {platform.upper()}, and jax finds none here "
-            f"({' '.join(str(e).split())[:200]}); choose the name of a TPU to estimate instead"
+            f"--chip {platform} measures on a {platform.upper()}, but jax finds none here "
+            f"({' '.join(str(e).split())[:200]}); name a TPU to estimate instead"
         ) from e
 
 
@@ -208,7 +208,7 @@ def measure(
     turns: int = 5,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Times kernels on the present device.
+    """Times kernels on this machine's device.
 
     Args:
       cases: what to run.
@@ -221,7 +221,7 @@ def measure(
       numbers are None and `note` says why; a fallback to plain XLA is noted too.
 
     Raises:
-      ChipError: the device is not there.
+      ChipError: there is no such device.
     """
     device = device_of(platform)
     records = []
@@ -233,7 +233,7 @@ def measure(
             chip = None
         for i, case in enumerate(cases):
             if platform == "cpu":
-                # Nobody computes in bfloat16 there; a "bf16" column would be a straw man.
+                # CPUs are slow in bfloat16; a comparison with it would flatter the kernel.
                 case = dataclasses.replace(case, dtype="float32")
             choice = choose(case.problem, target)
             note = choice.reason if choice.fallback else ""
@@ -241,7 +241,7 @@ def measure(
             try:
                 times = _measured(_contenders(case, platform), turns)
             except Exception as e:
-                # Whatever a compiler or a device says: the rest of a sweep is worth having.
+                # Any error of a compiler or a device: the rest of a sweep is still worth having.
                 note = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             record = _record(case, times, chip.bandwidth if chip else None)
             record |= {"block": choice.implementation, "chip": target.chip or target.platform}

@@ -1,8 +1,7 @@
-"""The whole program of a released model, compiled for a chip that is not there.
+"""The whole program of a released model, compiled for a chip that need not be there.
 
 Reading the prompt, quantizing and decoding are one executable; its parameters are shapes only, so
-that no weight is needed. What the compiler says of its memory is what a user of that chip needs to
-know before downloading one.
+no weight is needed. Its memory tells a user whether the model fits the chip, before any download.
 """
 
 from typing import Any
@@ -48,7 +47,7 @@ def compile_generate(
 
 
 def memory_of(compiled: Any, chip: str) -> dict[str, float]:
-    """What the compiler says that a program takes of a chip's memory.
+    """The memory of a chip that a program takes, by its compiler.
 
     Args:
       compiled: for that chip.

@@ -1,6 +1,6 @@
 """Sizes of released models, for compiling and planning without their weights.
 
-Each entry is what matters of the model's config.json on the hub; nothing here is downloaded.
+Each entry is what matters here of the model's config.json on the hub; nothing is downloaded.
 """
 
 from functools import partial
