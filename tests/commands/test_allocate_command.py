@@ -37,11 +37,11 @@ def test_the_recipe_keeps_the_budget_and_scores(cli, cli_json, tiny, text_file, 
         (["--budget", "4", "--widths", "4"], "--widths: expected at least two of 2, 3, 4, 5, 8"),
         (["--budget", "4", "--widths", "4", "6"], "got 4 6"),
         (["--budget", "4", "--recipe", "none"], "recipe none quantizes nothing"),
-        (["--budget", "4", "--recipe", "awq"], "give a text"),
+        (["--budget", "4", "--recipe", "awq"], "recipe awq needs a calibration corpus"),
         (["--budget", "4", "--prompt-tokens", "48"], "more than 48 tokens"),
     ],
 )
-def test_what_cannot_be_allotted_is_refused_and_nothing_written(
+def test_what_cannot_be_allocated_is_refused_and_nothing_written(
     cli, tiny, text_file, tmp_path, options, pattern
 ):
     out = tmp_path / "mine.toml"

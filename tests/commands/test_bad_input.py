@@ -65,7 +65,7 @@ def test_options(cli, arguments, parts):
         (["--group-size", "12"], ["multiple of 8", "12"]),
         (["--rank", "-1"], ["rank", "-1"]),
         (["--select", "("], ["regular expression"]),
-        (["--select", "head"], ["matches none", "layers/q"]),
+        (["--select", "head"], ["expected a match", "layers/q", "'head'"]),
         (["--method", "awq"], ["--calibration"]),
         (["--method", "awq", "--alpha", "1"], ["--alpha", "ttq"]),
         (["--method", "awq", "--calibration", "/no/such/file"], ["/no/such/file"]),

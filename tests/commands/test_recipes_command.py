@@ -160,7 +160,7 @@ def test_what_was_prepared_is_used(cli, cli_json, chosen, tmp_path, text_file, r
     assert (scored[0]["calibration"], scored[1]["calibration"]) == (text_file, None)
     code, _, err = cli("generate", *common, *recipe, *NEW, *corpus, "--prepared", where)
     assert code == 0, err
-    assert f"calibration corpus is not read: {where} is used" in err
+    assert f"calibration corpus is not used: {where} is used instead" in err
 
 
 def test_a_model_writes_its_own_corpus(cli_json, chosen, tmp_path):
@@ -203,7 +203,7 @@ def test_a_conversation_goes_on_from_call_to_call(cli, cli_json, tiny, tmp_path)
     # Its memory is what makes a turn differ from a first one.
     code, out, err = cli(*common, "--prompts-file", everything, "--json", "--no-compilation-cache")
     assert code == 0
-    assert "no use without --conversation" in err
+    assert "no effect without --conversation" in err
     alone = [json.loads(line) for line in out.splitlines()]
     assert alone[0]["text"] == apart[0]["text"]
     assert [a["text"] for a in alone[1:]] != [a["text"] for a in apart[1:]]
@@ -231,7 +231,10 @@ def test_a_conversation_goes_on_from_call_to_call(cli, cli_json, tiny, tmp_path)
         (["--recipe", "ttq", "--set", "moments.prior=weights"], ["prior", "prior_tokens"]),
         (["--conversation", "c"], ["--conversation", "ttq", "moments.decay=0.5"]),
         (["--recipe", "none", "--conversation", "c"], ["--conversation", "none"]),
-        ([*CHAT, "--conversation", "c", "--batch-size", 2], ["--conversation", "--batch-size 2"]),
+        (
+            [*CHAT, "--conversation", "c", "--batch-size", 2],
+            ["--conversation", "--batch-size 1", "got 2"],
+        ),
         ([*CHAT, "--per-prompt"], ["decay", "pooled"]),
         (["--recipe", "rtn", "--prepared", "/no/such/store"], ["/no/such/store"]),
         ([*CHAT, "--conversation", "{tmp}"], ["ttq"]),
@@ -252,7 +255,7 @@ def test_what_was_kept_for_something_else_is_refused(cli, tiny, tmp_path):
     assert cli("prepare", *common, "--recipe", "rtn", "--bits", 3, "--out", where)[0] == 0
     code, out, err = cli("generate", *common, *NEW, "--recipe", "rtn", "--prepared", where)
     assert (code, out) == (2, "")
-    assert "grid.bits is 3 there and 4 here" in err
+    assert "grid.bits: saved 3, now 4" in err
     half = tmp_path / "half"
     shutil.copytree(where, half)
     next(p for p in sorted(half.rglob("*")) if p.is_file() and p.name != "ttq.json").unlink()
@@ -268,7 +271,7 @@ def test_what_was_kept_for_something_else_is_refused(cli, tiny, tmp_path):
     ("arguments", "part"),
     [
         (["recipes", "none"], "nothing to print"),
-        (["recipes", "--set", "grid.bits=3"], "which recipe"),
+        (["recipes", "--set", "grid.bits=3"], "expected a recipe to change"),
         (["recipes", "ttq", "--set", "grid.bits=7"], "2, 3, 4, 5, 8"),
         (["recipes", "nobody"], "expected one of none, rtn"),
         (["recipes", "nobody.toml"], "no such file"),

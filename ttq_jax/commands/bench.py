@@ -1,4 +1,4 @@
-"""`ttq bench kernels`: what the kernels of this package reach, as text or as JSON lines."""
+"""`ttq bench kernels`: the speed of the kernels, as text or as JSON lines."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,7 @@ def _shape(text: str) -> tuple[int, int]:
     """A shape given as KxN.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it has another form.
     """
     k, _, n = text.lower().partition("x")
     if not (k.isdecimal() and n.isdecimal()):
@@ -46,7 +46,7 @@ def _shown(value: Any, form: str) -> str:
 
 
 def _numbers(record: dict[str, Any], measured: bool) -> list[str]:
-    """The cells of a record that depend on where its numbers are from."""
+    """The cells of a record that differ between estimates and measurements."""
     if measured:
         return [_shown(record["microseconds"].get("kernel"), ".1f"),
                 _shown(record["speedup_vs_dense"], ".2f"),
@@ -57,7 +57,7 @@ def _numbers(record: dict[str, Any], measured: bool) -> list[str]:
 
 
 def _text(records: list[dict[str, Any]], measured: bool) -> str:
-    """The records as a table, with what is noted of them below it."""
+    """The records as a table, with their notes below it."""
     numbers = (
         ["us", "vs dense", "vs xla"]
         if measured
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if not measured:
         print_text(
             f"\ncycles: the static estimate of libtpu {made_by['libtpu']}, not checked on hardware"
-            "\nfloor: every stored byte once over the memory's bandwidth; fractions count the"
-            "\nlarger of the two"
+            "\nfloor: the cycles that the memory needs to move every stored byte once"
+            "\nof floor, vs bf16, of matmul: ratios; a program counts as its cycles or its floor, "
+            "whichever is larger"
         )

@@ -1,4 +1,4 @@
-"""Where the commands keep compiled programs, so that a second start need not compile again."""
+"""The cache of compiled programs, so that a second start need not compile again."""
 
 import os
 from pathlib import Path
@@ -26,16 +26,16 @@ def cache_directory(chosen: str | None) -> Path:
 
 
 def keep_compiled_programs(directory: Path, progress: Progress) -> None:
-    """Turns on jax's persistent compilation cache; a place that cannot be written is only noted.
+    """Turns on jax's persistent compilation cache; notes it if the directory cannot be written.
 
     Args:
-      directory: made if it is not there.
+      directory: made if there is none.
       progress: gets the note.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        progress.note(f"compiled programs are not kept: {directory}: {e.strerror}")
+        progress.note(f"compiled programs are not cached: {directory}: {e.strerror}")
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     # A start runs many small programs, each compiled in less than jax's default of a second.

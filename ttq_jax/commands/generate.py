@@ -1,4 +1,4 @@
-"""`ttq generate`: prompts continued from weights made for them."""
+"""`ttq generate`: continues prompts with weights made for them."""
 
 import argparse
 import dataclasses
@@ -25,10 +25,10 @@ from ttq_jax.types import Generation
 def decode_rate(made: Generation, max_new_tokens: int) -> float | None:
     """Decode steps per second of the decode loop, summed over the prompts.
 
-    The first token comes from the prompt; the step that found an end-of-text token counts.
+    The first token comes from prefill; the step that found an end-of-text token counts.
 
     Args:
-      made: measured.
+      made: from `generate` with `measure`.
       max_new_tokens: what was asked for.
 
     Returns:
@@ -84,16 +84,18 @@ def _check_conversation(
     decay = 0.0 if recipe is None else recipe.source.decay
     if args.conversation is None:
         if decay:
-            progress.note("moments.decay has no use without --conversation: each prompt is a first")
+            progress.note(
+                "moments.decay has no effect without --conversation: each prompt is a first turn"
+            )
         return
     if not decay:
         raise ConfigError(
-            f"--conversation: recipe {args.method} starts afresh at every prompt; say what a turn "
-            "still counts at the next one, up to 1: --set moments.decay=0.5"
+            f"--conversation: recipe {args.method} keeps nothing from turn to turn; set the weight "
+            "of the earlier turns, above 0 and up to 1, as in --set moments.decay=0.5"
         )
     if args.batch_size != 1:
         raise ConfigError(
-            f"--conversation: expected one turn at a time, got --batch-size {args.batch_size}"
+            f"--conversation: expected --batch-size 1, one turn at a time, got {args.batch_size}"
         )
 
 
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     prompts, text = prompts_of(args), calibration_text(needs, progress)
     model, load_seconds = load_model(args.model, args.dtype, progress)
     check_selection(model.params, recipe)
-    # All prompts are looked at before the first is answered, so that no output is half a file.
+    # All prompts are checked before the first is answered, so that no run stops half way.
     pad_prompts(
         [model.tokenizer.encode(p) for p in prompts],
         max_positions=model.config.max_positions, max_new_tokens=args.max_new_tokens,

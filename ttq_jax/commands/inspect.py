@@ -1,6 +1,6 @@
 """`ttq inspect`: what is in a model, what would be quantized, sizes before and after.
 
-Nothing is quantized to tell: the sizes follow from shapes.
+Nothing is quantized for it: the sizes follow from the shapes.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from ttq_jax.types import (
 
 
 def packed_shapes(model: Model, recipe: Recipe | None) -> Params:
-    """The shapes of the tree that is decoded from, without a corpus or a prompt.
+    """The shapes of the tree that is decoded, found without a corpus or a prompt.
 
     Args:
       model: the unquantized model.
-      recipe: None for not at all.
+      recipe: None for the unquantized model.
 
     Returns:
       A tree of `jax.ShapeDtypeStruct`.
     """
     if recipe is not None and recipe.reads_offline:
-        # The shapes do not depend on whose moments they are, and the prompt's need no corpus.
+        # The shapes do not depend on the source of the moments, and the prompt's need no corpus.
         low_rank = dataclasses.replace(recipe.low_rank, weighted=False)
         recipe = dataclasses.replace(recipe, moments="prompt", low_rank=low_rank)
     factors = jax.eval_shape(partial(static_factors, recipe=recipe), model.params)
@@ -61,7 +61,7 @@ def parameter_groups(before: Params, after: Params) -> list[dict[str, Any]]:
 
     Args:
       before: the dense tree, or its shapes.
-      after: the tree that is decoded from, or its shapes.
+      after: the tree that is decoded, or its shapes.
 
     Returns:
       Rows of path, shape, dtype, parameters, bytes, quantized, stored_bytes and bits (stored bits
@@ -88,7 +88,7 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
 
     Args:
       model: the unquantized model.
-      recipe: how it would be quantized; None for not at all.
+      recipe: how it would be quantized; None for the unquantized model.
 
     Returns:
       JSON data.

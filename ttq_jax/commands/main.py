@@ -1,7 +1,7 @@
 """The command line: exit codes, and how a command ends.
 
-What can be said is in `parsers`; each command is the `run` of the file of its name. Nothing here
-imports jax before the options are understood.
+The options are in `parsers`; each command is the `run` of the file of its name. jax is imported
+only after the options are read.
 
 Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
 130 after Ctrl-C; 141 when the reader of stdout is gone.
@@ -18,7 +18,7 @@ from ttq_jax.commands.parsers import build_parser
 
 
 class BadInput(Exception):
-    """Input that cannot be used; its text is all that the user sees."""
+    """Input that cannot be used; its message is all that the user sees."""
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -45,9 +45,9 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _interruptible(args: argparse.Namespace) -> None:
-    """Runs the command beside the main thread, which alone can receive Ctrl-C.
+    """Runs the command in another thread: only the main thread can receive Ctrl-C.
 
-    Compiling and decoding are single calls into XLA that would hold it back for many seconds.
+    Compiling and decoding are single calls into XLA, which would delay it for many seconds.
 
     Raises:
       KeyboardInterrupt: Ctrl-C, when the command had just ended.

@@ -1,4 +1,4 @@
-"""What a command prints: one JSON object, or a short aligned text. Both come from the same data."""
+"""How a command prints: one JSON object, or a short aligned text."""
 
 import json
 import math

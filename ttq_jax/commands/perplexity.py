@@ -1,4 +1,4 @@
-"""`ttq perplexity`: a text scored, window by window."""
+"""`ttq perplexity`: scores a text, window by window."""
 
 import argparse
 from collections.abc import Callable
@@ -29,10 +29,10 @@ def score(
     Args:
       model: the unquantized model.
       windows: int32[n, W].
-      recipe: None for not at all.
+      recipe: None for the unquantized model.
       offline: from `prepare`.
       protocol: what is read, what is scored.
-      text: what the progress line says.
+      text: of the progress line.
       progress: where to show it.
 
     Returns:

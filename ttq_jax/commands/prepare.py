@@ -1,4 +1,4 @@
-"""`ttq prepare`: what a recipe needs besides the prompt, made once and kept."""
+"""`ttq prepare`: computes and saves what a recipe needs before any prompt."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from ttq_jax.types import Offline, kernels, stored_bytes
 
 
 def parts(offline: Offline) -> dict[str, int]:
-    """What there is to keep, and its bytes; of a packed tree, its linear layers."""
+    """The bytes of each part that is saved; of a packed tree, its linear layers."""
     packed = None if offline.packed is None else kernels(offline.packed["layers"])
     sizes = {
         "moments": stored_bytes(offline.moments),
@@ -33,13 +33,13 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: a recipe that needs nothing ahead of a prompt.
+      ConfigError: a recipe that needs nothing before a prompt.
     """
     recipe = recipe_of(args)
     needs = needs_of(args, recipe)
     if recipe is None or not needs.anything:
         raise ConfigError(
-            f"recipe {args.method} needs nothing besides the prompt: there is nothing to prepare"
+            f"recipe {args.method} needs nothing besides the prompt, so there is nothing to prepare"
         )
     text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
@@ -55,4 +55,6 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         })  # fmt: skip
         return
     print_text(", ".join(f"{what} {megabytes(size)}" for what, size in found.items()))
-    print_text(f"saved in {args.out}: --prepared {args.out}, with the same model and recipe")
+    print_text(
+        f"saved to {args.out}; use it with --prepared {args.out} and the same model and recipe"
+    )

@@ -1,4 +1,4 @@
-"""`ttq report`: a sweep's rows as a page of tables and pictures."""
+"""`ttq report`: shows a sweep's rows as tables and pictures."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as e:
         raise ConfigError(
-            'ttq report draws with matplotlib, which is not here: pip install "ttq-jax[plots]"'
+            'ttq report needs matplotlib, which is not installed; run: pip install "ttq-jax[plots]"'
         ) from e
     rows: dict[str, Row] = {}
     directories = [Path(name).expanduser() for name in args.directories]

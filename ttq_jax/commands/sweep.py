@@ -1,4 +1,4 @@
-"""`ttq sweep`: every cell of a grid once, whatever happens meanwhile."""
+"""`ttq sweep`: runs every cell of a grid once; can be interrupted and resumed."""
 
 import argparse
 import time
@@ -30,7 +30,7 @@ def _shard(text: str | None) -> tuple[int, int]:
 
 
 def _of_other_texts(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> None:
-    """Refuses to add to rows of another text of the same name.
+    """Refuses rows whose text had the same name and other contents.
 
     Raises:
       ConfigError: there are such rows.
@@ -41,8 +41,8 @@ def _of_other_texts(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> 
             was = row.get(f"{axis}_sha256")
             if was and was != sha256(runner.text(getattr(cell.options, axis))):
                 raise ConfigError(
-                    f"{axis} {cell.values[axis]} is another text than in the rows that are there "
-                    f"(sha256 {was[:12]}…): choose another --out, or another label"
+                    f"{axis} {cell.values[axis]}: expected the text of the rows in --out (sha256 "
+                    f"{was[:12]}…), got another; choose another --out, or another label"
                 )
 
 
@@ -67,7 +67,7 @@ class _Bar:
 
 
 def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progress) -> Row:
-    """A cell's row, written. Whatever goes wrong is its own result."""
+    """Runs a cell and writes its row; an error is a result too."""
     start = time.perf_counter()
     with progress.stage(bar.line(cell)) as update:
 
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     progress.note(f"{bar.done} of {bar.total} cells are done")
     for cell in left:
         with rows.claim(cell.key) as ours:
-            # Another process may have finished it since, or have it in hand.
+            # Another process may have finished it since, or be running it.
             if not ours or not pending(cell, rows.read()):
                 bar.done += 1
                 continue
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 
 
 def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -> None:
-    """Says what there is.
+    """Prints how many cells are done.
 
     Raises:
       ConfigError: cells failed.
@@ -152,7 +152,7 @@ def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -
     failed = [cell for cell in cells if "error" in done.get(cell.key, {})]
     elsewhere = sum(cell.key not in done for cell in cells)
     if not args.json:
-        also = f"; {elsewhere} in the hands of other processes" if elsewhere else ""
+        also = f"; other processes run {elsewhere}" if elsewhere else ""
         print_text(
             f"{len(cells) - elsewhere - len(failed)} of {len(cells)} cells in {args.out}{also}; "
             f"ttq report {args.out} makes tables and pictures of them"
@@ -160,6 +160,6 @@ def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -
     if failed:
         first = done[failed[0].key]["error"]
         raise ConfigError(
-            f"{len(failed)} of {len(cells)} cells failed, their rows say why; the first "
+            f"{len(failed)} of {len(cells)} cells failed; their rows hold the errors, the first "
             f"({failed[0].name()}): {first}; --retry runs them again"
         )
