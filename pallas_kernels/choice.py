@@ -1,8 +1,8 @@
-"""Which implementation serves a problem, and why: one pure function that can be asked beforehand.
+"""Chooses the implementation that serves a problem, and gives the reason, by one pure function.
 
-Everything is decided while a program is traced, from shapes, dtypes and the device that it is
-traced for; nothing is tried out and nothing falls back in silence: the same call that decides
-gives the reason, and `ttq kernels` prints it for every projection of a model.
+The choice is made while a program is traced, from shapes, dtypes and the device that it is traced
+for. Nothing is tried out, and no fallback is silent: the reason comes with the choice, and
+`ttq kernels` prints both for every projection of a model.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Choice:
 
     Attributes:
       implementation: one of `IMPLEMENTATIONS`.
-      reason: why this one; for a fallback, what the better one refused.
-      fallback: whether a Pallas kernel of this platform exists and does not serve.
+      reason: why this one; for a fallback, why the Pallas kernel cannot serve.
+      fallback: whether this platform has a Pallas kernel that cannot serve the problem.
     """
 
     implementation: str
@@ -125,7 +125,7 @@ def chip_of(device_kind: str) -> str | None:
 
 
 def current_target() -> Target:
-    """What is being traced for: the abstract device that is set, else jax's default device."""
+    """The device that is traced for: the abstract one that is set, else jax's default device."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.config.values["jax_default_device"]
@@ -135,7 +135,7 @@ def current_target() -> Target:
     platform = {"cuda": "gpu"}.get(device.platform, device.platform)
     chip = chip_of(device.device_kind)
     if chip is None and float(getattr(device, "compute_capability", None) or 8) < 8:
-        # All that Triton does not reach is served as a T4 is.
+        # A GPU that Triton does not support is served like a T4.
         chip = "t4"
     return Target(platform=platform, chip=chip)
 
@@ -170,7 +170,7 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
     if implementation == "xla":
         return None
     if implementation != "interpret" and (problem.kernel, implementation) not in _MODULES:
-        return f"there is no {implementation} kernel for it"
+        return f"there is no {implementation} kernel for {problem.kernel}"
     needed = _RUNS_ON[implementation]
     if target.platform != needed:
         runs = "the TPU simulator runs" if implementation == "interpret" else (
@@ -194,7 +194,7 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
 
 
 def choose(problem: Problem, target: Target, implementation: str | None = None) -> Choice:
-    """Decides who computes.
+    """Chooses the implementation for a problem.
 
     Args:
       problem: the problem.
@@ -228,7 +228,7 @@ def choose(problem: Problem, target: Target, implementation: str | None = None) 
             wins = problem.m >= MOSAIC_ROWS.get(target.chip or "", 2**31)
             candidates.insert(0 if wins else 1, "mosaic_gpu")
     else:
-        return Choice("xla", f"plain XLA is what is tuned for a {target.platform}")
+        return Choice("xla", f"plain XLA is the tuned implementation for a {target.platform}")
     limits = DENSE_ROWS.get(target.chip or "", (2**31, 2**31))
     limit = limits[0 if problem.group_size >= 128 else 1]
     if problem.kernel == "packed_matmul" and problem.m > limit:

@@ -1,9 +1,9 @@
-"""The public calls: arguments checked and brought to one form, then the chosen kernel.
+"""The public calls: they check their arguments, bring them to one form and run the chosen kernel.
 
-What every implementation gets is the same: activations ``[m, k]`` that are divided by the channel
-scale already, weights with a leading layer axis and the layer's number beside them. The low-rank
-term is two small products beside the kernel: XLA runs them at the matrix unit's speed, and inside
-it they would take the fast memory that the weight's blocks need.
+Every implementation gets the same: activations ``[m, k]`` that are divided by the channel scale
+already, weights with a leading layer axis, and the layer's index. The low-rank term is two small
+products outside the kernel: XLA runs them at the matrix unit's speed, and inside it they would take
+the fast memory that the weight's blocks need.
 """
 
 from __future__ import annotations
@@ -259,10 +259,10 @@ def _mapped(call: Any, problem: Any, implementation: str | None, fold: Any = Non
 
 
 def _left_in_place(stacks: Any) -> Any:
-    """Stacks that XLA leaves where they are.
+    """Stacks that XLA leaves in HBM.
 
-    It does not see that a kernel reads one layer: whatever fits into a TPU's fast memory, it would
-    copy there whole before each call, and once per layer read the scales of all.
+    XLA does not see that a kernel reads only one layer. It would copy a stack that fits into a
+    TPU's fast memory there before each call, and so read the scales of all layers once per layer.
     """
     from jax.experimental.pallas import tpu as pltpu
 
@@ -323,7 +323,7 @@ def _with_layers(weights: Any, layer: jax.Array | int | None) -> tuple[Any, jax.
     if isinstance(layer, int):
         # Kernels read without a bounds check; what is traced cannot be looked at.
         if not 0 <= layer < depth:
-            raise ValueError(f"layer: expected 0 to {depth - 1}, got {layer}; count from the first")
+            raise ValueError(f"layer: expected 0 to {depth - 1}, got {layer}; layers count from 0")
     elif layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise ValueError(
             f"layer: expected one integer, got {layer.dtype}{list(layer.shape)}; vmap over several"
