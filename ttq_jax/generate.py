@@ -99,7 +99,7 @@ def generate_tokens(
 
 @contextmanager
 def _compile_seconds() -> Iterator[list[float]]:
-    """Collects the seconds that jax traces, lowers and compiles (or reads its cache) in the block.
+    """Collects the time that jax takes to trace, lower and compile (or read its cache) inside.
 
     Yields:
       The seconds of each step; empty if every program was compiled already.

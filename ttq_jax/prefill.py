@@ -127,7 +127,7 @@ def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
 def requantize(
     params: Params, seen: dict[str, Moments], recipe: Recipe, offline: Offline
 ) -> Params:
-    """Quantizes the weights again, from moments that include tokens generated since the prompt.
+    """Quantizes the weights again, from moments that include the generated tokens.
 
     Args:
       params: the dense tree.

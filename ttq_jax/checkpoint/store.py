@@ -131,8 +131,8 @@ def load_offline(
 ) -> Offline:
     """Loads what `save_offline` wrote; every bit is as it was.
 
-    The recipe may differ from the saved one in whatever does not change what was saved: a corpus's
-    moments serve any number of prior tokens, for example, but a packed tree only its own recipe.
+    The recipe may differ from the saved one in settings that do not change the saved data: a
+    corpus's moments serve any number of prior tokens, but a packed tree only its own recipe.
 
     Args:
       path: the directory.
@@ -245,7 +245,7 @@ def _check_moments(
 
 
 def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
-    """Compares what there is with what the recipe needs ahead of a prompt.
+    """Checks that every part is there that the recipe needs before a prompt.
 
     Raises:
       StoreError: something is missing, or holds something else.
@@ -268,7 +268,7 @@ def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
 
 
 def _origin(recipe: dict[str, Any]) -> str:
-    """Where a described recipe's moments come from that are made ahead of a prompt."""
+    """The source of the moments that a described recipe needs before a prompt."""
     source = recipe["moments"]
     return "corpus" if "corpus" in {source["of"], source["prior"]} else source["prior"]
 
@@ -283,7 +283,7 @@ def _flat(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held: Offline) -> None:
-    """Compares what the stored recipe and the given one say of what is held.
+    """Checks that the stored recipe and the given one agree on what changes the stored data.
 
     Raises:
       StoreError: they differ.

@@ -99,7 +99,7 @@ def _put_together(spec: Any, leaf: Callable[[str, tuple[int, ...], Any], Any]) -
 
 
 def _digest_of(header: dict[str, Any]) -> str:
-    """Of everything in `ttq.json` but the digest itself."""
+    """The checksum of everything in `ttq.json` except the checksum itself."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -207,7 +207,7 @@ def _orbax() -> tuple[Any, Any]:
 
 
 def _full(arrays: dict[str, Any]) -> dict[str, Any]:
-    """What Orbax can write: it refuses arrays without elements, which their shape describes."""
+    """The arrays that Orbax can write: it refuses those without elements, which need no data."""
     return {name: a for name, a in arrays.items() if math.prod(a.shape)}
 
 

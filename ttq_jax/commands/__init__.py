@@ -1,1 +1,1 @@
-"""The command line: one file a command, and nothing else imports it."""
+"""The command line: one file per command; nothing else imports it."""

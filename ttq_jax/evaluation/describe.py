@@ -1,4 +1,4 @@
-"""Describes a result: device, versions, the recipe in words, tables of text."""
+"""Describes results: device, versions, the recipe in words, tables as text."""
 
 import os
 import platform

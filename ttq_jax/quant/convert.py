@@ -248,7 +248,7 @@ def quantize(
 
 
 def _assembled(arrays: Any, ready: _Ready) -> QuantizedLinear:
-    """A packed weight of its arrays."""
+    """The packed weight that these arrays make."""
     planes, scales, zeros = arrays
     d_in, d_out = ready.stack.shape[-2:]
     return QuantizedLinear(

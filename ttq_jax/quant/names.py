@@ -1,4 +1,4 @@
-"""The recipes' names, and messages about recipes; imports no jax, so that it answers at once."""
+"""The recipes' names, and messages about recipes; imports no jax, so that it loads at once."""
 
 import difflib
 

@@ -104,7 +104,7 @@ class Recipe:
 
     @property
     def source(self) -> Source:
-        """Whose moments."""
+        """The source of the moments."""
         assert isinstance(self.moments, Source)
         return self.moments
 

@@ -92,7 +92,7 @@ class SecondOrder:
         rows, b = grid.rows_per_group(w.shape[0]), gram.shape[-1]
         groups = split_groups(w, rows)
         n_group, k = len(groups), len(groups) * rows
-        # A whole Gram matrix grows with the padding, of which blocks make a whole number more.
+        # A whole Gram matrix is padded to whole groups; blocks are padded by whole blocks.
         if len(gram) == 1:
             gram, b = jnp.pad(gram, ((0, 0), (0, k - b), (0, k - b))), k
         else:

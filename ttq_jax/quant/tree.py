@@ -1,4 +1,4 @@
-"""Whole trees: each layer's projections at their widths, and quantization ahead of any prompt.
+"""Whole trees: each layer's projections at their widths, and quantization before any prompt.
 
 Layers are scanned, so every layer of a stack has one shape. A projection whose layers differ in
 width is computed by a `lax.switch` over its widths; each step of the scan gives one result per
@@ -210,7 +210,7 @@ def quantize_tree(
 
 @partial(jax.jit, static_argnames="recipe")
 def quantize_params(params: Params, recipe: Recipe, offline: Offline) -> Params:
-    """Quantizes a whole tree ahead of any prompt.
+    """Quantizes a whole tree before any prompt.
 
     Args:
       params: a dense tree.

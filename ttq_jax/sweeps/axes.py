@@ -89,7 +89,7 @@ class Cell:
 
     Attributes:
       values: axis -> value of everything that was given and is read, defaults of the protocol
-        included; labels in the place of what they stand for.
+        included; labels replace the values that they name.
       options: the same without labels, defaults included.
       recipe: None for the unquantized model, or if it is illegal.
       protocol: what is read and scored; None if it is illegal.
@@ -291,7 +291,7 @@ def _value(axis: str, value: Any) -> Any:
 
 
 def _values(labels: dict[str, Any], options: Options, recipe: Recipe | None) -> dict[str, Any]:
-    """What identifies a cell: what was given, less what is not read, and the protocol in full."""
+    """What identifies a cell: the given values that are read, and the whole protocol."""
     values = {axis: _number(value) for axis, value in labels.items()}
     values["recipe"] = options.recipe
     for axis in ("protocol", "window", "prompt_tokens"):

@@ -69,7 +69,7 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:
-        """So far."""
+        """The peak so far."""
         stats = jax.devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return int(stats["peak_bytes_in_use"])

@@ -158,7 +158,7 @@ def varying(found: Iterable[Summary]) -> dict[str, list[Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one that a line can be drawn along."""
+    """Whether a line can be drawn along a value: it is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
