@@ -47,5 +47,5 @@ def lacks_corpus(recipe: str, give: str) -> str:
     """
     return (
         f"{recipe} needs a calibration corpus, but none was given; {give}, or choose a recipe that "
-        "needs none, such as ttq, or a prior that needs none (moments.prior weights or samples)"
+        "needs none, such as ttq"
     )

@@ -287,7 +287,8 @@ def _table(axis: str, current: Any, given: dict[str, Any]) -> Any:
 
 def _no_such_key(axis: str, current: Any, key: str) -> str:
     """The error message for an unknown key: the keys that there are, and the rule that has it."""
-    keys = ", ".join(field.name for field in dataclasses.fields(current)) or "none"
+    names = ", ".join(field.name for field in dataclasses.fields(current))
+    keys = f"the keys {names}" if names else "no keys"
     if axis not in RULES:
         return f"{axis}.{key}: no such key; {axis} has {keys}"
     owners = [
