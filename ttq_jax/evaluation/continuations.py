@@ -150,7 +150,7 @@ def stretches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Cuts a text so that each piece is scored by weights made from the text before it.
 
-    One prompt for the whole text would be either very short, or a look ahead at what is scored.
+    One prompt for the whole text would be very short, or would contain what is scored.
     With pieces that double in length, the prompt of a token holds at least half of the text before
     it. The price is that the text is read twice, in prompts that fill their buckets.
 

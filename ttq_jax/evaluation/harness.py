@@ -7,7 +7,7 @@ is lm_eval's own command line with one more model. Its `--model_args` are the op
 as `rounding.damping=0.3`. From Python:
 `lm_eval.simple_evaluate(model=TTQModel(model, recipe), …)`.
 
-Weights come from the text before what is scored or generated, never from that itself:
+Weights come from the text before what is scored or generated, never from that text:
 
     loglikelihood          from the context; requests that share it are scored together
     generate_until         from the prompt

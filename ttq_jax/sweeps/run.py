@@ -59,9 +59,9 @@ def git_commit() -> str | None:
 class PeakMemory:
     """The most memory in use so far.
 
-    On an accelerator: the device's, since the process began. On a CPU: the process's resident set,
-    since this object was made on Linux, where the counter can be reset; elsewhere since the process
-    began.
+    On an accelerator: the device's, since the process began. On a CPU: the process's resident set;
+    on Linux, where the counter can be reset, since this object was made, elsewhere since the
+    process began.
     """
 
     def __init__(self):
