@@ -28,6 +28,9 @@ from tiny_files import write_model
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PACKAGES = ("ttq_jax", "pallas_kernels")
+# PYTHONPATH may lead to the repository.
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+OUTSIDE["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 def run(*command, **options):
@@ -115,7 +118,7 @@ def environment(built, tmp_path_factory):
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, symlinks=True)
     install = ("install", "--quiet", "--no-deps", "--no-index", built[1])
-    run(sys.executable, "-m", "pip", "--python", place / "bin" / "python", *install)
+    run(sys.executable, "-m", "pip", "--python", place / "bin" / "python", *install, env=OUTSIDE)
     packages = sysconfig.get_path("purelib", "venv", {"base": str(place)})
     theirs = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     (Path(packages) / "dependencies.pth").write_text("\n".join(theirs))
@@ -124,9 +127,7 @@ def environment(built, tmp_path_factory):
 
 def in_it(environment, cwd, *command):
     """Runs a command of the environment, in a directory that holds nothing of ours."""
-    variables = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    variables.pop("PYTHONPATH", None)
-    return run(environment / "bin" / command[0], *command[1:], cwd=cwd, env=variables)
+    return run(environment / "bin" / command[0], *command[1:], cwd=cwd, env=OUTSIDE)
 
 
 def test_what_is_installed_is_what_is_imported(environment, tmp_path):
