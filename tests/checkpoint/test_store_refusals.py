@@ -308,6 +308,6 @@ def test_what_orbax_refuses_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ocp.Checkpointer, "save", full)
     place = tmp_path / "s"
-    refused("s: could not be written: .*RESOURCE_EXHAUSTED: no space left; choose", save_offline,
+    refused("s: cannot be written: .*RESOURCE_EXHAUSTED: no space left; choose", save_offline,
             place, MODEL, RTN, offline_of("rtn"))  # fmt: skip
     assert not list(tmp_path.iterdir())

@@ -141,4 +141,4 @@ def test_a_corpus_given_in_vain_is_mentioned(cli, tiny, text_file):
         text_file, "--no-compilation-cache",
     )  # fmt: skip
     assert code == 0
-    assert "calibration corpus is not read: recipe fast reads none" in err
+    assert "calibration corpus is not used: recipe fast needs none" in err

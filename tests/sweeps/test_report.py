@@ -350,7 +350,7 @@ def test_failed_cells_are_listed_and_markup_is_escaped(made):
     header, *body = table_under((made / "report.md").read_text(), "Failed cells")
     assert header == ["cell", "error"]
     assert [cells[1] for cells in body] == [r"Oops: a b \| c"]
-    assert "1 that failed" in (made / "report.md").read_text()
+    assert "of which 1 failed (listed below)" in (made / "report.md").read_text()
 
 
 def test_directories_are_reported_together_and_old_pictures_go(tmp_path, capsys):

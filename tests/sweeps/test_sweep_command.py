@@ -152,7 +152,7 @@ def test_another_text_of_the_same_name_is_refused(finished, sweep_file, sweep, p
     words = f"words={place}/words.txt"
     code, _, err = sweep(sweep_file, "--out", finished, "--axis", f"corpus=sums={other},{words}")
     assert code == 2
-    assert "corpus sums is another text than in the rows that are there" in err
+    assert "corpus sums: expected the text of the rows in --out" in err
 
 
 def test_the_seed_draws_windows(place, sweep, tmp_path):

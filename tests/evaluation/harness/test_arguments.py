@@ -18,7 +18,7 @@ def test_generation_kwargs():
     )  # fmt: skip
     assert generation_of({"do_sample": True})[2] == Sampling(temperature=1.0)
     for kwargs, message in (
-        ({"num_beams": 4}, "got 'num_beams', which ttq cannot do"),
+        ({"num_beams": 4}, "got 'num_beams', which ttq does not support"),
         ({"max_gen_toks": 4, "max_tokens": 5}, "one length, got max_gen_toks and max_tokens"),
         ({"max_gen_toks": 0}, "at least 1 token, got 0"),
         ({"do_sample": True, "temperature": 0.0}, "temperature above 0"),

@@ -200,6 +200,6 @@ def test_without_lm_eval_the_extra_is_named():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        'ttq: error: lm_eval is not installed; it comes with: pip install "ttq-jax[lm-eval]"\n'
+        'ttq: error: lm_eval is not installed; run: pip install "ttq-jax[lm-eval]"\n'
     )
     assert not done.stdout
