@@ -116,19 +116,21 @@ def program(design):
     kind |= {"zero_point": d.zero_point, "store_dtype": "bfloat16"}
     w = shape((LAYERS, d.k, d.n), jnp.dtype(d.dtype))
     scale = shape((d.k,), jnp.float32)
+    factors = [shape(size, jnp.float32) for size in ((d.k, 5), (5, d.n))]
+    factors = tuple(factors) if d.group_size == 64 else None
     if d.kernel == "quantize_pack":
 
-        def run(w, scale, layer):
-            return pallas_kernels.quantize_pack(w, scale, layer=layer, **kind)
+        def run(w, scale, factors, layer):
+            return pallas_kernels.quantize_pack(w, scale, None, factors, layer=layer, **kind)
 
-        return run, (w, scale, layer)
+        return run, (w, scale, factors, layer)
 
-    def run(x, w, scale, layer):
+    def run(x, w, scale, factors, layer):
         return pallas_kernels.prefill_quantize(
-            x, w, scale, layer=layer, quantized=d.k > d.n, **kind
+            x, w, scale, None, factors, layer=layer, quantized=d.k > d.n, **kind
         )
 
-    return run, (x, w, scale, layer)
+    return run, (x, w, scale, factors, layer)
 
 
 @pytest.mark.parametrize("design", ALL, ids=str)
