@@ -45,6 +45,14 @@ def test_the_two_commands_stand_at_the_top(command):
     assert command in LINES[:20]
 
 
+def test_colab_and_kaggle_install_what_the_notebooks_install():
+    pins = set(re.findall(r'"(jax\[\w+\]==[\d.]+|libtpu==[\d.]+)"', README))
+    notebooks = [ROOT / "experiments" / f"colab_{chip}.ipynb" for chip in ("tpu", "gpu")]
+    cells = "".join(path.read_text() for path in notebooks)
+    assert pins == set(re.findall(r'\\"(jax\[\w+\]==[\d.]+|libtpu==[\d.]+)\\"', cells))
+    assert {pin.partition("==")[0] for pin in pins} == {"jax[tpu]", "jax[cuda12]", "libtpu"}
+
+
 def test_its_figures_are_those_of_the_results():
     """The demo's table, which a run of the demo makes, is not among them."""
     text = README.partition("`ttq demo`:")[2].partition("\n\n")[2]

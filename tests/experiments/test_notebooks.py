@@ -141,7 +141,7 @@ def test_what_it_installs_is_pinned_and_serves_the_package(path, kind):
 @pytest.mark.parametrize("python", ["3.12", "3.13"])
 @pytest.mark.parametrize("path", PATHS)
 def test_what_it_installs_fits_the_runtime_as_it_is(path, python, tmp_path):
-    """Kaggle's runtimes are made from Colab's, and still on Python 3.12."""
+    """Kaggle's GPU runtime is made from Colab's; both of Kaggle's are still on Python 3.12."""
     (tmp_path / "present.txt").write_text("\n".join(PRESENT[path]))
     ours = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["plots"]]
     for options, requirements in installations(path):
