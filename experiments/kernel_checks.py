@@ -161,7 +161,7 @@ def check_matmul(check: Check, call: Callable[..., Any], seed: int) -> tuple[flo
     run = jax.jit(partial(call, **check.grid))
     weight = (planes, scales, zeros)
     layers = [jax.tree.map(lambda a, i=i: a[i], weight) for i in range(LAYERS)]
-    oracle = jax.jit(partial(reference.packed_matmul, **check.grid))
+    oracle = jax.jit(partial(reference.packed_matmul, problem=problem_of(check)))
     if check.kind == "vmap x":
         batch = jnp.stack([x, -x, x + x])
         got = jax.vmap(lambda x: run(x, *weight, layer=jnp.int32(1)))(batch)
@@ -191,7 +191,7 @@ def check_packing(check: Check, call: Callable[..., Any], seed: int) -> tuple[fl
     run = jax.jit(partial(call, **check.rounding))
     if check.kind == "exact":
         got = run(w, d, layer=jnp.int32(1))
-        return different(got, reference.quantize_pack(w[1], d, **check.rounding)), 0.0
+        return different(got, reference.quantize_pack(w[1], d, problem=problem_of(check))), 0.0
     rng = np.random.default_rng(seed)
     h, down, up = (
         jnp.asarray(a, jnp.float32)
@@ -207,7 +207,7 @@ def check_packing(check: Check, call: Callable[..., Any], seed: int) -> tuple[fl
         return float(jnp.sum(h[:, None] * wrong))
 
     got = error(run(w, d, h, (down, up), layer=jnp.int32(1)))
-    want = error(reference.quantize_pack(w[1], d, h, (down, up), **check.rounding))
+    want = error(reference.quantize_pack(w[1], d, h, (down, up), problem=problem_of(check)))
     # Codes differ only where two are as near as float32 can tell; the errors then hardly do.
     eps = float(jnp.finfo(jnp.float32).eps)
     return abs(got - want) / want, (check.k + 8) * eps
@@ -221,7 +221,7 @@ def check_prefill(check: Check, call: Callable[..., Any], seed: int) -> tuple[fl
     x = jnp.asarray(whole * np.asarray(d), check.dtype)
     static = check.rounding | {"quantized": check.quantized}
     got = jax.jit(partial(call, **static))(x, w, d, layer=jnp.int32(1))
-    y, packed = reference.prefill_quantize(x, w[1], d, **static)
+    y, packed = reference.prefill_quantize(x, w[1], d, problem=problem_of(check))
     return different(got, (y.astype(x.dtype), packed)), 0.0
 
 
@@ -235,9 +235,9 @@ def problem_of(check: Check) -> Problem:
     """The problem that the choice of an implementation sees."""
     packs = check.kernel != "packed_matmul"
     return Problem(
-        kernel=check.kernel, m=check.m, d_in=check.k, k=check.k, n=check.n, bits=check.bits,
+        kernel=check.kernel, m=check.m, d_in=check.k, n=check.n, bits=check.bits,
         group_size=check.group_size, zero_point=check.zero_point, dtype=check.dtype,
-        rank=5 if check.kind == "search" else 0, shrinks=len(SEARCH) if packs else 0,
+        rank=5 if check.kind == "search" else 0, shrinks=check.rounding["shrinks"] if packs else (),
         quantized=check.quantized, scaled=packs,
     )  # fmt: skip
 

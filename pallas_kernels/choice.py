@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import keywords
+from pallas_kernels.problem import Problem
 from pallas_kernels.tiles import DENSE_ROWS, MOSAIC_ROWS
 
 KERNELS = ("packed_matmul", "quantize_pack", "prefill_quantize")
@@ -63,43 +65,6 @@ class Target:
 
     platform: str
     chip: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """All that a choice may depend on.
-
-    Attributes:
-      kernel: one of `KERNELS`.
-      m: rows of activations; 0 for `quantize_pack`.
-      d_in: input channels.
-      k: input channels padded to whole groups.
-      n: output channels.
-      bits: width of a code.
-      group_size: rows that share a scale.
-      zero_point: "none", "float" or "integer".
-      dtype: of the activations; of the weight for `quantize_pack`.
-      store_dtype: of scales and float zero points.
-      rank: of the low-rank term, 0 for none.
-      shrinks: how many range factors are tried; 0 for `packed_matmul`.
-      quantized: `prefill_quantize` multiplies with the quantized weight.
-      scaled: there is a channel scale.
-    """
-
-    kernel: str
-    m: int
-    d_in: int
-    k: int
-    n: int
-    bits: int
-    group_size: int
-    zero_point: str
-    dtype: str
-    store_dtype: str = "bfloat16"
-    rank: int = 0
-    shrinks: int = 0
-    quantized: bool = False
-    scaled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,20 +142,10 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
             f"{implementation} kernels run"
         )  # fmt: skip
         return f"{runs} on a {needed.upper()}, this is a {target.platform.upper()}"
-    facts: dict[str, Any] = {
-        "k": problem.k, "n": problem.n, "bits": problem.bits, "group_size": problem.group_size,
-        "dtype": problem.dtype, "store_dtype": problem.store_dtype, "chip": target.chip,
-    }  # fmt: skip
-    if problem.kernel != "quantize_pack":
-        facts["m"] = problem.m
-    if problem.kernel != "packed_matmul":
-        facts |= {
-            "d_in": problem.d_in, "zero_point": problem.zero_point,
-            "shrinks": problem.shrinks, "rank": problem.rank, "scaled": problem.scaled,
-        }  # fmt: skip
-    if problem.kernel == "prefill_quantize":
-        facts["quantized"] = problem.quantized
-    return module_of(problem.kernel, implementation).refusal(**facts)
+    module = module_of(problem.kernel, implementation)
+    if needed == "gpu":
+        return module.refusal(**keywords.refusal_of(problem, target.chip))
+    return module.refusal(problem, target.chip)
 
 
 def choose(problem: Problem, target: Target, implementation: str | None = None) -> Choice:

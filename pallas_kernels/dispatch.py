@@ -8,19 +8,19 @@ the fast memory that the weight's blocks need.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import batching, grid
-from pallas_kernels.choice import Choice, Problem, choose, current_target, module_of
+from pallas_kernels import batching, keywords
+from pallas_kernels.choice import choose, current_target, module_of
 from pallas_kernels.layout import check_packing, check_planes
+from pallas_kernels.problem import FLOATS, Problem, matmul_problem, rounding_problem
 from pallas_kernels.reference import LowRank, Packed
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def packed_matmul(
@@ -63,23 +63,31 @@ def packed_matmul(
     check_packing(bits=bits, k=k, group_size=group_size)
     _check_axes("planes", planes[0], layer)
     lead = planes[0].shape[:-2]
-    _check("scales", scales, (*lead, k // group_size, n), _FLOATS)
+    _check("scales", scales, (*lead, k // group_size, n))
     if zeros is not None:
-        _check("zeros", zeros, (*lead, k // group_size, n), (*_FLOATS, jnp.uint8))
+        _check("zeros", zeros, (*lead, k // group_size, n), (*FLOATS, "uint8"))
     d_in = x.shape[-1] if x.ndim else 0
-    if x.dtype not in _FLOATS or not k - group_size < d_in <= k:
+    if x.dtype not in FLOATS or not k - group_size < d_in <= k:
         raise ValueError(
             f"x: expected floating [..., {k}] (up to {group_size - 1} channels fewer are padding), "
             f"got {x.dtype}{list(x.shape)}; "
             "pass activations of as many channels as the weight was packed from"
         )
     _check_factors(channel_scale, low_rank, d_in, n)
+    problem = matmul_problem(x, scales, zeros, low_rank, bits=bits, group_size=group_size)
     stacks, layer = _with_layers((planes, scales, zeros), layer)
     rows = x.reshape(-1, d_in)
-    y = _multiply_packed(
-        _scaled(rows, channel_scale, k), stacks, layer, bits=bits, group_size=group_size,
-        d_in=d_in, rank=_rank(low_rank), implementation=implementation,
-    )  # fmt: skip
+
+    def call(stacks: Any, layer: Any, x: Any) -> jax.Array:
+        name, run = _chosen(dataclasses.replace(problem, m=x.shape[0]), implementation)
+        return run(x, *(_left_in_place(stacks) if name == "tpu" else stacks), layer)
+
+    def fold(call: Any, stacks: Any, layer: Any, x: jax.Array) -> jax.Array:
+        size, m = x.shape[:2]
+        return call(stacks, layer, x.reshape(size * m, -1)).reshape(size, m, -1)
+
+    run = _mapped(call, problem, implementation, fold)
+    y = run(stacks, layer, _scaled(rows, channel_scale, k))
     return _plus_low_rank(y, rows, low_rank).reshape(*x.shape[:-1], n)
 
 
@@ -121,23 +129,18 @@ def quantize_pack(
     Raises:
       ValueError: arguments that do not fit each other, or an implementation that cannot serve.
     """
-    kind = _check_weight(
-        w, channel_scale, importance, low_rank, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks, layer=layer,
+    _check_weight(w, channel_scale, importance, low_rank, layer)
+    problem = rounding_problem(
+        w, channel_scale, low_rank, bits=bits, group_size=group_size, zero_point=zero_point,
+        store_dtype=store_dtype, shrinks=shrinks,
     )  # fmt: skip
-    d_in, n = w.shape[-2:]
-    scaled = channel_scale is not None
-    problem = _problem("quantize_pack", 0, d_in, n, w.dtype, low_rank, {**kind, "scaled": scaled})
-    down, up = low_rank if low_rank is not None else (None, None)
     stacks, layer = _with_layers(w, layer)
 
     def call(w: Any, layer: Any, rest: Any) -> Packed:
-        choice = choose(problem, current_target(), implementation)
-        run = module_of("quantize_pack", choice.implementation).quantize_pack
-        return run(w, *rest, layer, **kind, **_interpret(choice))
+        return _chosen(problem, implementation)[1](w, *rest, layer)
 
-    run = _mapped(call, lambda: problem, implementation)
-    return run(stacks, layer, (channel_scale, importance, down, up))
+    run = _mapped(call, problem, implementation)
+    return run(stacks, layer, (channel_scale, importance, low_rank))
 
 
 def prefill_quantize(
@@ -179,83 +182,60 @@ def prefill_quantize(
     Raises:
       ValueError: arguments that do not fit each other, or an implementation that cannot serve.
     """
-    kind = _check_weight(
-        w, channel_scale, importance, low_rank, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks, layer=layer,
-    )  # fmt: skip
+    _check_weight(w, channel_scale, importance, low_rank, layer)
     d_in, n = w.shape[-2:]
-    if x.ndim == 0 or x.dtype not in _FLOATS or x.shape[-1] != d_in:
+    if x.ndim == 0 or x.dtype not in FLOATS or x.shape[-1] != d_in:
         raise ValueError(
             f"x: expected floating [..., {d_in}], got {x.dtype}{list(x.shape)}; "
             "pass activations of as many channels as the weight has rows"
         )
-    rows = x.reshape(-1, d_in)
-    down, up = low_rank if low_rank is not None else (None, None)
+    problem = rounding_problem(
+        w, channel_scale, low_rank, x, bits=bits, group_size=group_size, zero_point=zero_point,
+        store_dtype=store_dtype, shrinks=shrinks, quantized=quantized,
+    )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
-
-    def problem(m: int) -> Problem:
-        facts = {**kind, "scaled": channel_scale is not None, "quantized": quantized}
-        return _problem("prefill_quantize", m, d_in, n, x.dtype, low_rank, facts)
+    rows = x.reshape(-1, d_in)
 
     def call(w: Any, layer: Any, rest: Any) -> tuple[jax.Array, Packed]:
-        choice = choose(problem(rest[0].shape[0]), current_target(), implementation)
-        run = module_of("prefill_quantize", choice.implementation).prefill_quantize
+        name, run = _chosen(problem, implementation)
         x, *others = rest
-        y, packed = run(x, w, *others, layer, **kind, quantized=quantized, **_interpret(choice))
+        y, packed = run(x, w, *others, layer)
         # XLA for TPUs fuses the write into a scan's stacked result with the kernel, tiles the two
         # differently, and aborts (libtpu 0.0.42 to 0.0.52).
-        return y, jax.lax.optimization_barrier(packed) if choice.implementation == "tpu" else packed
+        return y, jax.lax.optimization_barrier(packed) if name == "tpu" else packed
 
-    run = _mapped(call, lambda: problem(rows.shape[0]), implementation)
-    y, packed = run(stacks, layer, (rows, channel_scale, importance, down, up))
+    run = _mapped(call, problem, implementation)
+    y, packed = run(stacks, layer, (rows, channel_scale, importance, low_rank))
     if quantized:
         y = _plus_low_rank(y, rows, low_rank)
     return y.reshape(*x.shape[:-1], n), packed
 
 
-def _multiply_packed(
-    x: jax.Array, stacks: Any, layer: Any, *, bits: int, group_size: int, d_in: int, rank: int,
-    implementation: str | None,
-) -> jax.Array:  # fmt: skip
-    """The grid's part of the product, by whoever is chosen for that many rows."""
-    _, scales, zeros = stacks
-    zero_point = "integer" if zeros is not None and zeros.dtype == jnp.uint8 else "float"
-    stored = {a.dtype for a in (scales, zeros) if a is not None} - {jnp.dtype(jnp.uint8)}
-    half = jnp.dtype(jnp.float16)
+def _chosen(problem: Problem, implementation: str | None) -> tuple[str, Callable[..., Any]]:
+    """Who computes, and its function of the arrays."""
+    target = current_target()
+    name = choose(problem, target, implementation).implementation
+    module = module_of(problem.kernel, name)
+    run = getattr(module, problem.kernel)
+    if problem.kernel == "packed_matmul" and name == "xla" and target.platform != "cpu":
+        run = module.dense_matmul
+    if name in {"triton", "mosaic_gpu"}:
+        return name, keywords.call_of(run, problem)
+    run = functools.partial(run, problem=problem)
+    if name == "interpret":
+        from jax.experimental.pallas import tpu as pltpu
 
-    def problem(m: int) -> Problem:
-        return Problem(
-            kernel="packed_matmul", m=m, d_in=d_in, k=x.shape[-1], n=scales.shape[-1], bits=bits,
-            group_size=group_size, zero_point="none" if zeros is None else zero_point,
-            dtype=str(x.dtype), rank=rank,
-            store_dtype=str(half if half in stored else scales.dtype),
-        )  # fmt: skip
-
-    def call(stacks: Any, layer: Any, x: Any) -> jax.Array:
-        target = current_target()
-        choice = choose(problem(x.shape[0]), target, implementation)
-        module = module_of("packed_matmul", choice.implementation)
-        dense = choice.implementation == "xla" and target.platform != "cpu"
-        run = module.dense_matmul if dense else module.packed_matmul
-        if choice.implementation == "tpu":
-            stacks = _left_in_place(stacks)
-        return run(x, *stacks, layer, bits=bits, group_size=group_size, **_interpret(choice))
-
-    def fold(call: Any, stacks: Any, layer: Any, x: jax.Array) -> jax.Array:
-        size, m = x.shape[:2]
-        return call(stacks, layer, x.reshape(size * m, -1)).reshape(size, m, -1)
-
-    return _mapped(call, lambda: problem(x.shape[0]), implementation, fold)(stacks, layer, x)
+        run = functools.partial(run, interpret=pltpu.InterpretParams())
+    return name, run
 
 
-def _mapped(call: Any, problem: Any, implementation: str | None, fold: Any = None) -> Any:
+def _mapped(call: Any, problem: Problem, implementation: str | None, fold: Any = None) -> Any:
     """`batching.mapped`, XLA's own batching where XLA computes."""
-    facts = problem()
 
     def native() -> bool:
-        return choose(facts, current_target(), implementation).implementation == "xla"
+        return choose(problem, current_target(), implementation).implementation == "xla"
 
-    return batching.mapped(call, name=facts.kernel, native=native, fold=fold)
+    return batching.mapped(call, name=problem.kernel, native=native, fold=fold)
 
 
 def _left_in_place(stacks: Any) -> Any:
@@ -267,14 +247,6 @@ def _left_in_place(stacks: Any) -> Any:
     from jax.experimental.pallas import tpu as pltpu
 
     return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), stacks)
-
-
-def _interpret(choice: Choice) -> dict[str, Any]:
-    if choice.implementation != "interpret":
-        return {}
-    from jax.experimental.pallas import tpu as pltpu
-
-    return {"interpret": pltpu.InterpretParams()}
 
 
 def _scaled(x: jax.Array, channel_scale: jax.Array | None, k: int) -> jax.Array:
@@ -293,22 +265,6 @@ def _plus_low_rank(y: jax.Array, x: jax.Array, low_rank: LowRank | None) -> jax.
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     low = product(product(x, down).astype(x.dtype), up)
     return (y.astype(jnp.float32) + low).astype(y.dtype)
-
-
-def _rank(low_rank: LowRank | None) -> int:
-    return 0 if low_rank is None else low_rank[0].shape[-1]
-
-
-def _problem(
-    kernel: str, m: int, d_in: int, n: int, dtype: Any, low_rank: LowRank | None, kind: Any
-) -> Problem:
-    group_size = kind["group_size"]
-    return Problem(
-        kernel=kernel, m=m, d_in=d_in, k=-(-d_in // group_size) * group_size, n=n,
-        bits=kind["bits"], group_size=group_size, zero_point=kind["zero_point"], dtype=str(dtype),
-        store_dtype=str(kind["store_dtype"]), rank=_rank(low_rank), shrinks=len(kind["shrinks"]),
-        scaled=kind["scaled"], quantized=kind.get("quantized", False),
-    )  # fmt: skip
 
 
 def _with_layers(weights: Any, layer: jax.Array | int | None) -> tuple[Any, jax.Array]:
@@ -331,15 +287,16 @@ def _with_layers(weights: Any, layer: jax.Array | int | None) -> tuple[Any, jax.
     return weights, jnp.asarray(layer, jnp.int32)
 
 
-def _check(name: str, a: jax.Array, shape: tuple[int, ...], dtypes: Sequence[Any]) -> None:
+def _check(
+    name: str, a: jax.Array, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS
+) -> None:
     if tuple(a.shape) != shape:
         raise ValueError(
             f"{name}: expected shape {shape}, got {tuple(a.shape)}; keep together what one call of "
             "quantize_pack returned, and the operands that were given to it"
         )
     if a.dtype not in dtypes:
-        known = ", ".join(jnp.dtype(d).name for d in dtypes)
-        raise ValueError(f"{name}: expected one of {known}, got {a.dtype}; cast it")
+        raise ValueError(f"{name}: expected one of {', '.join(dtypes)}, got {a.dtype}; cast it")
 
 
 def _check_axes(name: str, a: jax.Array, layer: Any) -> None:
@@ -356,40 +313,20 @@ def _check_factors(
     channel_scale: jax.Array | None, low_rank: LowRank | None, d_in: int, n: int
 ) -> None:
     if channel_scale is not None:
-        _check("channel_scale", channel_scale, (d_in,), _FLOATS)
+        _check("channel_scale", channel_scale, (d_in,))
     if low_rank is not None:
         down, up = low_rank
-        _check("low_rank's A", down, (d_in, down.shape[-1]), _FLOATS)
-        _check("low_rank's B", up, (down.shape[-1], n), _FLOATS)
+        _check("low_rank's A", down, (d_in, down.shape[-1]))
+        _check("low_rank's B", up, (down.shape[-1], n))
 
 
 def _check_weight(
     w: jax.Array, channel_scale: jax.Array | None, importance: jax.Array | None,
-    low_rank: LowRank | None, *, layer: Any, shrinks: tuple[float, ...], zero_point: str,
-    store_dtype: Any, **kind: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Checks what the quantizers share; returns the static arguments in one form.
-
-    Raises:
-      ValueError: one does not fit.
-    """
+    low_rank: LowRank | None, layer: Any,
+) -> None:  # fmt: skip
+    """Checks the arrays that the quantizers share."""
     _check_axes("w", w, layer)
-    _check("w", w, tuple(w.shape), _FLOATS)
-    d_in, n = w.shape[-2:]
-    group_size = kind["group_size"]
-    # Any row count serves, it is padded to whole groups: the check is of the two numbers.
-    check_packing(bits=kind["bits"], k=8 * max(group_size, 1), group_size=group_size)
-    _check_factors(channel_scale, low_rank, d_in, n)
+    _check("w", w, tuple(w.shape))
+    _check_factors(channel_scale, low_rank, *w.shape[-2:])
     if importance is not None:
-        _check("importance", importance, (d_in,), _FLOATS)
-    if zero_point not in grid.ZERO_POINTS:
-        known = ", ".join(grid.ZERO_POINTS)
-        raise ValueError(f"zero_point: expected one of {known}, got {zero_point!r}")
-    if jnp.dtype(store_dtype) not in _FLOATS:
-        known = ", ".join(jnp.dtype(d).name for d in _FLOATS)
-        raise ValueError(f"store_dtype: expected one of {known}, got {store_dtype}")
-    shrinks = tuple(map(float, shrinks))
-    if not shrinks or not all(0 < s <= 1 for s in shrinks):
-        raise ValueError(f"shrinks: expected factors in (0, 1], got {shrinks}; 1 is the full range")
-    return {**kind, "zero_point": zero_point, "store_dtype": jnp.dtype(store_dtype),
-            "shrinks": shrinks}  # fmt: skip
+        _check("importance", importance, w.shape[-2:-1])

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import grid
 from pallas_kernels.layout import pack, unpack
+from pallas_kernels.problem import Problem
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -70,8 +71,7 @@ def packed_matmul(
     channel_scale: jax.Array | None = None,
     low_rank: LowRank | None = None,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
 ) -> jax.Array:
     """``y = (x / D) Q + (x A) B`` in float32.
 
@@ -82,14 +82,13 @@ def packed_matmul(
       zeros: As ``scales``, or uint8; None is symmetric.
       channel_scale: D, ``[d_in]``, positive, or None.
       low_rank: ``(A, B)`` or None.
-      bits: Width of a code: 2, 3, 4, 5 or 8.
-      group_size: Rows that share a scale.
+      problem: Bits and group size.
 
     Returns:
       ``y[..., n]``, float32 whatever x is.
     """
-    weight = dequantize(planes, scales, zeros, bits=bits, group_size=group_size)
-    weight = weight[: x.shape[-1]]
+    bits, group_size = problem.bits, problem.group_size
+    weight = dequantize(planes, scales, zeros, bits=bits, group_size=group_size)[: x.shape[-1]]
     x = x.astype(jnp.float32)
     scaled = x
     if channel_scale is not None:
@@ -107,11 +106,7 @@ def quantize_pack(
     importance: jax.Array | None = None,
     low_rank: LowRank | None = None,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
+    problem: Problem,
 ) -> Packed:
     """Rounds ``D (W - A B)`` to the nearest codes of each group's grid, and packs them.
 
@@ -119,19 +114,17 @@ def quantize_pack(
       w: ``[d_in, n]``, any floating dtype; rows are padded with zeros to a whole group.
       channel_scale: D, ``[d_in]``, positive, or None for 1.
       importance: ``[d_in]``, the weight of each row's squared error in the search over
-        ``shrinks``, non-negative; None weighs all rows alike.
+        ``problem.shrinks``, non-negative; None weighs all rows alike.
       low_rank: ``(A, B)`` or None.
-      bits: Width of a code: 2, 3, 4, 5 or 8.
-      group_size: Rows that share a scale, a multiple of 8.
-      zero_point: ``"none"`` (symmetric), ``"float"`` or ``"integer"``; see `grid.ZERO_POINTS`.
-      store_dtype: Of scales and float zero points.
-      shrinks: Factors in (0, 1] on a group's range. Each group and column takes the one with the
-        least ``sum(importance * error**2)``, the earliest of equals.
+      problem: Bits, group size, zero point, what is stored as what, and the factors on a group's
+        range. Each group and column takes the one with the least ``sum(importance * error**2)``,
+        the earliest of equals.
 
     Returns:
       ``(planes, scales, zeros)``; zeros are None, ``store_dtype`` or uint8.
     """
     d_in, n = w.shape
+    bits, group_size, shrinks = problem.bits, problem.group_size, problem.shrinks
     residual = w.astype(jnp.float32)
     if low_rank is not None:
         down, up = (factor.astype(jnp.float32) for factor in low_rank)
@@ -141,18 +134,19 @@ def quantize_pack(
     padding = -d_in % group_size
     groups = jnp.pad(residual, ((0, padding), (0, 0))).reshape(-1, group_size, n)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    kind: dict[str, Any] = {"bits": bits, "zero_point": zero_point, "store_dtype": store_dtype}
+    fit = functools.partial(
+        grid.fit, bits=bits, zero_point=problem.zero_point, store_dtype=problem.store_dtype
+    )
 
-    if len(shrinks) == 1:
-        shrink: Any = shrinks[0]
-    else:
+    shrink: Any = shrinks[0]
+    if problem.searched:
         h = jnp.ones(d_in, jnp.float32) if importance is None else importance.astype(jnp.float32)
         h = jnp.pad(h, (0, padding)).reshape(-1, group_size, 1)
 
         def try_factor(
             best: tuple[jax.Array, jax.Array], shrink: jax.Array
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            scales, zeros = (p[:, None] for p in grid.fit(low * shrink, high * shrink, **kind))
+            scales, zeros = (p[:, None] for p in fit(low * shrink, high * shrink))
             rounded = grid.decode(grid.encode(groups, scales, zeros, bits=bits), scales, zeros)
             error = jnp.sum(h * jnp.square(groups - rounded), axis=1)
             better = error < best[0]
@@ -162,11 +156,11 @@ def quantize_pack(
         start = full(fill_value=jnp.inf), full(fill_value=shrinks[0])
         (_, shrink), _ = jax.lax.scan(try_factor, start, jnp.asarray(shrinks, jnp.float32))
 
-    scales, zeros = grid.fit(low * shrink, high * shrink, **kind)
+    scales, zeros = fit(low * shrink, high * shrink)
     codes = grid.encode(groups, scales[:, None], zeros[:, None], bits=bits)
     planes = pack(codes.reshape(-1, n).astype(jnp.uint8), bits=bits)
-    stored = {"none": None, "float": zeros.astype(store_dtype), "integer": zeros.astype(jnp.uint8)}
-    return planes, scales.astype(store_dtype), stored[zero_point]
+    stored = None if problem.zero_dtype is None else zeros.astype(problem.zero_dtype)
+    return planes, scales.astype(problem.store_dtype), stored
 
 
 def prefill_quantize(
@@ -176,12 +170,7 @@ def prefill_quantize(
     importance: jax.Array | None = None,
     low_rank: LowRank | None = None,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
-    quantized: bool = False,
+    problem: Problem,
 ) -> tuple[jax.Array, Packed]:
     """The prompt's product with a weight, and the weight packed: both from one read of it.
 
@@ -191,22 +180,15 @@ def prefill_quantize(
       channel_scale: See `quantize_pack`, as the arguments after it.
       importance: See `quantize_pack`.
       low_rank: See `quantize_pack`.
-      bits: See `quantize_pack`.
-      group_size: See `quantize_pack`.
-      zero_point: See `quantize_pack`.
-      store_dtype: See `quantize_pack`.
-      shrinks: See `quantize_pack`.
-      quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
+      problem: See `quantize_pack`. Where it is `quantized`, x is multiplied with the weight that
+        was just packed, as the paper does, instead of `w`.
 
     Returns:
       ``(y[..., n], (planes, scales, zeros))``, y in float32.
     """
-    packed = quantize_pack(
-        w, channel_scale, importance, low_rank, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks,
-    )  # fmt: skip
-    if quantized:
-        y = packed_matmul(x, *packed, channel_scale, low_rank, bits=bits, group_size=group_size)
+    packed = quantize_pack(w, channel_scale, importance, low_rank, problem=problem)
+    if problem.quantized:
+        y = packed_matmul(x, *packed, channel_scale, low_rank, problem=problem)
     else:
         y = jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision=_EXACT)
     return y, packed

@@ -26,7 +26,8 @@ import numpy as np
 
 from pallas_kernels import reference
 from pallas_kernels.layout import PLANES
-from pallas_kernels.reference import Packed
+from pallas_kernels.problem import Problem
+from pallas_kernels.reference import LowRank, Packed
 
 FEW_ROWS = 4
 """Up to this many rows of x the weight is not written down."""
@@ -123,15 +124,9 @@ def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array,
 # A jit of its own: a long program to trace, and a model asks for it again and again.
 @functools.partial(jax.jit, static_argnames=("bits", "group_size"))
 def _one_row(
-    x: jax.Array,
-    planes: tuple[jax.Array, ...],
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    layer: jax.Array,
-    *,
-    bits: int,
-    group_size: int,
-) -> jax.Array:
+    x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
+    layer: jax.Array, *, bits: int, group_size: int,
+) -> jax.Array:  # fmt: skip
     """``float32[k] -> float32[n]`` without ever storing a weight."""
     layers, _, n = planes[0].shape
     rows = x.size // 8
@@ -179,15 +174,9 @@ def _block_octet_rows(rows: int, part: int, n: int) -> int:
 
 
 def _many_rows(
-    x: jax.Array,
-    planes: tuple[jax.Array, ...],
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    layer: jax.Array,
-    *,
-    bits: int,
-    group_size: int,
-) -> jax.Array:
+    x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
+    layer: jax.Array, *, bits: int, group_size: int,
+) -> jax.Array:  # fmt: skip
     """``float32[m, k] -> float32[m, n]``, some rows of every octet at a time."""
     layers, _, n = planes[0].shape
     m, k = x.shape
@@ -236,8 +225,7 @@ def packed_matmul(
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
 ) -> jax.Array:
     """``y = x @ (s (q - z))``, accumulated in float32; tuned for CPUs.
 
@@ -249,12 +237,12 @@ def packed_matmul(
       scales: ``[L, k // group_size, n]``, float32, bfloat16 or float16.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: Bits and group size.
 
     Returns:
       ``y[m, n]`` in x's dtype.
     """
+    grouping: Any = {"bits": problem.bits, "group_size": problem.group_size}
     m, n = x.shape[0], planes[0].shape[-1]
     weight = (planes, scales, zeros, layer)
     rows = x.astype(jnp.float32)
@@ -262,10 +250,9 @@ def packed_matmul(
         y = jnp.zeros((0, n), jnp.float32)
     elif m <= FEW_ROWS:
         # A loop nest per row: one nest with the rows inside is no longer vectorised over n.
-        one = functools.partial(_one_row, bits=bits, group_size=group_size)
-        y = jnp.stack([one(rows[i], *weight) for i in range(m)])
+        y = jnp.stack([_one_row(rows[i], *weight, **grouping) for i in range(m)])
     else:
-        y = _many_rows(rows, *weight, bits=bits, group_size=group_size)
+        y = _many_rows(rows, *weight, **grouping)
     return y.astype(x.dtype)
 
 
@@ -276,8 +263,7 @@ def dense_matmul(
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
 ) -> jax.Array:
     """As `packed_matmul`, through a dense weight of x's dtype, for a matrix unit and many rows.
 
@@ -287,14 +273,15 @@ def dense_matmul(
       scales: See `packed_matmul`.
       zeros: See `packed_matmul`.
       layer: See `packed_matmul`.
-      bits: See `packed_matmul`.
-      group_size: See `packed_matmul`.
+      problem: See `packed_matmul`.
 
     Returns:
       ``y[m, n]`` in x's dtype; the weight was rounded to it once, sums are float32.
     """
-    weight = _at((planes, scales, zeros), layer)
-    w = reference.dequantize(*weight, bits=bits, group_size=group_size, dtype=x.dtype)
+    w = reference.dequantize(
+        *_at((planes, scales, zeros), layer), bits=problem.bits, group_size=problem.group_size,
+        dtype=x.dtype,
+    )  # fmt: skip
     precision = _EXACT if x.dtype == jnp.float32 else None
     y = jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -304,15 +291,10 @@ def quantize_pack(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
+    problem: Problem,
 ) -> Packed:
     """Rounds and packs one layer; see `reference.quantize_pack`.
 
@@ -320,23 +302,16 @@ def quantize_pack(
       w: ``[L, d_in, n]``.
       channel_scale: ``[d_in]`` or None.
       importance: ``[d_in]`` or None.
-      down: ``[d_in, r]`` or None.
-      up: ``[r, n]`` or None.
+      low_rank: ``(A[d_in, r], B[r, n])`` or None.
       layer: ``int32[]``.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      zero_point: One of `grid.ZERO_POINTS`.
-      store_dtype: Of scales and float zero points.
-      shrinks: Factors on a group's range to choose from.
+      problem: What to do.
 
     Returns:
       ``(planes, scales, zeros)`` of that layer.
     """
-    low_rank = None if down is None or up is None else (down, up)
     return reference.quantize_pack(
-        _at(w, layer), channel_scale, importance, low_rank, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks,
-    )  # fmt: skip
+        _at(w, layer), channel_scale, importance, low_rank, problem=problem
+    )
 
 
 def prefill_quantize(
@@ -344,44 +319,29 @@ def prefill_quantize(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
-    quantized: bool = False,
+    problem: Problem,
 ) -> tuple[jax.Array, Packed]:
     """The prompt's product with one layer, and that layer packed.
 
     Args:
       x: ``[m, d_in]``; not divided by the channel scale.
-      w: ``[L, d_in, n]``.
-      channel_scale: See `quantize_pack`, as the arguments after it.
+      w: See `quantize_pack`, as the arguments after it.
+      channel_scale: See `quantize_pack`.
       importance: See `quantize_pack`.
-      down: See `quantize_pack`.
-      up: See `quantize_pack`.
+      low_rank: See `quantize_pack`.
       layer: See `quantize_pack`.
-      bits: See `quantize_pack`.
-      group_size: See `quantize_pack`.
-      zero_point: See `quantize_pack`.
-      store_dtype: See `quantize_pack`.
-      shrinks: See `quantize_pack`.
-      quantized: Multiply ``x / D`` with the codes that were just packed, instead of x with w; the
-        low-rank part is left to the caller.
+      problem: See `quantize_pack`. Where it is `quantized`, ``x / D`` is multiplied with the codes
+        that were just packed, instead of x with w; the low-rank part is left to the caller.
 
     Returns:
       ``(y[m, n] in x's dtype, (planes, scales, zeros))``.
     """
-    packed = quantize_pack(
-        w, channel_scale, importance, down, up, layer, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=shrinks,
-    )  # fmt: skip
-    if quantized:
-        y = reference.packed_matmul(x, *packed, channel_scale, bits=bits, group_size=group_size)
+    packed = quantize_pack(w, channel_scale, importance, low_rank, layer, problem=problem)
+    if problem.quantized:
+        y = reference.packed_matmul(x, *packed, channel_scale, problem=problem)
     else:
         weight = _at(w, layer).astype(x.dtype)
         y = jnp.matmul(x, weight, preferred_element_type=jnp.float32)

@@ -42,19 +42,13 @@ def limit(info: Any) -> int:
     return info.vmem_capacity_bytes * 15 // 16
 
 
-def needed(
-    spec: Rounding, *, w_itemsize: int, m: int = 0, itemsize: int = 0, resident: bool = False,
-    quantized: bool = False,
-) -> int:  # fmt: skip
+def needed(spec: Rounding, *, w_itemsize: int, resident: bool = False) -> int:
     """Bytes of fast memory that a kernel's scratch and operands take.
 
     Args:
       spec: what is rounded, and its blocks.
       w_itemsize: bytes of a number of the weight.
-      m: rows of x, 0 for none.
-      itemsize: bytes of a number of x.
       resident: all of x stays.
-      quantized: the rounded weight is kept for the product.
 
     Returns:
       An estimate from above, but for what the compiler spills.
@@ -67,9 +61,9 @@ def needed(
         s.rows * s.columns * w_itemsize + s.k * s.bits // 8 * s.columns
         + 2 * groups * s.columns * jnp.dtype(s.store_dtype).itemsize + factors
     )  # fmt: skip
-    sums = m * s.columns * (4 + 2 * itemsize)
-    x = m * s.k * itemsize if resident else 2 * m * s.rows * itemsize
-    kept = s.rows * s.columns * itemsize if quantized else 0
+    sums = s.padded_m * s.columns * (4 + 2 * s.itemsize)
+    x = s.padded_m * (s.k if resident else 2 * s.rows) * s.itemsize
+    kept = s.rows * s.columns * s.itemsize if s.quantized else 0
     return scratch + 2 * moved + sums + x + kept
 
 

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import PLANES
+from pallas_kernels.problem import Problem
 from pallas_kernels.tpu.activations import (
     LANES,
     exact_dot,
@@ -82,7 +83,7 @@ class Blocks:
     width: int = 1024
 
 
-def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blocks:
+def default_blocks(problem: Problem) -> Blocks:
     """The heuristic.
 
     Columns are as many, up to 1024, as leave each core two steps (the transfer of the first block
@@ -92,16 +93,14 @@ def default_blocks(m: int, k: int, n: int, *, bits: int, group_size: int) -> Blo
     in registers.
 
     Args:
-      m: rows of x.
-      k: rows of the weight.
-      n: its columns.
-      bits: width of a code.
-      group_size: rows that share a scale.
+      problem: what is asked for.
 
     Returns:
       Sizes for the chip that is compiled for.
     """
     info = chip_info()
+    m, k, n = problem.m, problem.k, problem.n
+    bits, group_size = problem.bits, problem.group_size
     bytes_per_column = k * bits // 8 + 8 * (k // group_size)
 
     def left(rows: int, folds: int) -> int:
@@ -137,48 +136,40 @@ def _vmem_limit() -> int:
     return chip_info().vmem_capacity_bytes * 7 // 8
 
 
-def refusal(
-    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any,
-    store_dtype: Any = jnp.bfloat16, **_: Any,
-) -> str | None:  # fmt: skip
+def refusal(problem: Problem, chip: str | None = None) -> str | None:
     """Why this kernel cannot serve; None if it can.
 
     Args:
-      m: rows of x.
-      k: rows of the weight.
-      n: its columns.
-      bits: width of a code.
-      group_size: rows that share a scale.
-      dtype: of x.
-      store_dtype: of scales and float zero points.
+      problem: what it is asked for.
+      chip: short name; does not matter.
 
     Returns:
       The reason.
     """
-    del m, n
-    if jnp.dtype(store_dtype) == jnp.float16:
+    del chip
+    p, unit = problem, unit_rows(problem.k, problem.bits)
+    if p.store_dtype == "float16":
         return "scales or zero points are float16, no type of the vector unit; bfloat16 is"
-    unit = unit_rows(k, bits)
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"x is {jnp.dtype(dtype).name}; the matrix unit multiplies bfloat16"
+    if p.dtype != "bfloat16":
+        return f"x is {p.dtype}; the matrix unit multiplies bfloat16"
     if unit % RUN:
         return (
-            f"{k} rows of {bits}-bit codes are slabs of {unit} rows; "
+            f"{p.k} rows of {p.bits}-bit codes are slabs of {unit} rows; "
             f"vector registers hold multiples of {RUN}"
         )
-    if group_size % RUN and group_size != k:
-        return f"group_size {group_size} is not a multiple of {RUN}"
+    if p.group_size % RUN and p.group_size != p.k:
+        return f"group_size {p.group_size} is not a multiple of {RUN}"
     return None
 
 
 def _kernel(
-    layer_ref: Any, x_ref: Any, *refs: Any,
-    bits: int, group_size: int, blocks: Blocks, fetch: Planes | None, symmetric: bool, m: int,
+    layer_ref: Any, x_ref: Any, *refs: Any, problem: Problem, blocks: Blocks, fetch: Planes | None,
+    m: int,
 ) -> None:  # fmt: skip
     """One block of columns of y."""
-    left = list(refs)
+    bits, group_size, left = problem.bits, problem.group_size, list(refs)
     planes = [left.pop(0) for _ in PLANES[bits]]
-    scales_ref, zeros_ref = left.pop(0), None if symmetric else left.pop(0)
+    scales_ref, zeros_ref = left.pop(0), None if problem.zero_point == "none" else left.pop(0)
     y_ref, left_ref, sums_ref, rows_ref, *fetched = left
     k = x_ref.shape[1]
     arrive = _fetch_ahead(fetch, planes, fetched, layer_ref[0]) if fetch else None
@@ -273,8 +264,7 @@ def packed_matmul(
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
     tiles: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
@@ -286,17 +276,15 @@ def packed_matmul(
       scales: ``[L, k // group_size, n]``.
       zeros: as ``scales``, or uint8, or None.
       layer: ``int32[]``.
-      bits: width of a code.
-      group_size: rows that share a scale; `refusal` tells which are served.
+      problem: what to do; `refusal` tells what is served.
       tiles: block sizes; None for `default_blocks`.
       interpret: run by the TPU interpreter.
 
     Returns:
       ``y[m, n]``, bfloat16.
     """
-    m, k = x.shape
-    n = scales.shape[-1]
-    sizes = tiles or default_blocks(m, k, n, bits=bits, group_size=group_size)
+    m, k, n, group_size = problem.m, problem.k, problem.n, problem.group_size
+    sizes = tiles or default_blocks(problem)
     columns = sizes.columns
     steps = pl.cdiv(n, columns * sizes.cores)
 
@@ -321,10 +309,7 @@ def packed_matmul(
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     triple = pl.cdiv(3 * placed, 8) * 8
-    kernel = functools.partial(
-        _kernel, bits=bits, group_size=group_size, blocks=sizes, fetch=fetch,
-        symmetric=zeros is None, m=placed,
-    )  # fmt: skip
+    kernel = functools.partial(_kernel, problem=problem, blocks=sizes, fetch=fetch, m=placed)
     left = pltpu.VMEM((sizes.folds * sizes.rows, k), jnp.bfloat16)
     if sizes.integer:
         left = pltpu.VMEM((sizes.folds * triple, k), jnp.int8)

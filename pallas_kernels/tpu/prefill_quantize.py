@@ -18,14 +18,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.problem import Problem
+from pallas_kernels.reference import LowRank, Packed
 from pallas_kernels.tpu import memory
 from pallas_kernels.tpu import quantize_pack as alone
 from pallas_kernels.tpu.fetch import Activations
 from pallas_kernels.tpu.rounding import LANES, SUBLANES, Rounder
 from pallas_kernels.tpu.schedule import Matmul, emit
-
-_ALIGN = 16
-"""Rows of x are padded to whole registers of bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,24 +45,17 @@ class Blocks(alone.Blocks):
 
 
 def default_blocks(
-    m: int, k: int, n: int, *, group_size: int, itemsize: int, w_itemsize: int = 2,
-    quantized: bool = False, chip: str | None = None, **kind: Any,
-) -> Blocks | None:  # fmt: skip
+    problem: Problem, chip: str | None = None, *, w_itemsize: int | None = None
+) -> Blocks | None:
     """The heuristic: x stays in fast memory, in blocks as large as `quantize_pack`'s, if it fits.
 
     Products are as small as lets the matrix unit load its next square of the weight while it works
     on one; the smaller they are, the more evenly the rounding spreads between them.
 
     Args:
-      m: rows of x.
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      itemsize: bytes of a number of x.
-      w_itemsize: bytes of a number of the weight.
-      quantized: the rounded weight is multiplied.
+      problem: what is asked for.
       chip: short name; None is the one that is compiled for.
-      **kind: see `quantize_pack.shapes`.
+      w_itemsize: bytes of a number of the weight; None is as of x.
 
     Returns:
       Sizes, None if none fit.
@@ -73,54 +65,36 @@ def default_blocks(
 
     def choices() -> Iterator[tuple[Blocks, int]]:
         for resident in (True, False):
-            for spec in alone.shapes(k, n, group_size=group_size, **kind):
+            for spec in alone.shapes(problem):
                 blocks = Blocks(
                     rows=spec.rows, columns=spec.columns, resident=resident,
-                    cores=alone.block_cores(n, spec.columns, info.num_cores),
+                    cores=alone.block_cores(spec.n, spec.columns, info.num_cores),
                     depth=512 if tall else 256, height=256 if tall else 128,
                     spread=0.75 if tall else 0.85,
                 )  # fmt: skip
-                yield blocks, memory.needed(
-                    spec, w_itemsize=w_itemsize, m=m, itemsize=itemsize, resident=resident,
-                    quantized=quantized,
-                )  # fmt: skip
+                itemsize = w_itemsize or spec.itemsize
+                yield blocks, memory.needed(spec, w_itemsize=itemsize, resident=resident)
 
     return memory.first_fitting(choices(), info)
 
 
-def refusal(
-    *, m: int, k: int, n: int, group_size: int, dtype: Any, store_dtype: Any = jnp.float32,
-    rank: int = 0, chip: str | None = None, d_in: int = 0, **kind: Any,
-) -> str | None:  # fmt: skip
+def refusal(problem: Problem, chip: str | None = None) -> str | None:
     """Why this kernel cannot serve; None if it can.
 
     Args:
-      m: rows of x.
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      dtype: of the activations and the weight.
-      store_dtype: of scales and float zero points.
-      rank: of the low-rank part, 0 for none.
+      problem: what it is asked for.
       chip: short name; None is the one that is compiled for.
-      d_in: rows of the weight; does not matter.
-      **kind: see `default_blocks`.
 
     Returns:
       The reason.
     """
-    del d_in
+    m = problem.m
     if m > 4096:
         return f"{m} rows of activations: the sums of at most 4096 fit into fast memory"
-    why = alone.unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
-    if why is not None:
-        return why
-    itemsize = jnp.dtype(dtype).itemsize
-    blocks = default_blocks(
-        pl.cdiv(m, _ALIGN) * _ALIGN, k, n, group_size=group_size, itemsize=itemsize,
-        w_itemsize=itemsize, store_dtype=store_dtype, rank=rank, chip=chip, **kind,
-    )  # fmt: skip
-    return None if blocks else f"{m} rows of x beside it: {alone.too_large(k, chip)}"
+    why = alone.unservable(problem)
+    if why is None and default_blocks(problem, chip) is None:
+        return f"{m} rows of x beside it: {alone.too_large(problem.k, chip)}"
+    return why
 
 
 def _held(weight: jax.Array, token: jax.Array) -> jax.Array:
@@ -185,64 +159,42 @@ def prefill_quantize(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
-    quantized: bool = False,
+    problem: Problem,
     tiles: Blocks | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, alone.Packed]:
-    """``x @ w``, and w packed; see `quantize_pack` for the arguments it shares.
+) -> tuple[jax.Array, Packed]:
+    """``x @ w``, and w packed.
 
     Args:
       x: ``[m, d_in]``, bfloat16 or float32.
-      w: ``[L, d_in, n]``, bfloat16 or float32.
-      channel_scale: D, ``[d_in]``, or None.
-      importance: ``[d_in]`` or None.
-      down: A, ``[d_in, r]``, or None.
-      up: B, ``[r, n]``, or None.
-      layer: int32[], which weight of the stack.
-      bits: width of a code: 2, 3, 4, 5 or 8.
-      group_size: rows that share a scale, a multiple of 32.
-      zero_point: one of `grid.ZERO_POINTS`.
-      store_dtype: of scales and float zero points.
-      shrinks: factors on a group's range to choose from.
-      quantized: multiply ``x / D`` with what the codes stand for, instead of x with w.
+      w: see `quantize_pack`, as the arguments after it.
+      channel_scale: see `quantize_pack`.
+      importance: see `quantize_pack`.
+      low_rank: see `quantize_pack`.
+      layer: see `quantize_pack`.
+      problem: see `quantize_pack`. Where it is `quantized`, ``x / D`` is multiplied with what the
+        codes stand for, instead of x with w.
       tiles: block sizes; None for `default_blocks`.
       interpret: False, or `pltpu.InterpretParams`.
 
     Returns:
       ``(y[m, n] in x.dtype, (planes, scales, zeros))``.
     """
-    m, d_in = x.shape
-    n = w.shape[2]
-    k = pl.cdiv(d_in, group_size) * group_size
-    padded = pl.cdiv(m, _ALIGN) * _ALIGN
-    blocks = tiles or default_blocks(
-        padded, k, n, group_size=group_size, itemsize=x.dtype.itemsize, bits=bits,
-        w_itemsize=w.dtype.itemsize, zero_point=zero_point, store_dtype=store_dtype,
-        shrinks=len(shrinks), rank=0 if down is None else down.shape[1],
-        scaled=channel_scale is not None, quantized=quantized,
-    )  # fmt: skip
+    blocks = tiles or default_blocks(problem, w_itemsize=w.dtype.itemsize)
     assert blocks is not None, "refused before"
-    if quantized and channel_scale is not None:
+    call = alone.prepare(w, channel_scale, importance, low_rank, blocks, problem)
+    m, n, padded = problem.m, problem.n, call.spec.padded_m
+    if problem.quantized and channel_scale is not None:
         x = (x.astype(jnp.float32) / channel_scale.astype(jnp.float32)).astype(x.dtype)
-    x = jnp.pad(x, ((0, padded - m), (0, k - d_in)))
-    call = alone.prepare(
-        w, channel_scale, importance, down, up, blocks, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=jnp.dtype(store_dtype), shrinks=tuple(shrinks),
-    )  # fmt: skip
+    x = jnp.pad(x, ((0, padded - m), (0, problem.k - problem.d_in)))
     activations = Activations(
         steps=call.spec.steps, rows=call.spec.rows, m=padded, dtype=x.dtype,
         resident=blocks.resident,
     )  # fmt: skip
-    kernel, scratch = _kernel(call, activations, blocks, quantized)
+    kernel, scratch = _kernel(call, activations, blocks)
     outs = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -259,18 +211,18 @@ def prefill_quantize(
         compiler_params=alone.compiler_params(), interpret=interpret, name="prefill_quantize",
     )(layer.reshape(1).astype(jnp.int32), x, *call.operands)  # fmt: skip
     y, *packed = outs
-    return y[:m], alone.unflatten(packed, bits)
+    return y[:m], alone.unflatten(packed, problem.bits)
 
 
 def _kernel(
-    call: alone.Call, activations: Activations, blocks: Blocks, quantized: bool
+    call: alone.Call, activations: Activations, blocks: Blocks
 ) -> tuple[Callable[..., None], list[Any]]:
     """The kernel, and its scratch."""
     s, m, dtype = call.spec, activations.m, activations.dtype
     own = s.scratch()
     scratch = [
         *own,
-        pltpu.VMEM((s.rows, s.columns) if quantized else (_ALIGN, LANES), dtype),
+        pltpu.VMEM((s.rows, s.columns) if s.quantized else (2 * SUBLANES, LANES), dtype),
         pltpu.VMEM((m, s.columns), jnp.float32),
         *activations.scratch(),
     ]
@@ -281,7 +233,7 @@ def _kernel(
         held = len(call.out_shape) + len(own)
         rounded, sums, *kept = rest[held:]
         zero = jnp.minimum(layer_ref[0], 0)
-        rounder = call.rounder(zero, operands, rest[:held], rounded if quantized else None)
+        rounder = call.rounder(zero, operands, rest[:held], rounded if s.quantized else None)
 
         @pl.when(alone.is_first())
         def _() -> None:
@@ -293,7 +245,7 @@ def _kernel(
             activations.wait(x_ref, kept, rounder.step)
 
         take = functools.partial(activations.take, x_ref, kept, rounder.step)
-        weight = rounded if quantized else rounder.w
+        weight = rounded if s.quantized else rounder.w
         matmuls = _matmuls(rounder, take, weight, sums, y, blocks, activations.chunk)
         pieces = rounder.pieces()
         if s.steps == 1:

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
+from pallas_kernels.problem import Problem
+from pallas_kernels.reference import LowRank, Packed
 from pallas_kernels.tpu import memory
 from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding
 from pallas_kernels.tpu.schedule import emit
 
-Packed = tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]
 _ROWS = 4096
 """Most rows in a block: the code of a step is unrolled over its groups."""
 
@@ -58,122 +58,78 @@ def block_cores(n: int, columns: int, cores: int) -> int:
     return cores if pl.cdiv(n, columns) % cores == 0 else 1
 
 
-def shapes(
-    k: int, n: int, *, group_size: int, bits: int = 8, zero_point: str = "float",
-    store_dtype: Any = jnp.float32, shrinks: int = 1, rank: int = 0, scaled: bool = True,
-) -> Iterator[Rounding]:  # fmt: skip
+def shapes(problem: Problem) -> Iterator[Rounding]:
     """Blocks in the order in which they are preferred: wide ones of many rows first.
 
     Args:
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      bits: width of a code.
-      zero_point: one of `grid.ZERO_POINTS`.
-      store_dtype: of scales and float zero points.
-      shrinks: how many factors on a group's range there are.
-      rank: of the low-rank part.
-      scaled: there is a channel scale.
+      problem: what is rounded.
 
     Yields:
-      What is rounded, in such blocks.
+      It, in such blocks.
     """
-    for columns in (2 * LANES, LANES) if n > LANES else (LANES,):
+    p = problem
+    for columns in (2 * LANES, LANES) if p.n > LANES else (LANES,):
         for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1):
-            yield Rounding(
-                d_in=k, k=k, bits=bits, group_size=group_size, zero_point=zero_point,
-                store_dtype=jnp.dtype(store_dtype), shrinks=(1.0,) * shrinks, scaled=scaled,
-                weighed=shrinks > 1, rank=rank, rows=block_rows(k, group_size, most),
-                columns=columns,
-            )  # fmt: skip
+            rows = block_rows(p.k, p.group_size, most)
+            yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)
 
 
-def default_blocks(
-    k: int, n: int, *, group_size: int, w_itemsize: int = 2, chip: str | None = None, **kind: Any
-) -> Blocks | None:
+def default_blocks(problem: Problem, chip: str | None = None) -> Blocks | None:
     """The heuristic: all rows up to 4096, 256 columns, or less where the fast memory is small.
 
     Args:
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      w_itemsize: bytes of a number of the weight.
+      problem: what is rounded.
       chip: short name; None is the one that is compiled for.
-      **kind: see `shapes`.
 
     Returns:
       Sizes, None if none fit.
     """
     info = memory.chip_info(chip)
     spec = memory.first_fitting(
-        ((s, memory.needed(s, w_itemsize=w_itemsize))
-         for s in shapes(k, n, group_size=group_size, **kind)), info,
-    )  # fmt: skip
+        ((s, memory.needed(s, w_itemsize=problem.itemsize)) for s in shapes(problem)), info
+    )
     if spec is None:
         return None
-    cores = block_cores(n, spec.columns, info.num_cores)
+    cores = block_cores(problem.n, spec.columns, info.num_cores)
     return Blocks(rows=spec.rows, columns=spec.columns, cores=cores)
 
 
-def unservable(
-    *, k: int, n: int, group_size: int, dtypes: tuple[Any, ...], rank: int
-) -> str | None:
+def unservable(problem: Problem) -> str | None:
     """What `quantize_pack` and `prefill_quantize` refuse alike.
 
     Args:
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      dtypes: of what is read and written.
-      rank: of the low-rank part.
+      problem: what is rounded.
 
     Returns:
       The reason; None if there is none.
     """
-    del k
-    if group_size % 32:
-        return f"group_size {group_size} is not a multiple of 32, the rows of a register of bytes"
-    if n < LANES:
-        return f"{n} columns are fewer than the {LANES} lanes of a register"
-    for dtype in dtypes:
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-            return (
-                f"{jnp.dtype(dtype).name} is no type of the vector unit; bfloat16 and float32 are"
-            )
-    if rank > 1024:
-        return f"a low-rank part of rank {rank} exceeds 1024"
+    p = problem
+    if p.group_size % 32:
+        return f"group_size {p.group_size} is not a multiple of 32, the rows of a register of bytes"
+    if p.n < LANES:
+        return f"{p.n} columns are fewer than the {LANES} lanes of a register"
+    for dtype in (p.dtype, p.store_dtype):
+        if dtype not in {"bfloat16", "float32"}:
+            return f"{dtype} is no type of the vector unit; bfloat16 and float32 are"
+    if p.rank > 1024:
+        return f"a low-rank part of rank {p.rank} exceeds 1024"
     return None
 
 
-def refusal(
-    *, k: int, n: int, group_size: int, dtype: Any, store_dtype: Any = jnp.float32, rank: int = 0,
-    chip: str | None = None, d_in: int = 0, **kind: Any,
-) -> str | None:  # fmt: skip
+def refusal(problem: Problem, chip: str | None = None) -> str | None:
     """Why this kernel cannot serve; None if it can.
 
     Args:
-      k: rows of the codes.
-      n: columns.
-      group_size: rows that share a scale.
-      dtype: of the weight.
-      store_dtype: of scales and float zero points.
-      rank: of the low-rank part, 0 for none.
+      problem: what it is asked for.
       chip: short name; None is the one that is compiled for.
-      d_in: rows of the weight; does not matter.
-      **kind: see `shapes`.
 
     Returns:
       The reason.
     """
-    del d_in
-    why = unservable(k=k, n=n, group_size=group_size, dtypes=(dtype, store_dtype), rank=rank)
-    if why is not None:
-        return why
-    blocks = default_blocks(
-        k, n, group_size=group_size, store_dtype=store_dtype, rank=rank, chip=chip,
-        w_itemsize=jnp.dtype(dtype).itemsize, **kind,
-    )  # fmt: skip
-    return None if blocks else too_large(k, chip)
+    why = unservable(problem)
+    if why is None and default_blocks(problem, chip) is None:
+        return too_large(problem.k, chip)
+    return why
 
 
 def too_large(k: int, chip: str | None) -> str:
@@ -188,7 +144,6 @@ class Call:
 
     Attributes:
       spec: what to round.
-      n: columns.
       cores: see `Blocks`.
       operands: weight, and what is given beside it.
       in_specs: of the operands.
@@ -197,7 +152,6 @@ class Call:
     """
 
     spec: Rounding
-    n: int
     cores: int
     operands: list[Any]
     in_specs: list[Any]
@@ -207,7 +161,8 @@ class Call:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Cores, columns of blocks of a core, blocks of a column."""
-        return self.cores, pl.cdiv(pl.cdiv(self.n, self.spec.columns), self.cores), self.spec.steps
+        s = self.spec
+        return self.cores, pl.cdiv(pl.cdiv(s.n, s.columns), self.cores), s.steps
 
     def column(self, core: Any, i: Any) -> Any:
         """The column of blocks of a grid point."""
@@ -238,8 +193,8 @@ def _by_lanes(per_row: jax.Array, k: int) -> jax.Array:
 
 
 def prepare(
-    w: jax.Array, channel_scale: Any, importance: Any, down: Any, up: Any, blocks: Blocks,
-    **kind: Any,
+    w: jax.Array, channel_scale: jax.Array | None, importance: jax.Array | None,
+    low_rank: LowRank | None, blocks: Blocks, problem: Problem,
 ) -> Call:  # fmt: skip
     """Lays out operands and outputs.
 
@@ -247,24 +202,16 @@ def prepare(
       w: ``[L, d_in, n]``.
       channel_scale: ``[d_in]`` or None.
       importance: ``[d_in]`` or None.
-      down: ``[d_in, r]`` or None.
-      up: ``[r, n]`` or None.
+      low_rank: ``(A, B)`` or None.
       blocks: sizes.
-      **kind: fields of `Rounding` that are not shapes.
+      problem: what is rounded.
 
     Returns:
       The call.
     """
-    _, d_in, n = w.shape
-    g, bits, store = kind["group_size"], kind["bits"], kind["store_dtype"]
-    k = pl.cdiv(d_in, g) * g
-    rank = 0 if down is None else down.shape[1]
-    searched = len(kind["shrinks"]) > 1
-    spec = Rounding(
-        d_in=d_in, k=k, scaled=channel_scale is not None,
-        weighed=searched and importance is not None, rank=rank, rows=blocks.rows,
-        columns=blocks.columns, **kind,
-    )  # fmt: skip
+    weighed = problem.searched and importance is not None
+    spec = Rounding(**vars(problem), weighed=weighed, rows=blocks.rows, columns=blocks.columns)
+    k, n, rank = spec.k, spec.n, spec.rank
     per_core = pl.cdiv(pl.cdiv(n, blocks.columns), blocks.cores)
 
     def column_of(rows: int) -> pl.BlockSpec:
@@ -280,21 +227,19 @@ def prepare(
             lambda c, i, s, layer: (layer[0], s, c * per_core + i),
         )
     ]
-    for wanted, per_row in ((spec.scaled, channel_scale), (spec.weighed, importance)):
-        if wanted:
+    for per_row in (channel_scale, importance if weighed else None):
+        if per_row is not None:
             operands.append(_by_lanes(per_row, k))
             in_specs.append(whole(operands[-1]))
-    if rank:
-        down = jnp.pad(down.astype(jnp.float32), ((0, k - d_in), (0, 0)))
-        operands += [down, up.astype(jnp.float32)]
+    if low_rank is not None:
+        down, up = (factor.astype(jnp.float32) for factor in low_rank)
+        operands += [jnp.pad(down, ((0, k - spec.d_in), (0, 0))), up]
         in_specs.append(pl.BlockSpec((blocks.rows, rank), lambda c, i, s, layer: (s, 0)))
         in_specs.append(column_of(rank))
-    heights = [k * width // 8 for width in PLANES[bits]]
-    outs = [(rows, jnp.uint8) for rows in heights] + [(k // g, store)]
-    if spec.zero_point != "none":
-        outs.append((k // g, jnp.uint8 if spec.zero_point == "integer" else store))
+    outs = [(k * width // 8, "uint8") for width in PLANES[spec.bits]]
+    outs += [(k // spec.group_size, t) for t in (spec.store_dtype, spec.zero_dtype) if t]
     return Call(
-        spec=spec, n=n, cores=blocks.cores, operands=operands, in_specs=in_specs,
+        spec=spec, cores=blocks.cores, operands=operands, in_specs=in_specs,
         out_specs=[column_of(rows) for rows, _ in outs],
         out_shape=[jax.ShapeDtypeStruct((rows, n), dtype) for rows, dtype in outs],
     )  # fmt: skip
@@ -325,15 +270,10 @@ def quantize_pack(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
+    problem: Problem,
     tiles: Blocks | None = None,
     interpret: Any = False,
 ) -> Packed:
@@ -342,33 +282,19 @@ def quantize_pack(
     Args:
       w: ``[L, d_in, n]``, bfloat16 or float32.
       channel_scale: D, ``[d_in]``, or None.
-      importance: ``[d_in]``, weighs a row's squared error in the search over ``shrinks``, or None.
-      down: A, ``[d_in, r]``, or None.
-      up: B, ``[r, n]``, or None.
+      importance: ``[d_in]``, weighs a row's squared error in the search over shrinks, or None.
+      low_rank: ``(A[d_in, r], B[r, n])`` or None.
       layer: int32[], which weight of the stack.
-      bits: width of a code: 2, 3, 4, 5 or 8.
-      group_size: rows that share a scale, a multiple of 32.
-      zero_point: one of `grid.ZERO_POINTS`.
-      store_dtype: of scales and float zero points.
-      shrinks: factors on a group's range to choose from.
+      problem: what to do; `refusal` tells what is served.
       tiles: block sizes; None for `default_blocks`.
       interpret: False, or `pltpu.InterpretParams`.
 
     Returns:
       ``(planes, scales, zeros)`` as `reference.quantize_pack` returns them.
     """
-    assert zero_point in grid.ZERO_POINTS
-    k = pl.cdiv(w.shape[1], group_size) * group_size
-    blocks = tiles or default_blocks(
-        k, w.shape[2], group_size=group_size, w_itemsize=w.dtype.itemsize, bits=bits,
-        zero_point=zero_point, store_dtype=store_dtype, shrinks=len(shrinks),
-        rank=0 if down is None else down.shape[1], scaled=channel_scale is not None,
-    )  # fmt: skip
+    blocks = tiles or default_blocks(problem)
     assert blocks is not None, "refused before"
-    call = prepare(
-        w, channel_scale, importance, down, up, blocks, bits=bits, group_size=group_size,
-        zero_point=zero_point, store_dtype=jnp.dtype(store_dtype), shrinks=tuple(shrinks),
-    )  # fmt: skip
+    call = prepare(w, channel_scale, importance, low_rank, blocks, problem)
 
     def kernel(layer_ref: Any, *refs: Any) -> None:
         at = len(call.operands)
@@ -390,4 +316,4 @@ def quantize_pack(
         out_shape=call.out_shape, compiler_params=compiler_params(), interpret=interpret,
         name="quantize_pack",
     )(layer.reshape(1).astype(jnp.int32), *call.operands)  # fmt: skip
-    return unflatten(list(outs), bits)
+    return unflatten(list(outs), problem.bits)

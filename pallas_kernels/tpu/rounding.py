@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
+from pallas_kernels.problem import Problem
 from pallas_kernels.tpu.schedule import Piece
 
 LANES, SUBLANES = 128, 8
@@ -34,34 +35,16 @@ _EXACT = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounding:
-    """What to round, and in which blocks; static.
+class Rounding(Problem):
+    """A problem, and the blocks that its weight is rounded in.
 
     Attributes:
-      d_in: rows of the weight.
-      k: rows of the codes, a multiple of ``group_size``.
-      bits: width of a code.
-      group_size: rows that share a scale, a multiple of 32.
-      zero_point: one of `grid.ZERO_POINTS`.
-      store_dtype: of scales and float zero points.
-      shrinks: factors on a group's range to choose from.
-      scaled: there is a channel scale.
-      weighed: there is an importance.
-      rank: of the part of the weight that is not rounded; 0 is none.
+      weighed: there is an importance, and a search that it matters to.
       rows: of a block, a multiple of ``group_size`` that divides ``k``.
       columns: of a block, a multiple of 128.
     """
 
-    d_in: int
-    k: int
-    bits: int
-    group_size: int
-    zero_point: str
-    store_dtype: Any
-    shrinks: tuple[float, ...]
-    scaled: bool
     weighed: bool
-    rank: int
     rows: int
     columns: int
 
@@ -76,9 +59,9 @@ class Rounding:
         return self.rows // self.group_size
 
     @property
-    def searched(self) -> bool:
-        """Whether there is more than one range to choose from."""
-        return len(self.shrinks) > 1
+    def padded_m(self) -> int:
+        """Rows of x, in whole registers of bfloat16."""
+        return pl.cdiv(self.m, 2 * SUBLANES) * 2 * SUBLANES
 
     @property
     def clipped(self) -> bool:
@@ -87,7 +70,7 @@ class Rounding:
         It cannot where the range covers all weights, both ends are on the grid, and what rounding
         scale and zero point to bfloat16 moves them by, 2**-8 of the largest code, is below half.
         """
-        exact = self.store_dtype == jnp.float32
+        exact = self.store_dtype == "float32"
         return (
             self.shrinks != (1.0,)
             or self.zero_point == "integer"
@@ -233,16 +216,18 @@ class Rounder:
         """The grids of a batch."""
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
-        kind = {"bits": s.bits, "zero_point": s.zero_point, "store_dtype": s.store_dtype}
+        fit = functools.partial(
+            grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype
+        )
         for column, lanes in self._lanes():
             low = self._across(0, groups, column, jnp.minimum)
             high = self._across(1, groups, column, jnp.maximum)
             shrink: Any = s.shrinks[0]
             if s.searched:
-                shrink = self._search(batch, groups, column, low, high, kind)
+                shrink = self._search(batch, groups, column, low, high, fit)
             if s.searched or shrink != 1.0:
                 low, high = low * shrink, high * shrink
-            self._keep(batch, groups, lanes, *grid.fit(low, high, **kind))
+            self._keep(batch, groups, lanes, *fit(low, high))
 
     def _keep(self, batch: int, groups: int, lanes: slice, scales: Any, zeros: Any) -> None:
         where = slice(batch * SUBLANES, batch * SUBLANES + groups)
@@ -252,14 +237,14 @@ class Rounder:
             self.scratch[2][i, batch % 2, :groups, lanes] = value
 
     def _search(
-        self, batch: int, groups: int, column: int, low: Any, high: Any, kind: dict[str, Any]
+        self, batch: int, groups: int, column: int, low: Any, high: Any, fit: Callable
     ) -> jax.Array:
         """The factor of each group's range with the least weighed squared error."""
         s, g = self.spec, self.spec.group_size
         lanes = slice(column * LANES, (column + 1) * LANES)
 
         def try_factor(shrink: jax.Array, best: Any) -> Any:
-            scales, zeros = grid.fit(low * shrink, high * shrink, **kind)
+            scales, zeros = fit(low * shrink, high * shrink)
             for t in range(groups):
                 kept = self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes]
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]

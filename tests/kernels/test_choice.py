@@ -27,8 +27,8 @@ def problem(kernel, **changes):
     """4096 x 4096 at 4 bits, groups of 128, bfloat16: what every kernel is made for."""
     facts = {
         "m": {"packed_matmul": 1, "quantize_pack": 0, "prefill_quantize": 512}[kernel],
-        "d_in": 4096, "k": 4096, "n": 4096, "bits": 4, "group_size": 128, "zero_point": "float",
-        "dtype": "bfloat16", "shrinks": 0 if kernel == "packed_matmul" else 1,
+        "d_in": 4096, "n": 4096, "bits": 4, "group_size": 128, "zero_point": "float",
+        "dtype": "bfloat16", "shrinks": () if kernel == "packed_matmul" else (1.0,),
     }  # fmt: skip
     return Problem(kernel=kernel, **(facts | changes))
 
@@ -65,7 +65,7 @@ def test_a_t4_falls_back_and_says_which_compiler_does_not_serve_it(kernel):
     [
         ("packed_matmul", TPUS[1], {"dtype": "float32"}, ["tpu", "float32", "bfloat16"]),
         ("packed_matmul", TPUS[1], {"group_size": 8}, ["tpu", "group_size 8"]),
-        ("packed_matmul", TPUS[1], {"k": 1152, "bits": 3}, ["tpu", "1152", "3-bit"]),
+        ("packed_matmul", TPUS[1], {"d_in": 1152, "bits": 3}, ["tpu", "1152", "3-bit"]),
         ("quantize_pack", TPUS[3], {"group_size": 8}, ["tpu", "group_size 8"]),
         ("quantize_pack", TPUS[3], {"n": 96}, ["tpu", "96 columns"]),
         ("quantize_pack", TPUS[3], {"store_dtype": "float16"}, ["tpu", "float16"]),

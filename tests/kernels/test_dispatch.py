@@ -10,6 +10,7 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 import pallas_kernels
 from pallas_kernels import dispatch, pack, packed_matmul, prefill_quantize, quantize_pack, reference
+from pallas_kernels.problem import rounding_problem
 
 BITS, GROUP, K, N, RANK = 4, 16, 48, 24, 3
 CODES, SCALES, ZEROS = random_weight(0, BITS, GROUP, K // GROUP, N)
@@ -187,7 +188,8 @@ def test_left_to_itself_the_cpu_quantizes_with_xla_and_as_the_reference(
     zero_point, shrinks, monkeypatch
 ):
     options = kind(zero_point=zero_point, store_dtype="bfloat16", shrinks=shrinks)
-    wanted = reference.quantize_pack(W, D, D, (A, B), **options)
+    problem = rounding_problem(W, D, (A, B), **options)
+    wanted = reference.quantize_pack(W, D, D, (A, B), problem=problem)
     made = chosen(monkeypatch)
     packed = quantize_pack(W, D, D, (A, B), **options)
     y, again = prefill_quantize(X, W, D, D, (A, B), **options)

@@ -161,8 +161,8 @@ def test_a_t4_is_served_by_xla_and_says_why():
     with pytest.raises(ValueError, match=r"cannot serve this packed_matmul: .*a T4 has 7\.5"):
         compile_for("t4", run, *shapes)
     problem = pallas_kernels.Problem(
-        kernel="packed_matmul", m=d.m, d_in=d.k, k=d.k, n=d.n, bits=d.bits,
-        group_size=d.group_size, zero_point=d.zero_point, dtype=d.dtype,
+        kernel="packed_matmul", m=d.m, d_in=d.k, n=d.n, bits=d.bits, group_size=d.group_size,
+        zero_point=d.zero_point, dtype=d.dtype,
     )  # fmt: skip
     choice = pallas_kernels.choose(problem, Target(platform="gpu", chip="t4"))
     assert (choice.implementation, choice.fallback) == ("xla", True)

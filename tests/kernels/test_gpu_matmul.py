@@ -14,6 +14,7 @@ from pallas_kernels import reference
 from pallas_kernels.gpu import packed_matmul as gpu
 from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.layout import PLANES, pack
+from pallas_kernels.problem import matmul_problem
 
 ALL_BITS = sorted(PLANES)
 
@@ -145,7 +146,8 @@ def test_any_number_of_splits_covers_every_step_once(m, splits):
     packed = (pack(jnp.asarray(codes), bits=4), scales, zeros)
     call = compiled(bits=4, group_size=32, tiles=tiles)
     y = call(x, *stacked(packed), of_layer(0))
-    exact = reference.packed_matmul(x, *packed, bits=4, group_size=32)
+    problem = matmul_problem(x, scales, zeros, bits=4, group_size=32)
+    exact = reference.packed_matmul(x, *packed, problem=problem)
     np.testing.assert_array_equal(np.asarray(y), np.asarray(exact.astype(jnp.bfloat16)))
 
 

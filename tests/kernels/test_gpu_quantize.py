@@ -13,6 +13,7 @@ from pallas_kernels import reference
 from pallas_kernels.gpu import prefill_quantize as gpu_prefill
 from pallas_kernels.gpu import quantize_pack as gpu_pack
 from pallas_kernels.layout import unpack
+from pallas_kernels.problem import rounding_problem
 
 
 def run(kernel, operands, layer, **kind):
@@ -21,7 +22,8 @@ def run(kernel, operands, layer, **kind):
 
 
 def oracle(*operands, **kind):
-    return jax.jit(partial(reference.quantize_pack, **kind))(*operands)
+    problem = rounding_problem(operands[0], **kind)
+    return jax.jit(partial(reference.quantize_pack, problem=problem))(*operands)
 
 
 def exact_problem(seed, *, bits, group_size, d_in, n, zero_point, dtype, extra):
@@ -240,7 +242,7 @@ def test_prefill_of_whole_numbers_is_the_oracles(
     # The low-rank product is the caller's, beside the kernel.
     want = jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32))
     if quantized:
-        want = reference.packed_matmul(x, *packed, d, bits=bits, group_size=group_size)
+        want = reference.packed_matmul(x, *packed, d, problem=rounding_problem(w, **kind))
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     np.testing.assert_array_equal(np.asarray(y), np.asarray(want.astype(dtype)))

@@ -9,6 +9,7 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 from pallas_kernels import reference
 from pallas_kernels.layout import PLANES, pack, unpack
+from pallas_kernels.problem import matmul_problem, rounding_problem
 
 ALL_BITS = sorted(PLANES)
 
@@ -61,7 +62,8 @@ def test_product_with_a_channel_scale_and_low_rank(bits, d_in):
     x, d, down, up = (np.asarray(a, np.float32) for a in (x, d, down, up))
     y = reference.packed_matmul(
         jnp.asarray(x), pack(jnp.asarray(codes), bits=bits), scales, zeros, jnp.asarray(d),
-        (jnp.asarray(down), jnp.asarray(up)), bits=bits, group_size=32,
+        (jnp.asarray(down), jnp.asarray(up)),
+        problem=matmul_problem(x, scales, zeros, bits=bits, group_size=32),
     )  # fmt: skip
     w, size = (a[:d_in] / d[:, None] for a in oracle_weight(codes, scales, zeros, bits, 32))
     x, down, up = (a.astype(np.float64) for a in (x, down, up))
@@ -79,8 +81,9 @@ def test_every_code_is_the_nearest_and_padding_is_exact(bits, zero_point, store_
     down, up = rng.normal(size=(d_in, 3)), rng.normal(size=(3, n))
     w, d, down, up = (np.asarray(a, np.float32) for a in (w, d, down, up))
     planes, scales, zeros = reference.quantize_pack(
-        jnp.asarray(w), jnp.asarray(d), None, (jnp.asarray(down), jnp.asarray(up)), bits=bits,
-        group_size=rows, zero_point=zero_point, store_dtype=store_dtype,
+        jnp.asarray(w), jnp.asarray(d), None, (jnp.asarray(down), jnp.asarray(up)),
+        problem=rounding_problem(w, bits=bits, group_size=rows, zero_point=zero_point,
+                                 store_dtype=store_dtype),
     )  # fmt: skip
     assert scales.dtype == store_dtype
     assert scales.shape == (3, n)
@@ -107,7 +110,8 @@ def test_the_search_takes_each_groups_best_factor():
     kind = {"bits": 3, "group_size": 32, "zero_point": "float", "store_dtype": "float32"}
 
     def errors(shrinks, importance=None):
-        packed = reference.quantize_pack(w, None, importance, None, **kind, shrinks=shrinks)
+        problem = rounding_problem(w, **kind, shrinks=shrinks)
+        packed = reference.quantize_pack(w, None, importance, problem=problem)
         got = reference.dequantize(*packed, bits=3, group_size=32)
         wrong = np.square(np.asarray(got, np.float64) - np.asarray(w, np.float64))
         weighed = wrong if importance is None else h[:, None] * wrong
@@ -127,12 +131,13 @@ def test_prefill_is_the_two_calls(quantized):
     d = jnp.asarray(rng.uniform(0.5, 2, 60), jnp.float32)
     low_rank = (jnp.ones((60, 2)), jnp.full((2, 9), 0.1))
     kind = {"bits": 4, "group_size": 32, "zero_point": "float", "store_dtype": "bfloat16"}
-    y, packed = reference.prefill_quantize(x, w, d, None, low_rank, **kind, quantized=quantized)
-    alone = reference.quantize_pack(w, d, None, low_rank, **kind)
+    problem = rounding_problem(w, d, low_rank, x, **kind, quantized=quantized)
+    y, packed = reference.prefill_quantize(x, w, d, None, low_rank, problem=problem)
+    alone = reference.quantize_pack(w, d, None, low_rank, problem=problem)
     for one, other in zip((*packed[0], *packed[1:]), (*alone[0], *alone[1:]), strict=True):
         np.testing.assert_array_equal(one, other)
     if quantized:
-        want = reference.packed_matmul(x, *alone, d, low_rank, bits=4, group_size=32)
+        want = reference.packed_matmul(x, *alone, d, low_rank, problem=problem)
     else:
         want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-5)

@@ -121,7 +121,7 @@ def test_the_longest_prompt_over_the_longest_columns(chip):
     compiled = compile_quantize(chip, 4096, 16384, 4096, **kind, implementation=None)
     facts = {name: kind[name] for name in ("bits", "group_size", "zero_point", "quantized")}
     with tracing_for(chip):
-        problem = Problem(kernel="prefill_quantize", m=4096, d_in=16384, k=16384, n=4096, shrinks=1,
+        problem = Problem(kernel="prefill_quantize", m=4096, d_in=16384, n=4096, shrinks=(1.0,),
                           dtype="bfloat16", scaled=True, **facts)  # fmt: skip
         chosen = choose(problem, current_target()).implementation
     assert calls(compiled.as_text())["prefill_quantize"] == (chosen == "tpu")
@@ -183,10 +183,10 @@ def test_what_is_refused_is_said_and_left_to_xla(chip, kernel, change, reason):
     facts = {
         "m": 0 if kernel == "quantize_pack" else 3, "n": 256, "bits": 4, "group_size": 32,
         "dtype": "bfloat16", "store_dtype": "bfloat16", "zero_point": "float",
-        "shrinks": int(kernel != "packed_matmul"), **change,
+        "shrinks": () if kernel == "packed_matmul" else (1.0,), **change,
     }  # fmt: skip
     with tracing_for(chip):
-        choice = choose(Problem(kernel=kernel, d_in=1152, k=1152, **facts), current_target())
+        choice = choose(Problem(kernel=kernel, d_in=1152, **facts), current_target())
         assert choice.implementation == "xla"
         assert choice.fallback
         assert reason in choice.reason

@@ -26,6 +26,7 @@ from tpu_cases import (
 
 import pallas_kernels
 from pallas_kernels import reference
+from pallas_kernels.problem import Problem, matmul_problem
 from pallas_kernels.tpu import packed_matmul as kernel
 
 # Rows of codes by width and group: whole groups, whole registers in a slab, no power of two where
@@ -46,14 +47,14 @@ ZEROS = (None, "bfloat16", "uint8", "float32")
 def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, **blocks):
     x = mixed_rows(m, m, k)
     codes, stacks = mixed_packed(k + m, bits, group, k, n, scales, zeros)
-    tiles = None
+    problem, tiles = matmul_problem(x, *stacks[1:], bits=bits, group_size=group), None
     if blocks:
-        default = kernel.default_blocks(m, k, n, bits=bits, group_size=group)
+        default = kernel.default_blocks(problem)
         width = math.gcd(default.width, blocks.get("columns", default.columns))
         tiles = dataclasses.replace(default, cores=cores, width=width, **blocks)
     y = simulate(
-        kernel.packed_matmul, x, *stacks, jnp.asarray(LAYER), bits=bits, group_size=group,
-        tiles=tiles, cores=cores,
+        kernel.packed_matmul, x, *stacks, jnp.asarray(LAYER), problem=problem, tiles=tiles,
+        cores=cores,
     )  # fmt: skip
     assert y.dtype == x.dtype
     return check_product(y, x, codes, stacks, bits=bits, group_size=group)
@@ -129,9 +130,8 @@ def test_public_call_with_fewer_channels_than_rows(bits, d_in, m, scaled, rank):
     if not rank:
         check_product(y, padded, codes, stacks, bits=bits, group_size=group)
         return
-    want = f64(
-        reference.packed_matmul(x, *one_layer(stacks), d, low_rank, bits=bits, group_size=group)
-    )
+    problem = matmul_problem(x, *stacks[1:], bits=bits, group_size=group)
+    want = f64(reference.packed_matmul(x, *one_layer(stacks), d, low_rank, problem=problem))
     # The reference sums in float32 as well; y is rounded twice, and x A once.
     size = 2 * np.repeat(f64(stacks[1][LAYER]), group, 0)[:d_in] * (2**bits + 128)
     through = np.abs(f64(x)) @ np.abs(f64(low_rank[0])) @ np.abs(f64(low_rank[1]))
@@ -143,27 +143,26 @@ def test_public_call_with_fewer_channels_than_rows(bits, d_in, m, scaled, rank):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"k": 1152, "bits": 3}, "1152 rows of 3-bit codes are slabs of 144 rows"),
-        ({"k": 160}, "160 rows of 4-bit codes are slabs of 80 rows"),
+        ({"d_in": 1152, "bits": 3}, "1152 rows of 3-bit codes are slabs of 144 rows"),
+        ({"d_in": 160}, "160 rows of 4-bit codes are slabs of 80 rows"),
         ({"group_size": 16}, "group_size 16 is not a multiple of 32"),
         ({"dtype": "float32"}, "x is float32; the matrix unit multiplies bfloat16"),
         ({"dtype": "float16"}, "x is float16"),
     ],
 )
 def test_refusals_name_their_reason(change, reason):
-    facts = {"m": 4, "k": 256, "n": 128, "bits": 4, "group_size": 32, "dtype": "bfloat16"}
-    assert kernel.refusal(**facts) is None
-    assert reason in kernel.refusal(**{**facts, **change})
-    facts = {**facts, **change}
-    x = jnp.zeros((4, facts["k"]), facts["dtype"])
-    codes = jnp.zeros((facts["k"], 128), jnp.uint8)
-    scales = jnp.ones((facts["k"] // facts["group_size"], 128))
-    planes = pallas_kernels.pack(codes, bits=facts["bits"])
+    served = Problem(
+        kernel="packed_matmul", m=4, d_in=256, n=128, bits=4, group_size=32, zero_point="none",
+        dtype="bfloat16", store_dtype="float32",
+    )  # fmt: skip
+    assert kernel.refusal(served) is None
+    problem = dataclasses.replace(served, **change)
+    assert reason in kernel.refusal(problem)
+    k, kind = problem.k, {"bits": problem.bits, "group_size": problem.group_size}
+    x, scales = jnp.zeros((4, k), problem.dtype), jnp.ones((k // problem.group_size, 128))
+    planes = pallas_kernels.pack(jnp.zeros((k, 128), jnp.uint8), bits=problem.bits)
     with pytest.raises(ValueError, match="implementation='interpret' cannot serve") as error:
-        pallas_kernels.packed_matmul(
-            x, planes, scales, None, bits=facts["bits"], group_size=facts["group_size"],
-            implementation="interpret",
-        )  # fmt: skip
+        pallas_kernels.packed_matmul(x, planes, scales, None, **kind, implementation="interpret")
     assert reason in str(error.value)
 
 

@@ -30,17 +30,12 @@ def run(m, bits, zero_point, group, d_in, n, *, quantized, store="bfloat16", dty
     x = mixed_rows(m, m, d_in, dtype)
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=w_dtype, **weight)
     kind |= {"store_dtype": store, "shrinks": shrinks}
-    tiles = None
+    problem, tiles = given.problem(x, **kind, quantized=quantized), None
     if blocks:
-        k = -(-d_in // group) * group
-        default = kernel.default_blocks(
-            -(-m // 16) * 16, k, n, group_size=group, itemsize=x.dtype.itemsize
-        )
-        tiles = dataclasses.replace(default, cores=cores, **blocks)
+        tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
     y, packed = simulate(
-        kernel.prefill_quantize, x, *given.operands, **kind, quantized=quantized, tiles=tiles,
-        cores=cores,
-    )  # fmt: skip
+        kernel.prefill_quantize, x, *given.operands, problem=problem, tiles=tiles, cores=cores
+    )
     assert y.dtype == x.dtype
     check_packed(packed, given, **kind)
     return check_prompt_product(
@@ -122,8 +117,8 @@ def test_public_call(quantized, rank, lead):
         check_prompt_product(y, x, given, packed, bits=3, group_size=32, quantized=quantized)
         return
     low_rank = tuple(map(f64, given.low_rank))
-    want = f64(reference.packed_matmul(x, *packed, given.channel_scale, given.low_rank, bits=3,
-                                       group_size=32))  # fmt: skip
+    want = f64(reference.packed_matmul(x, *packed, given.channel_scale, given.low_rank,
+                                       problem=given.problem(x, **kind)))  # fmt: skip
     rounded_grid = np.abs(reference.dequantize(*packed, bits=3, group_size=32))[:d_in]
     x64 = np.abs(f64(x))
     grid = (x64 / f64(given.channel_scale)) @ f64(rounded_grid)

@@ -9,6 +9,7 @@ import pytest
 from tpu_cases import LAYER, check_packed, mixed_weight, simulate
 
 import pallas_kernels
+from pallas_kernels.problem import Problem, rounding_problem
 from pallas_kernels.tpu import prefill_quantize as prefill
 from pallas_kernels.tpu import quantize_pack as kernel
 
@@ -20,13 +21,10 @@ def run(bits, zero_point, group, d_in, n, store="bfloat16", dtype="bfloat16", *,
     kind = {"bits": bits, "group_size": group, "zero_point": zero_point}
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=dtype, **weight)
     kind |= {"store_dtype": store, "shrinks": shrinks}
-    tiles = None
+    problem, tiles = given.problem(**kind), None
     if blocks:
-        k = -(-d_in // group) * group
-        tiles = dataclasses.replace(
-            kernel.default_blocks(k, n, group_size=group), cores=cores, **blocks
-        )
-    got = simulate(kernel.quantize_pack, *given.operands, **kind, tiles=tiles, cores=cores)
+        tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
+    got = simulate(kernel.quantize_pack, *given.operands, problem=problem, tiles=tiles, cores=cores)
     return check_packed(got, given, **kind)
 
 
@@ -112,8 +110,9 @@ def test_nothing_and_constants_stay_what_they_are():
     w[LAYER, :32, :4], w[LAYER, :32, 4:8], w[LAYER, 7, 8:12] = 3.0, -0.75, 1e-39
     kind = {"bits": 3, "group_size": 32, "zero_point": "float", "store_dtype": "float32"}
     got = simulate(
-        kernel.quantize_pack, jnp.asarray(w), None, None, None, None, jnp.asarray(LAYER), **kind
-    )
+        kernel.quantize_pack, jnp.asarray(w), None, None, None, jnp.asarray(LAYER),
+        problem=rounding_problem(w, **kind),
+    )  # fmt: skip
     back = pallas_kernels.dequantize(*got, bits=3, group_size=32)
     np.testing.assert_allclose(back, w[LAYER], rtol=1e-6, atol=1e-38)
 
@@ -145,14 +144,13 @@ def test_public_call(stacked):
 )
 def test_refusals_name_their_reason(module, change, reason):
     facts = {
-        "d_in": 96, "k": 96, "n": 128, "bits": 4, "group_size": 32, "dtype": "bfloat16",
-        "store_dtype": "bfloat16", "rank": 0, "zero_point": "none", "shrinks": 1, "chip": None,
-        "scaled": False,
+        "kernel": "quantize_pack", "m": 0, "d_in": 96, "n": 128, "bits": 4, "group_size": 32,
+        "dtype": "bfloat16", "zero_point": "none", "shrinks": (1.0,),
     }  # fmt: skip
     if module is prefill:
-        facts |= {"m": 16, "quantized": True}
-    assert module.refusal(**facts) is None
-    assert reason in module.refusal(**{**facts, **change})
+        facts |= {"kernel": "prefill_quantize", "m": 16, "quantized": True}
+    assert module.refusal(Problem(**facts)) is None
+    assert reason in module.refusal(Problem(**{**facts, **change}))
 
 
 @pytest.mark.parametrize(
@@ -178,14 +176,16 @@ def test_a_refused_public_call_says_why(n, change, reason):
 
 def test_a_column_that_does_not_fit_is_refused():
     facts = {
-        "d_in": 0, "n": 4096, "bits": 4, "group_size": 128, "dtype": "bfloat16", "rank": 0,
-        "store_dtype": "bfloat16", "zero_point": "float", "shrinks": 1, "scaled": True,
+        "n": 4096, "bits": 4, "group_size": 128, "dtype": "bfloat16", "zero_point": "float",
+        "shrinks": (1.0,), "scaled": True,
     }  # fmt: skip
-    assert kernel.refusal(k=2**18, chip="v4", **facts) == (
+    long = Problem(kernel="quantize_pack", m=0, d_in=2**18, **facts)
+    assert kernel.refusal(long, "v4") == (
         "columns of 262144 rows do not fit into 15 MiB of fast memory with what they need"
     )
-    assert kernel.refusal(k=2**13, chip="v4", **facts) is None
-    why = prefill.refusal(m=4096, k=2**14, chip="v4", quantized=False, **facts)
+    assert kernel.refusal(dataclasses.replace(long, d_in=2**13), "v4") is None
+    prompt = Problem(kernel="prefill_quantize", m=4096, d_in=2**14, **facts)
+    why = prefill.refusal(prompt, "v4")
     assert why.startswith("4096 rows of x beside it: columns of 16384 rows do not fit")
     for chip in ("v5e", "v5p", "v6e", "tpu7x"):
-        assert prefill.refusal(m=4096, k=2**14, chip=chip, quantized=True, **facts) is None
+        assert prefill.refusal(dataclasses.replace(prompt, quantized=True), chip) is None

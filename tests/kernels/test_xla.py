@@ -15,6 +15,7 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 from pallas_kernels import packed_matmul, reference, xla
 from pallas_kernels.layout import PLANES, pack
+from pallas_kernels.problem import matmul_problem, rounding_problem
 
 ALL_BITS = sorted(PLANES)
 REGIMES = (1, 2, xla.FEW_ROWS + 1, 33)
@@ -23,7 +24,8 @@ REGIMES = (1, 2, xla.FEW_ROWS + 1, 33)
 def one_layer(x, planes, scales, zeros, **kind):
     """The internal call, for a weight that is not stacked."""
     weight = jax.tree.map(lambda a: a[None], (planes, scales, zeros))
-    return xla.packed_matmul(x, *weight, jnp.zeros((), jnp.int32), **kind)
+    problem = matmul_problem(x, scales, zeros, **kind)
+    return xla.packed_matmul(x, *weight, jnp.zeros((), jnp.int32), problem=problem)
 
 
 @st.composite
@@ -130,9 +132,8 @@ def test_dense_product_rounds_the_weight_once(bits, dtype):
     stack = [random_weight(seed, bits, 32, 3, 8) for seed in range(2)]
     codes, scales, zeros = (jnp.stack([jnp.asarray(w[i]) for w in stack]) for i in range(3))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((20, 96)), dtype)
-    y = xla.dense_matmul(
-        x, pack(codes, bits=bits), scales, zeros, jnp.asarray(1), bits=bits, group_size=32
-    )
+    problem = matmul_problem(x, scales, zeros, bits=bits, group_size=32)
+    y = xla.dense_matmul(x, pack(codes, bits=bits), scales, zeros, jnp.asarray(1), problem=problem)
     assert y.dtype == x.dtype
     exact, size = oracle_weight(*stack[1], bits, 32)
     x = np.asarray(x, np.float64)
@@ -211,8 +212,10 @@ def test_a_layer_loop_copies_no_layer_and_widens_no_scales(bits):
     codes, scales, zeros = (jnp.stack([jnp.asarray(w[i]) for w in stack]) for i in range(3))
 
     def blocks(x, planes, scales, zeros):
+        problem = matmul_problem(x, scales, zeros, bits=bits, group_size=32)
+
         def step(x, layer):
-            y = xla.packed_matmul(x, planes, scales, zeros, layer, bits=bits, group_size=32)
+            y = xla.packed_matmul(x, planes, scales, zeros, layer, problem=problem)
             return x + y[:, :1], None
 
         return jax.lax.scan(step, x, jnp.arange(layers))[0]
@@ -278,16 +281,14 @@ def test_prefill_and_packing_of_one_layer_are_the_references(dtype, quantized):
     low_rank = (jnp.ones((60, 2)), jnp.full((2, 9), 0.1))
     kind = {"bits": 3, "group_size": 32, "zero_point": "integer", "store_dtype": "bfloat16",
             "shrinks": (1.0, 0.8)}  # fmt: skip
-    y, packed = xla.prefill_quantize(
-        x, w, d, h, *low_rank, jnp.asarray(1), **kind, quantized=quantized
-    )
-    want, packed_want = reference.prefill_quantize(x, w[1], d, h, None, **kind, quantized=quantized)
+    problem = rounding_problem(w, d, low_rank, x, **kind, quantized=quantized)
+    y, packed = xla.prefill_quantize(x, w, d, h, low_rank, jnp.asarray(1), problem=problem)
+    # The low-rank product is the caller's, but what was rounded is the residual.
+    packed_want = reference.quantize_pack(w[1], d, h, low_rank, problem=problem)
     if quantized:
-        # The low-rank product is the caller's, but what was rounded is the residual.
-        packed_want = reference.quantize_pack(w[1], d, h, low_rank, **kind)
-        want = reference.packed_matmul(x, *packed_want, d, bits=3, group_size=32)
+        want = reference.packed_matmul(x, *packed_want, d, problem=problem)
     else:
-        packed_want = reference.quantize_pack(w[1], d, h, low_rank, **kind)
+        want, _ = reference.prefill_quantize(x, w[1], d, h, None, problem=problem)
     for one, other in zip(jax.tree.leaves(packed), jax.tree.leaves(packed_want), strict=True):
         np.testing.assert_array_equal(one, other)
     assert y.dtype == x.dtype

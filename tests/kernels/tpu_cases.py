@@ -17,6 +17,7 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 from pallas_kernels import reference
 from pallas_kernels.layout import pack, unpack
+from pallas_kernels.problem import rounding_problem
 
 LAYERS, LAYER = 2, 1
 LIMBS = 2.0**-20
@@ -145,8 +146,11 @@ class Weight:
     @property
     def operands(self):
         """As a kernel takes them."""
-        down, up = self.low_rank or (None, None)
-        return (self.w, self.channel_scale, self.importance, down, up, jnp.asarray(LAYER))
+        return self.w, self.channel_scale, self.importance, self.low_rank, jnp.asarray(LAYER)
+
+    def problem(self, x=None, **kind):
+        """What a kernel is asked to do with them, and with x."""
+        return rounding_problem(self.w, self.channel_scale, self.low_rank, x, **kind)
 
 
 def _whole_columns(rng, d_in, n, group_size, bits, symmetric):
@@ -223,10 +227,9 @@ def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shri
     reference's to the bit, unless a real low-rank product moved a group's range, or two range
     factors' errors are equal up to rounding.
     """
-    oracle = functools.partial(
-        reference.quantize_pack, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, shrinks=shrinks,
-    )  # fmt: skip
+    problem = weight.problem(bits=bits, group_size=group_size, zero_point=zero_point,
+                             store_dtype=store_dtype, shrinks=shrinks)  # fmt: skip
+    oracle = functools.partial(reference.quantize_pack, problem=problem)
     given = weight.w[LAYER], weight.channel_scale, weight.importance, weight.low_rank
     want = jax.jit(oracle)(*given)
     assert jax.tree.structure(got) == jax.tree.structure(want)

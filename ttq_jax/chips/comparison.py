@@ -12,7 +12,6 @@ it is one of a chip's two cores, with its half of the bandwidth.
 """
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,9 +68,9 @@ class Case:
         """The problem by which an implementation is chosen."""
         quantizes = self.kernel != "packed_matmul"
         return Problem(
-            kernel=self.kernel, m=self.m, d_in=self.k, k=self.k, n=self.n, bits=self.bits,
+            kernel=self.kernel, m=self.m, d_in=self.k, n=self.n, bits=self.bits,
             group_size=self.group_size, zero_point="none" if self.symmetric else "float",
-            dtype=self.dtype, shrinks=int(quantizes), scaled=quantizes,
+            dtype=self.dtype, shrinks=(1.0,) if quantizes else (), scaled=quantizes,
         )  # fmt: skip
 
     def packed_shapes(self) -> tuple[Any, Any, Any]:
@@ -298,15 +297,7 @@ def block_note(case: Case) -> Callable[[], str]:
     """Names the blocks that a TPU kernel takes; to be called where the program is traced."""
 
     def note() -> str:
-        sizes: Any = getattr(module_of(case.kernel, "tpu"), "default_blocks", None)
-        if sizes is None:
-            return ""
-        facts = {
-            "m": case.m, "k": case.k, "n": case.n, "bits": case.bits,
-            "group_size": case.group_size, "itemsize": jnp.dtype(case.dtype).itemsize,
-        }  # fmt: skip
-        wanted = inspect.signature(sizes).parameters
-        made = sizes(**{name: value for name, value in facts.items() if name in wanted})
+        made = module_of(case.kernel, "tpu").default_blocks(case.problem)
         return " ".join(f"{name}={value}" for name, value in vars(made).items())
 
     return note

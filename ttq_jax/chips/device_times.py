@@ -166,7 +166,7 @@ def _contenders(case: Case, platform: str) -> dict[str, Contender]:
         from pallas_kernels.xla import dense_matmul
 
         planes, scales, zeros = stack
-        return dense_matmul(x[0], planes, scales, zeros, layer, **case.static)
+        return dense_matmul(x[0], planes, scales, zeros, layer, problem=case.problem)
 
     packed = case.kernel == "packed_matmul"
     calls = {"kernel": kernel(None), "xla": unpacked if packed else kernel("xla")}

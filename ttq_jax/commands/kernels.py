@@ -60,8 +60,8 @@ def listing(
         "prefill_quantize", pooled * prompt_tokens,
     )  # fmt: skip
     rounding = recipe.rounding
-    # 0: a rounding without a kernel.
-    shrinks = len(rounding.shrinks) if isinstance(rounding, Nearest | ClipSearch) else 0
+    # Empty: a rounding without a kernel.
+    shrinks = rounding.shrinks if isinstance(rounding, Nearest | ClipSearch) else ()
     sizes = projections(config)
     for name in recipe.selected(sizes):
         d_in, d_out = sizes[name]
@@ -73,7 +73,7 @@ def listing(
                     "projection": name, "kernel": kernel, "bits": grid.bits, "m": m,
                     "k": -(-d_in // group) * group, "n": d_out,
                 }  # fmt: skip
-                if quantizes and shrinks == 0:
+                if quantizes and not shrinks:
                     reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding"
                     rows.append({
                         **row,
@@ -83,11 +83,9 @@ def listing(
                     })
                     continue
                 problem = Problem(
-                    kernel=kernel, m=m, d_in=d_in, k=row["k"], n=d_out,
-                    bits=grid.bits, group_size=group, zero_point=grid.kind, dtype=dtype,
-                    store_dtype=grid.store_dtype,
+                    kernel=kernel, m=m, d_in=d_in, n=d_out, dtype=dtype, **grid.packing(d_in),
                     rank=recipe.low_rank.rank if quantizes else recipe.low_rank.total,
-                    shrinks=shrinks if quantizes else 0,
+                    shrinks=shrinks if quantizes else (),
                     quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
                     scaled=not isinstance(recipe.scale, NoScale),
                 )  # fmt: skip

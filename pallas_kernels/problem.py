@@ -1,0 +1,156 @@
+"""What a kernel is asked to do, in one hashable value: all shapes, dtypes and options.
+
+It is made once, by the public calls, and checked where it is made. Everything behind them takes
+its arrays and this: the choice of an implementation, the kernels, and their references.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grid import ZERO_POINTS
+from pallas_kernels.layout import check_packing
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""What activations, weights, scales and float zero points may be."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One call of a kernel, without its numbers.
+
+    Attributes:
+      kernel: "packed_matmul", "quantize_pack" or "prefill_quantize".
+      m: rows of activations; 0 for `quantize_pack`.
+      d_in: input channels.
+      n: output channels.
+      bits: width of a code.
+      group_size: rows that share a scale, a multiple of 8.
+      zero_point: one of `grid.ZERO_POINTS`.
+      dtype: of the activations; of the weight for `quantize_pack`.
+      store_dtype: of scales and float zero points.
+      rank: of the low-rank term, 0 for none.
+      shrinks: factors in (0, 1] on a group's range to choose from; none for `packed_matmul`.
+      quantized: `prefill_quantize` multiplies with the quantized weight.
+      scaled: there is a channel scale.
+
+    Raises:
+      ValueError: an option that is none.
+    """
+
+    kernel: str
+    m: int
+    d_in: int
+    n: int
+    bits: int
+    group_size: int
+    zero_point: str
+    dtype: str
+    store_dtype: str = "bfloat16"
+    rank: int = 0
+    shrinks: tuple[float, ...] = ()
+    quantized: bool = False
+    scaled: bool = False
+
+    def __post_init__(self):
+        # Any row count serves, it is padded to whole groups: the check is of the two numbers.
+        whole = 8 * max(self.group_size, 1)
+        check_packing(bits=self.bits, k=whole, group_size=self.group_size)
+        for name, known in (("zero_point", ZERO_POINTS), ("store_dtype", FLOATS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        packs = self.kernel != "packed_matmul"
+        if (packs and not self.shrinks) or not all(0 < s <= 1 for s in self.shrinks):
+            raise ValueError(
+                f"shrinks: expected factors in (0, 1], got {self.shrinks}; 1 is the full range"
+            )
+
+    @property
+    def k(self) -> int:
+        """Rows of codes: input channels, padded to whole groups."""
+        return -(-self.d_in // self.group_size) * self.group_size
+
+    @property
+    def zero_dtype(self) -> str | None:
+        """What zero points are stored in; None where there are none."""
+        return {"none": None, "float": self.store_dtype, "integer": "uint8"}[self.zero_point]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of `dtype`."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def searched(self) -> bool:
+        """Whether there is more than one range to choose from."""
+        return len(self.shrinks) > 1
+
+
+def _rank(low_rank: tuple[Any, Any] | None) -> int:
+    return 0 if low_rank is None else low_rank[0].shape[-1]
+
+
+def matmul_problem(
+    x: Any, scales: Any, zeros: Any, low_rank: tuple[Any, Any] | None = None, *, bits: int,
+    group_size: int,
+) -> Problem:  # fmt: skip
+    """The problem of a `packed_matmul`.
+
+    Args:
+      x: ``[..., d_in]``.
+      scales: ``[..., k // group_size, n]``.
+      zeros: likewise, or None.
+      low_rank: ``(A, B)`` or None.
+      bits: width of a code.
+      group_size: rows that share a scale.
+
+    Returns:
+      The problem; `store_dtype` is float16 if anything stored is.
+    """
+    stored = {a.dtype.name for a in (scales, zeros) if a is not None}
+    whole = "integer" if "uint8" in stored else "float"
+    return Problem(
+        kernel="packed_matmul", m=math.prod(x.shape[:-1]), d_in=x.shape[-1], n=scales.shape[-1],
+        bits=bits, group_size=group_size, zero_point="none" if zeros is None else whole,
+        dtype=x.dtype.name, rank=_rank(low_rank),
+        store_dtype="float16" if "float16" in stored else scales.dtype.name,
+    )  # fmt: skip
+
+
+def rounding_problem(
+    w: Any, channel_scale: Any = None, low_rank: tuple[Any, Any] | None = None, x: Any = None, *,
+    bits: int, group_size: int, zero_point: str, store_dtype: jax.typing.DTypeLike,
+    shrinks: tuple[float, ...] = (1.0,), quantized: bool = False,
+) -> Problem:  # fmt: skip
+    """The problem of a `prefill_quantize`, or of a `quantize_pack` without x.
+
+    Args:
+      w: ``[..., d_in, n]``.
+      channel_scale: ``[d_in]`` or None.
+      low_rank: ``(A, B)`` or None.
+      x: ``[..., d_in]`` or None.
+      bits: width of a code.
+      group_size: rows that share a scale.
+      zero_point: see `Problem`, as the arguments after it.
+      store_dtype: see `Problem`.
+      shrinks: see `Problem`.
+      quantized: see `Problem`.
+
+    Returns:
+      The problem.
+    """
+    d_in, n = w.shape[-2:]
+    return Problem(
+        kernel="quantize_pack" if x is None else "prefill_quantize",
+        m=0 if x is None else math.prod(x.shape[:-1]), d_in=d_in, n=n, bits=bits,
+        group_size=group_size, zero_point=zero_point, dtype=(w if x is None else x).dtype.name,
+        store_dtype=jnp.dtype(store_dtype).name, rank=_rank(low_rank),
+        shrinks=tuple(map(float, shrinks)), quantized=quantized, scaled=channel_scale is not None,
+    )  # fmt: skip
