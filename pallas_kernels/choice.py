@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import keywords
 from pallas_kernels.problem import Problem
 from pallas_kernels.tiles import DENSE_ROWS, MOSAIC_ROWS
 
@@ -142,10 +141,7 @@ def refusal(problem: Problem, implementation: str, target: Target) -> str | None
             f"{implementation} kernels run"
         )  # fmt: skip
         return f"{runs} on a {needed.upper()}, this is a {target.platform.upper()}"
-    module = module_of(problem.kernel, implementation)
-    if needed == "gpu":
-        return module.refusal(**keywords.refusal_of(problem, target.chip))
-    return module.refusal(problem, target.chip)
+    return module_of(problem.kernel, implementation).refusal(problem, target.chip)
 
 
 def choose(problem: Problem, target: Target, implementation: str | None = None) -> Choice:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import batching, keywords
+from pallas_kernels import batching
 from pallas_kernels.choice import choose, current_target, module_of
 from pallas_kernels.layout import check_packing, check_planes
 from pallas_kernels.problem import FLOATS, Problem, matmul_problem, rounding_problem
@@ -219,8 +219,6 @@ def _chosen(problem: Problem, implementation: str | None) -> tuple[str, Callable
     run = getattr(module, problem.kernel)
     if problem.kernel == "packed_matmul" and name == "xla" and target.platform != "cpu":
         run = module.dense_matmul
-    if name in {"triton", "mosaic_gpu"}:
-        return name, keywords.call_of(run, problem)
     run = functools.partial(run, problem=problem)
     if name == "interpret":
         from jax.experimental.pallas import tpu as pltpu

@@ -31,6 +31,7 @@ from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
 from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES
+from pallas_kernels.problem import Problem
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -56,27 +57,48 @@ class Tiles:
     num_stages: int = 3
 
 
-def granule(*, k: int, bits: int, group_size: int) -> int:
+def granule(problem: Problem) -> int:
     """The longest run of rows, a power of two, that never leaves its group or its slab."""
-    run = math.gcd(group_size, k // unpack.slabs(bits))
+    run = math.gcd(problem.group_size, problem.k // unpack.slabs(problem.bits))
     return run & -run
+
+
+def unservable(problem: Problem, least: int) -> str | None:
+    """What this kernel and Hopper's refuse alike.
+
+    Args:
+      problem: What is asked for.
+      least: Rows that the kernel needs to share a scale and a field.
+
+    Returns:
+      The reason, None if there is none.
+    """
+    p, run = problem, granule(problem)
+    if run < least:
+        return (
+            f"{p.k} rows of {p.bits}-bit codes in groups of {p.group_size} share a scale and a bit "
+            f"field for only {run} rows at a time, the kernel needs {least}"
+        )
+    if p.m < 1 or p.n < 1:
+        return f"nothing to compute: {p.m} rows, {p.n} columns"
+    return None
 
 
 def _ceil_power(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def shared_bytes(tiles: Tiles, *, bits: int, itemsize: int) -> int:
+def shared_bytes(tiles: Tiles, problem: Problem) -> int:
     """Shared memory of `_many_rows`, as the compiler lays it out (compared with its own figures).
 
     Args:
       tiles: Block sizes.
-      bits: Width of a code.
-      itemsize: Of x, bytes.
+      problem: What is asked for.
 
     Returns:
       Bytes; an upper bound before compute capability 9.0.
     """
+    bits, itemsize = problem.bits, problem.itemsize
     parts = sum(width // min(PLANES[bits]) for width in PLANES[bits])
     x = unpack.slabs(bits) * tiles.rows * tiles.depth * itemsize
     carriers = parts * tiles.depth * tiles.columns
@@ -86,7 +108,7 @@ def shared_bytes(tiles: Tiles, *, bits: int, itemsize: int) -> int:
     return (tiles.num_stages - 1) * (x + carriers) + 4 * tiles.depth * tiles.columns + 512
 
 
-def blocks(*, m: int, k: int, n: int, bits: int, group_size: int, itemsize: int = 2) -> Tiles:
+def blocks(problem: Problem) -> Tiles:
     """The default block sizes.
 
     A step loads 128 carrier rows (fewer where each holds more slabs, so that the unrolled code and
@@ -97,20 +119,16 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int, itemsize: int 
     need fewer registers), but partial sums never exceed a quarter of the weight's bytes.
 
     Args:
-      m: Rows of x.
-      k: Input channels.
-      n: Output channels.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      itemsize: Of x, bytes.
+      problem: What is asked for.
 
     Returns:
       What `packed_matmul` uses if it is given none.
     """
+    m, n, bits = problem.m, problem.n, problem.bits
     few = m <= 2
-    run = granule(k=k, bits=bits, group_size=group_size)
+    run = granule(problem)
     # Exact products of float32 take the registers of four bfloat16 ones; larger blocks spill.
-    exact = itemsize == 4 and not few
+    exact = problem.itemsize == 4 and not few
     rows = m if few else min(max(_ceil_power(m), 16), 32 if exact else 64)
     wide = rows == 64 or exact or (rows == 32 and unpack.slabs(bits) == 8)
     tiles = Tiles(
@@ -118,62 +136,38 @@ def blocks(*, m: int, k: int, n: int, bits: int, group_size: int, itemsize: int 
         depth=min(run, 256 // unpack.slabs(bits), 32 if exact else 128), splits=1,
         num_warps=8 if wide else 4,
     )  # fmt: skip
-    while not few and shared_bytes(tiles, bits=bits, itemsize=itemsize) > SHARED_BYTES:
+    while not few and shared_bytes(tiles, problem) > SHARED_BYTES:
         # Fewer stages first: a smaller depth multiplies the additions of scaled partial products.
         smaller: dict[str, int] = {"num_stages": 2}
         if tiles.num_stages == 2:
             smaller = {"depth": tiles.depth // 2}
         tiles = dataclasses.replace(tiles, **smaller)
-    steps = k // unpack.slabs(bits) // tiles.depth
+    steps = problem.k // unpack.slabs(bits) // tiles.depth
     programs = pl.cdiv(n, tiles.columns) * pl.cdiv(m, rows)
     wanted = pl.cdiv(4 * 132 if few else 2 * 132, programs)
-    splits = max(1, min(wanted, steps, k * bits // (128 * m)))
+    splits = max(1, min(wanted, steps, problem.k * bits // (128 * m)))
     # As even as the number of steps allows: a longer last run would be waited for.
     return dataclasses.replace(tiles, splits=pl.cdiv(steps, pl.cdiv(steps, splits)))
 
 
-def refusal(
-    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, chip: str | None, **_: Any
-) -> str | None:
+def refusal(problem: Problem, chip: str | None) -> str | None:
     """Why this kernel cannot serve a problem.
 
     Args:
-      m: Rows of x.
-      k: Input channels.
-      n: Output channels.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      dtype: Of x.
+      problem: The problem.
       chip: Short name of the GPU, None if unknown.
 
     Returns:
       The reason, None if it can.
     """
-    why = triton.refusal(chip)
-    if why is not None:
-        return why
-    run = granule(k=k, bits=bits, group_size=group_size)
-    if run < 16:
-        return (
-            f"{k} rows of {bits}-bit codes in groups of {group_size} share a scale and a bit field "
-            f"for only {run} rows at a time, the kernel needs 16"
-        )
-    if m < 1 or n < 1:
-        return f"nothing to compute: {m} rows, {n} columns"
-    return None
+    return triton.refusal(chip) or unservable(problem, least=16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Facts:
+class _Facts(Problem):
     """What the kernels' bodies know statically."""
 
-    m: int
-    k: int
-    n: int
-    bits: int
-    group_size: int
     tiles: Tiles
-    has_zeros: bool
     interpret: bool
 
     @property
@@ -184,7 +178,7 @@ class _Facts:
     @property
     def offset(self) -> float:
         """What is subtracted from codes while they are unpacked."""
-        return 0.0 if self.has_zeros else 2.0 ** (self.bits - 1)
+        return 2.0 ** (self.bits - 1) if self.zero_point == "none" else 0.0
 
 
 def _load(ref: Any, rows: Any, columns: Any, inside: Any, layer: Any = None) -> jax.Array:
@@ -288,7 +282,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     *operands, y_ref = refs
     count = len(PLANES[facts.bits])
     planes, grid_refs = operands[:count], operands[count:]
-    sums_ref = grid_refs.pop() if facts.has_zeros else None
+    sums_ref = None if facts.zero_point == "none" else grid_refs.pop()
     tiles, layer = facts.tiles, layer_ref[0]
     columns, inside = _columns(facts)
     mask = None if inside is None else inside[None, :]
@@ -341,8 +335,7 @@ def packed_matmul(
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -354,8 +347,7 @@ def packed_matmul(
       scales: ``[L, k // group_size, n]``.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``, which of the L.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: What to do; `refusal` tells what is served.
       tiles: Block sizes; None is `blocks`.
       interpret: Runs on the CPU, for tests.
 
@@ -365,15 +357,10 @@ def packed_matmul(
     Raises:
       ValueError: A stack of planes is between 2 and 4 GiB.
     """
-    (m, k), n = x.shape, scales.shape[-1]
+    m, k, n = problem.m, problem.k, problem.n
     check_addressable(planes)
-    tiles = tiles or blocks(
-        m=m, k=k, n=n, bits=bits, group_size=group_size, itemsize=x.dtype.itemsize
-    )
-    facts = _Facts(
-        m=m, k=k, n=n, bits=bits, group_size=group_size, tiles=tiles, has_zeros=zeros is not None,
-        interpret=interpret,
-    )  # fmt: skip
+    tiles = tiles or blocks(problem)
+    facts = _Facts(**vars(problem), tiles=tiles, interpret=interpret)
     few = m <= 2 and tiles.rows <= 2
     operands = [layer.reshape(1), x, *planes, scales]
     if zeros is not None:
@@ -391,6 +378,6 @@ def packed_matmul(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages
         ),
         interpret=interpret,
-        name=f"packed_matmul_{bits}bit",
+        name=f"packed_matmul_{problem.bits}bit",
     )(*operands)
     return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)

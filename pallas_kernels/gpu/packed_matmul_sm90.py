@@ -27,8 +27,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import check_addressable
-from pallas_kernels.gpu.packed_matmul import granule
+from pallas_kernels.gpu.packed_matmul import granule, unservable
 from pallas_kernels.layout import PLANES
+from pallas_kernels.problem import Problem
 
 _COLUMNS = 128
 # The index that jax 0.10's load wants beside the reference; later ones want none.
@@ -52,23 +53,20 @@ class Tiles:
     stages: int = 4
 
 
-def blocks(*, m: int, k: int, n: int, bits: int, group_size: int) -> Tiles:
+def blocks(problem: Problem) -> Tiles:
     """The default block sizes; a guess, derived like `packed_matmul.blocks`.
 
     Args:
-      m: Rows of x.
-      k: Input channels.
-      n: Output channels.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: What is asked for.
 
     Returns:
       What `packed_matmul` uses if it is given none.
     """
+    m, k, bits = problem.m, problem.k, problem.bits
     rows = 64 if m > 32 else 32
-    depth = min(64, granule(k=k, bits=bits, group_size=group_size))
+    depth = min(64, granule(problem))
     steps = k // unpack.slabs(bits) // depth
-    programs = n // _COLUMNS * pl.cdiv(m, rows)
+    programs = problem.n // _COLUMNS * pl.cdiv(m, rows)
     splits = max(1, min(pl.cdiv(4 * 132, programs), steps, k * bits // (128 * m)))
     return Tiles(rows=rows, depth=depth, splits=max(s for s in _divisors(steps) if s <= splits))
 
@@ -77,40 +75,26 @@ def _divisors(steps: int) -> list[int]:
     return [i for i in range(1, steps + 1) if steps % i == 0]
 
 
-def refusal(
-    *, m: int, k: int, n: int, bits: int, group_size: int, dtype: Any, chip: str | None, **_: Any
-) -> str | None:
+def refusal(problem: Problem, chip: str | None) -> str | None:
     """Why this kernel cannot serve a problem.
 
     Args:
-      m: Rows of x.
-      k: Input channels.
-      n: Output channels.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      dtype: Of x.
+      problem: The problem.
       chip: Short name of the GPU, None if unknown.
 
     Returns:
       The reason, None if it can.
     """
+    p = problem
     if chip != "h100":
         return f"it is written for Hopper's WGMMA, this is a {chip or 'GPU of unknown kind'}"
-    if len(PLANES[bits]) > 1:
-        return f"{bits}-bit codes are two bit planes, and it has no registers left to join them"
-    if jnp.dtype(dtype) not in {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
-        return f"WGMMA multiplies bfloat16 or float16, x is {jnp.dtype(dtype).name}"
-    if n % _COLUMNS:
-        return f"it computes {_COLUMNS} columns at a time, {n} are no multiple of that"
-    run = granule(k=k, bits=bits, group_size=group_size)
-    if run < 32:
-        return (
-            f"{k} rows of {bits}-bit codes in groups of {group_size} share a scale and a bit field "
-            f"for only {run} rows at a time, it needs 32"
-        )
-    if m < 1 or n < 1:
-        return f"nothing to compute: {m} rows, {n} columns"
-    return None
+    if len(PLANES[p.bits]) > 1:
+        return f"{p.bits}-bit codes are two bit planes, and it has no registers left to join them"
+    if p.dtype not in {"bfloat16", "float16"}:
+        return f"WGMMA multiplies bfloat16 or float16, x is {p.dtype}"
+    if p.n % _COLUMNS:
+        return f"it computes {_COLUMNS} columns at a time, {p.n} are no multiple of that"
+    return unservable(p, least=32)
 
 
 def _swizzled(columns: int, bits: int) -> tuple[Any, ...]:
@@ -139,23 +123,20 @@ def _across(vector: jax.Array, axis: int, shape: tuple[int, int]) -> jax.Array:
     return jax.lax.broadcast_in_dim(vector, shape, [axis])
 
 
-def _kernel(*refs: Any, bits: int, group_size: int, k: int, tiles: Tiles,
-            interpret: bool) -> None:  # fmt: skip
+def _kernel(*refs: Any, problem: Problem, tiles: Tiles, interpret: bool) -> None:
     """One block of columns, one block of rows, one run of steps."""
     layer_gmem, *inputs, out_gmem, out_smem = refs
     column, row, split = (jax.lax.axis_index(name) for name in ("columns", "rows", "splits"))
     columns = pl.ds(column * _COLUMNS, _COLUMNS)
     rows = pl.ds(row * tiles.rows, tiles.rows)
-    each = k // unpack.slabs(bits) // tiles.depth // tiles.splits
-    specs, operands = _blocks_of(
-        *inputs, at=(layer_gmem[0], rows, columns), first=split * each, bits=bits,
-        group_size=group_size, k=k, tiles=tiles,
-    )  # fmt: skip
+    each = problem.k // unpack.slabs(problem.bits) // tiles.depth // tiles.splits
+    at = layer_gmem[0], rows, columns
+    specs, operands = _blocks_of(*inputs, at=at, first=split * each, problem=problem, tiles=tiles)
     start = jnp.zeros((_COLUMNS, tiles.rows), jnp.float32)
     if not interpret:
         start = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
     out_smem[...] = plgpu.emit_pipeline(
-        lambda _, *blocks: _step(*blocks, bits=bits, interpret=interpret), grid=(each,),
+        lambda _, *blocks: _step(*blocks, bits=problem.bits, interpret=interpret), grid=(each,),
         in_specs=specs, max_concurrent_steps=min(tiles.stages, each), init_carry=start,
     )(*operands)  # fmt: skip
     plgpu.commit_smem()
@@ -164,25 +145,25 @@ def _kernel(*refs: Any, bits: int, group_size: int, k: int, tiles: Tiles,
 
 
 def _blocks_of(
-    x: Any, plane: Any, scales: Any, sums: Any, *zeros: Any, at: Any, first: Any, bits: int,
-    group_size: int, k: int, tiles: Tiles,
+    x: Any, plane: Any, scales: Any, sums: Any, *zeros: Any, at: Any, first: Any,
+    problem: Problem, tiles: Tiles,
 ) -> tuple[list[Any], list[Any]]:  # fmt: skip
     """What each step copies: the carriers, then per slab x, scales, sums of x and zero points."""
     layer, rows, columns = at
-    slabs, depth = unpack.slabs(bits), tiles.depth
+    slabs, depth = unpack.slabs(problem.bits), tiles.depth
     specs = [plgpu.BlockSpec((depth, _COLUMNS), lambda t: (first + t, 0))]
     operands = [plane.at[layer, :, columns]]
 
     def add(shape: tuple[int, int], of_run: Any, ref: Any, transforms: Any = ()) -> None:
         for f in range(slabs):
             # Runs of `depth` rows, counted over all slabs.
-            before = f * (k // slabs // depth) + first
+            before = f * (problem.k // slabs // depth) + first
             index = functools.partial(lambda before, t: of_run(before + t), before)
             specs.append(plgpu.BlockSpec(shape, index, transforms=transforms))
             operands.append(ref)
 
     def by_group(run: Any) -> Any:
-        return run * depth // group_size, 0
+        return run * depth // problem.group_size, 0
 
     add((tiles.rows, depth), lambda run: (0, run), x.at[rows, :], _swizzled(depth, 16))
     add((1, _COLUMNS), by_group, scales.at[layer, :, columns])
@@ -253,8 +234,7 @@ def packed_matmul(
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
+    problem: Problem,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> jax.Array:
@@ -266,8 +246,7 @@ def packed_matmul(
       scales: ``[L, k // group_size, n]``.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``, which of the L.
-      bits: Width of a code: 2, 4 or 8.
-      group_size: Rows that share a scale.
+      problem: What to do; `refusal` tells what is served.
       tiles: Block sizes; None is `blocks`.
       interpret: Parameters of Pallas' simulation of a GPU, for tests.
 
@@ -277,19 +256,16 @@ def packed_matmul(
     Raises:
       ValueError: A stack of planes is between 2 and 4 GiB.
     """
-    (m, k), n = x.shape, scales.shape[-1]
+    m, k, n = problem.m, problem.k, problem.n
     check_addressable(planes)
-    tiles = tiles or blocks(m=m, k=k, n=n, bits=bits, group_size=group_size)
+    tiles = tiles or blocks(problem)
     padded = pl.cdiv(m, tiles.rows) * tiles.rows
     x = jnp.pad(x, ((0, padded - m), (0, 0)))
     operands = [layer.reshape(1), x, *planes, scales]
     runs = x.reshape(padded, k // tiles.depth, tiles.depth)
     operands += [jnp.sum(runs, axis=2, dtype=jnp.float32).T, *([] if zeros is None else [zeros])]
     out = plgpu.kernel(
-        functools.partial(
-            _kernel, bits=bits, group_size=group_size, k=k, tiles=tiles,
-            interpret=bool(interpret),
-        ),
+        functools.partial(_kernel, problem=problem, tiles=tiles, interpret=bool(interpret)),
         out_type=jax.ShapeDtypeStruct((tiles.splits, n, padded), jnp.float32),
         scratch_types=[
             plgpu.SMEM((_COLUMNS, tiles.rows), jnp.float32, transforms=_swizzled(tiles.rows, 32))

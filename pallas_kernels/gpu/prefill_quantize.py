@@ -28,32 +28,23 @@ from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES
-from pallas_kernels.reference import Packed
+from pallas_kernels.problem import Problem
+from pallas_kernels.reference import LowRank, Packed
 
 _EXACT = lax.Precision.HIGHEST
 
 
-def refusal(
-    *, m: int, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, rank: int,
-    **other: Any,
-) -> str | None:  # fmt: skip
+def refusal(problem: Problem, chip: str | None) -> str | None:
     """Why this kernel cannot serve a problem.
 
     Args:
-      m: Rows of x.
-      d_in: Rows of the weight.
-      k: Those, padded to whole groups.
-      n: Columns.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: The problem.
       chip: Short name of the GPU, None if unknown.
-      rank: Of the low-rank term, 0 for none.
-      **other: Facts that it does not depend on.
 
     Returns:
       The reason, None if it can.
     """
-    why = qp.refusal(d_in=d_in, k=k, n=n, bits=bits, group_size=group_size, chip=chip, rank=rank)
+    why, group_size = qp.refusal(problem, chip), problem.group_size
     if why is None and group_size <= 8:
         return f"tensor cores multiply at least 16 rows at a time, a group has {group_size}"
     if why is None and group_size > 256:
@@ -61,9 +52,7 @@ def refusal(
     return why
 
 
-def blocks(
-    *, m: int, bits: int, group_size: int, itemsize: int, quantized: bool
-) -> tuple[int, int]:
+def blocks(problem: Problem) -> tuple[int, int]:
     """The default rows of x and columns of the weight per program.
 
     A group's columns of x take at most two thirds of the shared memory; the weights, as an operand
@@ -71,23 +60,20 @@ def blocks(
     codes are multiplied, need more registers: larger blocks than these spill (by ptxas' figures).
 
     Args:
-      m: Rows of x.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      itemsize: Of x, bytes.
-      quantized: Whether the codes are multiplied.
+      problem: What is asked for.
 
     Returns:
       Powers of two: rows from 16 to 128, columns from 16 to 64.
     """
-    depth = 1 << (group_size - 1).bit_length()
-    most, columns = 128, min(64, qp.block_columns(bits=bits, group_size=group_size))
-    if itemsize == 4:
+    wide = problem.itemsize == 4
+    depth = 1 << (problem.group_size - 1).bit_length()
+    most, columns = 128, min(64, qp.block_columns(problem))
+    if wide:
         most, columns = 64, min(32, columns)
-    if depth > 128 and (quantized or itemsize == 4):
+    if depth > 128 and (problem.quantized or wide):
         most, columns = 64, 16
-    fitting = 2 * SHARED_BYTES // 3 // (depth * itemsize)
-    return max(16, min(most, 1 << (m - 1).bit_length(), fitting)), columns
+    fitting = 2 * SHARED_BYTES // 3 // (depth * problem.itemsize)
+    return max(16, min(most, 1 << (problem.m - 1).bit_length(), fitting)), columns
 
 
 def _load_x(ref: Any, row: Any, rows: Any, real_rows: Any, place: qp.Place, facts: qp.Facts) -> Any:
@@ -121,17 +107,17 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _kernel(
-    layer_ref: Any, x_ref: Any, w_ref: Any, *rest: Any, facts: qp.Facts, m: int, block: int,
-    quantized: bool,
-) -> None:  # fmt: skip
+    layer_ref: Any, x_ref: Any, w_ref: Any, *rest: Any, facts: qp.Facts, block: int
+) -> None:
     refs = dict(zip(facts.given, rest, strict=False), x=x_ref)
     y_ref, *outputs = rest[len(facts.given) :]
     count = len(PLANES[facts.stored_bits])
     place, layer = qp.Place(facts, pl.program_id(1)), layer_ref[0]
-    sharer, sharing = pl.program_id(0), pl.cdiv(m, block)
+    sharer, sharing = pl.program_id(0), pl.cdiv(facts.m, block)
     first = sharer * block
     rows = pl.ds(first, block)
-    real_rows = first + jnp.arange(block, dtype=jnp.int32) < m if m % block else None
+    ids = first + jnp.arange(block, dtype=jnp.int32)
+    real_rows = ids < facts.m if facts.m % block else None
     size = (facts.depth, facts.columns)
 
     def of_group(w: Any, row: Any) -> Any:
@@ -152,7 +138,7 @@ def _kernel(
             w = qp.load(w_ref, at, place.both(place.real(row)))
             x = _load_x(x_ref, row, rows, real_rows, place, facts)
             found = None
-            if quantized:
+            if facts.quantized:
                 found = of_group(w, row)
                 acc = acc + _times_codes(x, found[0], found[1:], refs, row, place, facts)
             else:
@@ -189,16 +175,10 @@ def prefill_quantize(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
-    quantized: bool = False,
+    problem: Problem,
     tiles: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Packed]:
@@ -206,42 +186,29 @@ def prefill_quantize(
 
     Args:
       x: ``[m, d_in]``; not divided by the channel scale.
-      w: ``[L, d_in, n]``.
-      channel_scale: See `quantize_pack.quantize_pack`, as the arguments after it.
+      w: See `quantize_pack.quantize_pack`, as the arguments after it.
+      channel_scale: See `quantize_pack.quantize_pack`.
       importance: See `quantize_pack.quantize_pack`.
-      down: See `quantize_pack.quantize_pack`.
-      up: See `quantize_pack.quantize_pack`.
+      low_rank: See `quantize_pack.quantize_pack`.
       layer: See `quantize_pack.quantize_pack`.
-      bits: See `quantize_pack.quantize_pack`.
-      group_size: See `quantize_pack.quantize_pack`.
-      zero_point: See `quantize_pack.quantize_pack`.
-      store_dtype: See `quantize_pack.quantize_pack`.
-      shrinks: See `quantize_pack.quantize_pack`.
-      quantized: Multiply ``x / D`` with the codes, instead of x with w; the low-rank part is left
-        to the caller.
+      problem: See `quantize_pack.quantize_pack`. Where it is `quantized`, ``x / D`` is multiplied
+        with the codes, instead of x with w; the low-rank part is left to the caller.
       tiles: Rows of x and columns per program, powers of two; None is `blocks`.
       interpret: Runs on the CPU, for tests.
 
     Returns:
       ``(y[m, n] in x's dtype, (planes, scales, zeros))``.
     """
-    m, d_in = x.shape
-    n = w.shape[-1]
-    given = qp.operands_of(channel_scale, importance, down, up, shrinks)
-    block, columns = tiles or blocks(
-        m=m, bits=bits, group_size=group_size, itemsize=x.dtype.itemsize, quantized=quantized
-    )
-    facts = qp.Facts(
-        d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
-        group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
-        shrinks=shrinks, columns=columns, given=tuple(given), interpret=interpret,
-    )  # fmt: skip
+    m, n = problem.m, problem.n
+    given = qp.operands_of(channel_scale, importance, low_rank, problem)
+    block, columns = tiles or blocks(problem)
+    facts = qp.Facts(**vars(problem), columns=columns, given=tuple(given), interpret=interpret)
     y, *outputs = pallas_call(
-        functools.partial(_kernel, facts=facts, m=m, block=block, quantized=quantized),
+        functools.partial(_kernel, facts=facts, block=block),
         out_shape=[jax.ShapeDtypeStruct((m, n), x.dtype), *qp.outputs_of(facts)],
         grid=(pl.cdiv(m, block), pl.cdiv(n, columns)),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
-        name=f"prefill_quantize_{bits}bit",
+        name=f"prefill_quantize_{problem.bits}bit",
     )(layer.reshape(1), x, w, *given.values())
     return y, qp.packed_of(outputs, facts)

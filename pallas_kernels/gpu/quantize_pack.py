@@ -28,37 +28,22 @@ from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES, pack
-from pallas_kernels.reference import Packed
+from pallas_kernels.problem import Problem
+from pallas_kernels.reference import LowRank, Packed
 
 _EXACT = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(Problem):
     """What the body of a quantizing kernel knows statically.
 
     Attributes:
-      d_in: rows of the weight.
-      k: those, padded to whole groups.
-      n: columns.
-      bits: width of a code.
-      group_size: rows that share a scale.
-      zero_point: one of `grid.ZERO_POINTS`.
-      store_dtype: of scales and float zero points.
-      shrinks: factors on a group's range to choose from.
       columns: per program.
       given: names of the optional operands that there are.
       interpret: whether no PTX can run.
     """
 
-    d_in: int
-    k: int
-    n: int
-    bits: int
-    group_size: int
-    zero_point: str
-    store_dtype: Any
-    shrinks: tuple[float, ...]
     columns: int
     given: tuple[str, ...]
     interpret: bool
@@ -85,21 +70,12 @@ class Facts:
         return [(i, part) for i, w in enumerate(widths) for part in range(w // min(widths))]
 
 
-def refusal(
-    *, d_in: int, k: int, n: int, bits: int, group_size: int, chip: str | None, rank: int = 0,
-    **other: Any,
-) -> str | None:  # fmt: skip
+def refusal(problem: Problem, chip: str | None) -> str | None:
     """Why this kernel cannot serve a problem.
 
     Args:
-      d_in: Rows of the weight.
-      k: Those, padded to whole groups.
-      n: Columns.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: The problem.
       chip: Short name of the GPU, None if unknown.
-      rank: Of the low-rank term, 0 for none.
-      **other: Facts that it does not depend on.
 
     Returns:
       The reason, None if it can.
@@ -107,11 +83,11 @@ def refusal(
     why = triton.refusal(chip)
     if why is not None:
         return why
+    group_size, rank = problem.group_size, problem.rank
     if group_size > 512:
         return f"a group of {group_size} rows does not fit into the registers, at most 512 do"
     rows = 1 << (group_size - 1).bit_length()
-    columns = block_columns(bits=bits, group_size=group_size)
-    if rank and 4 * _rank_block(rank) * (rows + columns) > SHARED_BYTES:
+    if rank and 4 * _rank_block(rank) * (rows + block_columns(problem)) > SHARED_BYTES:
         return (
             f"low-rank factors of rank {rank} do not fit into shared memory beside a group of "
             f"{group_size} rows"
@@ -123,52 +99,43 @@ def _rank_block(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def block_columns(*, bits: int, group_size: int) -> int:
+def block_columns(problem: Problem) -> int:
     """The default columns per program.
 
     Registers hold, per weight of a group, its float32 and a carrier of every part (5 for 5 bits);
     16 weights for each of 256 threads leave room for both.
 
     Args:
-      bits: Width of a code.
-      group_size: Rows that share a scale.
+      problem: What is asked for.
 
     Returns:
       A power of two from 16 to 128.
     """
-    weights = 4096 if len(PLANES[bits]) > 1 else 8192
-    return min(128, max(16, weights >> (group_size - 1).bit_length()))
+    weights = 4096 if len(PLANES[problem.bits]) > 1 else 8192
+    return min(128, max(16, weights >> (problem.group_size - 1).bit_length()))
 
 
 def operands_of(
-    channel_scale: jax.Array | None, importance: jax.Array | None, down: jax.Array | None,
-    up: jax.Array | None, shrinks: tuple[float, ...],
+    channel_scale: jax.Array | None, importance: jax.Array | None, low_rank: LowRank | None,
+    problem: Problem,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The optional operands that there are, float32, by name; factors padded to `_rank_block`."""
+    down, up = low_rank or (None, None)
     if down is not None and up is not None:
         # Zeros: a kernel may not read beyond an array, and Triton's products are of 16 and more.
-        padding = _rank_block(down.shape[1]) - down.shape[1]
+        padding = _rank_block(problem.rank) - problem.rank
         down, up = jnp.pad(down, ((0, 0), (0, padding))), jnp.pad(up, ((0, padding), (0, 0)))
-    given = {
-        "channel_scale": channel_scale, "importance": importance if len(shrinks) > 1 else None,
-        "down": down, "up": up,
-        "shrinks": jnp.asarray(shrinks, jnp.float32) if len(shrinks) > 1 else None,
-    }  # fmt: skip
+    given = {"channel_scale": channel_scale, "importance": None, "down": down, "up": up}
+    if problem.searched:
+        given |= {"importance": importance, "shrinks": jnp.asarray(problem.shrinks, jnp.float32)}
     return {name: a.astype(jnp.float32) for name, a in given.items() if a is not None}
 
 
 def outputs_of(facts: Facts) -> list[jax.ShapeDtypeStruct]:
     """Planes, scales and zero points."""
-    groups = (facts.k // facts.group_size, facts.n)
-    out = [
-        jax.ShapeDtypeStruct((facts.k * width // 8, facts.n), jnp.uint8)
-        for width in PLANES[facts.stored_bits]
-    ]
-    out.append(jax.ShapeDtypeStruct(groups, facts.store_dtype))
-    if facts.zero_point != "none":
-        dtype = jnp.uint8 if facts.zero_point == "integer" else facts.store_dtype
-        out.append(jax.ShapeDtypeStruct(groups, dtype))
-    return out
+    rows = [(facts.k * width // 8, "uint8") for width in PLANES[facts.stored_bits]]
+    rows += [(facts.k // facts.group_size, t) for t in (facts.store_dtype, facts.zero_dtype) if t]
+    return [jax.ShapeDtypeStruct((count, facts.n), dtype) for count, dtype in rows]
 
 
 def packed_of(outputs: Any, facts: Facts) -> Packed:
@@ -325,15 +292,10 @@ def quantize_pack(
     w: jax.Array,
     channel_scale: jax.Array | None,
     importance: jax.Array | None,
-    down: jax.Array | None,
-    up: jax.Array | None,
+    low_rank: LowRank | None,
     layer: jax.Array,
     *,
-    bits: int,
-    group_size: int,
-    zero_point: str,
-    store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,),
+    problem: Problem,
     tiles: int | None = None,
     interpret: bool = False,
 ) -> Packed:
@@ -343,34 +305,24 @@ def quantize_pack(
       w: ``[L, d_in, n]``.
       channel_scale: ``[d_in]`` or None.
       importance: ``[d_in]`` or None.
-      down: ``[d_in, r]`` or None.
-      up: ``[r, n]`` or None.
+      low_rank: ``(A[d_in, r], B[r, n])`` or None.
       layer: ``int32[]``, which of the L.
-      bits: Width of a code.
-      group_size: Rows that share a scale.
-      zero_point: One of `grid.ZERO_POINTS`.
-      store_dtype: Of scales and float zero points.
-      shrinks: Factors on a group's range to choose from.
+      problem: What to do; `refusal` tells what is served.
       tiles: Columns per program, a power of two; None is `block_columns`.
       interpret: Runs on the CPU, for tests.
 
     Returns:
       ``(planes, scales, zeros)`` of that layer.
     """
-    _, d_in, n = w.shape
-    given = operands_of(channel_scale, importance, down, up, shrinks)
-    facts = Facts(
-        d_in=d_in, k=pl.cdiv(d_in, group_size) * group_size, n=n, bits=bits,
-        group_size=group_size, zero_point=zero_point, store_dtype=jnp.dtype(store_dtype),
-        shrinks=shrinks, columns=tiles or block_columns(bits=bits, group_size=group_size),
-        given=tuple(given), interpret=interpret,
-    )  # fmt: skip
+    given = operands_of(channel_scale, importance, low_rank, problem)
+    columns = tiles or block_columns(problem)
+    facts = Facts(**vars(problem), columns=columns, given=tuple(given), interpret=interpret)
     outputs = pallas_call(
         functools.partial(_kernel, facts=facts),
         out_shape=outputs_of(facts),
-        grid=(pl.cdiv(n, facts.columns), facts.slab // group_size),
+        grid=(pl.cdiv(facts.n, columns), facts.slab // facts.group_size),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
-        name=f"quantize_pack_{bits}bit",
+        name=f"quantize_pack_{facts.bits}bit",
     )(layer.reshape(1), w, *given.values())
     return packed_of(outputs, facts)

@@ -15,6 +15,7 @@ import pallas_kernels
 from pallas_kernels import Target, choose, tiles
 from pallas_kernels.choice import KERNELS
 from pallas_kernels.gpu import packed_matmul, prefill_quantize, quantize_pack
+from pallas_kernels.problem import matmul_problem, rounding_problem
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -40,24 +41,23 @@ def interpreted(kernel, implementation):
     """The public call's form over the interpreted Triton kernels."""
     assert implementation == "triton"
 
-    def with_layer(a, layer):
-        return jax.tree.map(lambda a: a[None], a) if layer is None else a
+    def matmul(x, planes, scales, zeros, *, layer, **kind):
+        problem = matmul_problem(x, scales, zeros, **kind)
+        x = jnp.pad(x, ((0, 0), (0, problem.k - problem.d_in)))
+        return packed_matmul.packed_matmul(
+            x, planes, scales, zeros, layer, problem=problem, interpret=True
+        )
 
-    def at(layer):
-        return jnp.int32(0) if layer is None else layer
-
-    def matmul(x, planes, scales, zeros, *, layer=None, **kind):
-        k = scales.shape[-2] * kind["group_size"]
-        x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
-        weight = with_layer((planes, scales, zeros), layer)
-        return packed_matmul.packed_matmul(x, *weight, at(layer), interpret=True, **kind)
-
-    def packing(w, d, h=None, low_rank=(None, None), *, layer, **kind):
-        return quantize_pack.quantize_pack(w, d, h, *low_rank, layer, interpret=True, **kind)
+    def packing(w, d, h=None, low_rank=None, *, layer, **kind):
+        problem = rounding_problem(w, d, low_rank, **kind)
+        return quantize_pack.quantize_pack(
+            w, d, h, low_rank, layer, problem=problem, interpret=True
+        )
 
     def prefill(x, w, d, *, layer, **kind):
+        problem = rounding_problem(w, d, None, x, **kind)
         return prefill_quantize.prefill_quantize(
-            x, w, d, None, None, None, layer, interpret=True, **kind
+            x, w, d, None, None, layer, problem=problem, interpret=True
         )
 
     return dict(zip(KERNELS, (matmul, packing, prefill), strict=True))[kernel]

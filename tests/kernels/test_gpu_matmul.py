@@ -1,5 +1,6 @@
 """The Triton kernel of the packed product, interpreted, against the oracle."""
 
+import dataclasses
 import itertools
 import re
 from functools import partial
@@ -14,18 +15,15 @@ from pallas_kernels import reference
 from pallas_kernels.gpu import packed_matmul as gpu
 from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.layout import PLANES, pack
-from pallas_kernels.problem import matmul_problem
+from pallas_kernels.problem import Problem, matmul_problem
 
 ALL_BITS = sorted(PLANES)
 
 
-def compiled(**kind):
-    """The kernel as a function of x, planes, scales, zeros and the layer."""
-    return jax.jit(partial(gpu.packed_matmul, interpret=True, **kind))
-
-
-def of_layer(layer):
-    return jnp.asarray(layer, jnp.int32)
+def product(x, planes, scales, zeros, layer, tiles=None, **kind):
+    problem = matmul_problem(x, scales, zeros, **kind)
+    run = partial(gpu.packed_matmul, interpret=True, problem=problem, tiles=tiles)
+    return jax.jit(run)(x, planes, scales, zeros, jnp.asarray(layer, jnp.int32))
 
 
 def stacked(weight):
@@ -93,12 +91,12 @@ def test_the_cases_cover_every_width_with_everything():
 )
 def test_within_the_rounding_bound(bits, group_size, n_group, n, m, dtype, store, zero):
     k = group_size * n_group
-    facts = {"m": m, "k": k, "n": n, "bits": bits, "group_size": group_size}
-    assert gpu.refusal(**facts, dtype=dtype, chip="h100") is None
+    kind = {"bits": bits, "group_size": group_size}
     weight = random_weight(m + bits, bits, group_size, n_group, n, store, zero)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)
     packed = stacked((pack(jnp.asarray(weight[0]), bits=bits), *weight[1:]))
-    y = compiled(bits=bits, group_size=group_size)(x, *packed, of_layer(0))
+    assert gpu.refusal(matmul_problem(x, *packed[1:], **kind), "h100") is None
+    y = product(x, *packed, 0, **kind)
     assert y.dtype == x.dtype
     check_close(y, x, weight, bits, group_size)
 
@@ -128,9 +126,8 @@ def test_integers_are_exact_in_every_layer(bits, group_size, symmetric, m, dtype
     codes, scales, zeros = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *layers)
     planes = pack(codes, bits=bits)
     x = jnp.asarray(np.random.default_rng(2).integers(-2, 3, (m, 384)), dtype)
-    call = compiled(bits=bits, group_size=group_size)
     for layer in (0, 2):
-        y = call(x, planes, scales, zeros, of_layer(layer))
+        y = product(x, planes, scales, zeros, layer, bits=bits, group_size=group_size)
         weight, _ = oracle_weight(*layers[layer], bits, group_size)
         exact = np.asarray(x, np.float64) @ weight
         # One rounding, of the exact sum to x's dtype.
@@ -144,13 +141,16 @@ def test_any_number_of_splits_covers_every_step_once(m, splits):
     x = jnp.asarray(np.random.default_rng(4).integers(-8, 9, (m, 384)), jnp.bfloat16)
     tiles = gpu.Tiles(rows=min(m, 16), columns=32, depth=16, splits=splits)
     packed = (pack(jnp.asarray(codes), bits=4), scales, zeros)
-    call = compiled(bits=4, group_size=32, tiles=tiles)
-    y = call(x, *stacked(packed), of_layer(0))
+    y = product(x, *stacked(packed), 0, tiles, bits=4, group_size=32)
     problem = matmul_problem(x, scales, zeros, bits=4, group_size=32)
     exact = reference.packed_matmul(x, *packed, problem=problem)
     np.testing.assert_array_equal(np.asarray(y), np.asarray(exact.astype(jnp.bfloat16)))
 
 
+PROBLEM = Problem(
+    kernel="packed_matmul", m=1, d_in=1024, n=64, bits=4, group_size=32, zero_point="float",
+    dtype="bfloat16",
+)  # fmt: skip
 SHAPES = [(1024, 2048), (4096, 14336), (1152, 6912), (6912, 1152), (16384, 4096), (384, 50)]
 
 
@@ -158,18 +158,21 @@ SHAPES = [(1024, 2048), (4096, 14336), (1152, 6912), (6912, 1152), (16384, 4096)
 @pytest.mark.parametrize("group_size", [32, 96, 128])
 def test_default_blocks_cover_the_problem(bits, group_size):
     rows = (1, 2, 3, 16, 17, 100, 4096)
-    for (k, n), m, itemsize in itertools.product(SHAPES, rows, (2, 4)):
+    for (k, n), m, dtype in itertools.product(SHAPES, rows, ("bfloat16", "float32")):
         k = k // group_size * group_size
-        if gpu.granule(k=k, bits=bits, group_size=group_size) < 16:
+        problem = dataclasses.replace(
+            PROBLEM, m=m, d_in=k, n=n, bits=bits, group_size=group_size, dtype=dtype
+        )
+        if gpu.granule(problem) < 16:
             continue
-        t = gpu.blocks(m=m, k=k, n=n, bits=bits, group_size=group_size, itemsize=itemsize)
+        t = gpu.blocks(problem)
         slab = k * min(PLANES[bits]) // 8
         assert slab % t.depth == 0, "a step leaves its slab"
         assert group_size % t.depth == 0, "a step leaves its group"
         for size in (t.rows, t.columns, t.depth):
             assert size & (size - 1) == 0
         assert t.rows >= min(m, 16)
-        assert m <= 2 or gpu.shared_bytes(t, bits=bits, itemsize=itemsize) <= SHARED_BYTES
+        assert m <= 2 or gpu.shared_bytes(t, problem) <= SHARED_BYTES
         steps = slab // t.depth
         each = -(-steps // t.splits)
         assert (t.splits - 1) * each < steps, "a program without a step"
@@ -177,25 +180,21 @@ def test_default_blocks_cover_the_problem(bits, group_size):
         assert t.splits == 1 or 4 * m * n * t.splits <= k * n * bits / 8 / 4
 
 
-FACTS = {"m": 1, "k": 1024, "n": 64, "bits": 4, "group_size": 32, "dtype": "bfloat16",
-         "chip": "h100"}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"chip": "t4"}, r"compute capability 8\.0 and up, a T4 has 7\.5"),
         ({"group_size": 8}, "for only 8 rows at a time, the kernel needs 16"),
         # 9 octets of 8 rows: a field ends in the middle of a group.
-        ({"k": 576, "bits": 3, "group_size": 64}, "for only 8 rows at a time"),
+        ({"d_in": 576, "bits": 3, "group_size": 64}, "for only 8 rows at a time"),
         ({"m": 0}, "nothing to compute: 0 rows, 64 columns"),
         ({"n": 0}, "nothing to compute: 1 rows, 0 columns"),
     ],
 )
 def test_refusals_give_their_reason(change, reason):
-    assert gpu.refusal(**FACTS) is None
-    assert gpu.refusal(**{**FACTS, "chip": None}) is None
-    why = gpu.refusal(**{**FACTS, **change})
+    assert gpu.refusal(PROBLEM, "h100") is None
+    assert gpu.refusal(PROBLEM, None) is None
+    assert "compute capability 8.0 and up, a T4 has 7.5" in gpu.refusal(PROBLEM, "t4")
+    why = gpu.refusal(dataclasses.replace(PROBLEM, **change), "h100")
     assert why is not None
     assert re.search(reason, why)
 
@@ -210,7 +209,8 @@ def test_a_stack_that_32_bit_offsets_cannot_reach_is_refused(layers, served):
         shape((1, k), jnp.bfloat16), (shape((layers, k // 2, n), jnp.uint8),),
         shape((layers, k // 128, n), jnp.bfloat16), None, shape((), jnp.int32),
     )  # fmt: skip
-    call = partial(gpu.packed_matmul, bits=4, group_size=128)
+    problem = matmul_problem(operands[0], *operands[2:4], bits=4, group_size=128)
+    call = partial(gpu.packed_matmul, problem=problem)
     if served:
         assert jax.eval_shape(call, *operands).shape == (1, n)
     else:

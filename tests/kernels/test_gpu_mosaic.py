@@ -1,5 +1,6 @@
 """Hopper's packed product on Mosaic GPU: simulated with its copies, and compiled to SASS."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -14,17 +15,22 @@ from packed_weights import EPS, oracle_weight, random_weight
 
 from pallas_kernels.gpu import packed_matmul_sm90 as gpu
 from pallas_kernels.layout import PLANES, pack
+from pallas_kernels.problem import Problem, matmul_problem
 from ttq_jax.chips.absent import compile_for
 from ttq_jax.chips.released import RELEASED, projections, released_config
 
 SHAPES = sorted({s for name in RELEASED for s in projections(released_config(name)).values()})
 
 
-def simulate(x, planes, scales, zeros, layer, **kind):
+def simulate(x, planes, scales, zeros, layer, tiles=None, **kind):
     """Copies to shared memory are simulated; an access that is not synchronised is an error."""
     layer = jnp.asarray(layer, jnp.int32)
     races = InterpretGPUParams(detect_races=True)
-    y = gpu.packed_matmul(x, planes, scales, zeros, layer, interpret=races, **kind)
+    problem = matmul_problem(x, scales, zeros, **kind)
+    assert gpu.refusal(problem, "h100") is None
+    y = gpu.packed_matmul(
+        x, planes, scales, zeros, layer, problem=problem, tiles=tiles, interpret=races
+    )
     jax.block_until_ready(y)
     assert not interpreter.get_races().races_found
     return y
@@ -48,10 +54,8 @@ def test_integers_are_exact_in_a_later_layer(bits, group_size, n_group, n, m, ze
     x = jnp.asarray(rng.integers(-2, 3, (m, k)), dtype)
     if tiles is not None:
         tiles = gpu.Tiles(**dict(zip(("rows", "depth", "splits", "stages"), tiles, strict=True)))
-    facts = {"m": m, "k": k, "n": n, "bits": bits, "group_size": group_size}
-    assert gpu.refusal(**facts, dtype=dtype, chip="h100") is None
-    kind = {"bits": bits, "group_size": group_size, "tiles": tiles}
-    y = simulate(x, pack(jnp.asarray(codes), bits=bits), scales, zeros, 1, **kind)
+    kind = {"bits": bits, "group_size": group_size}
+    y = simulate(x, pack(jnp.asarray(codes), bits=bits), scales, zeros, 1, tiles, **kind)
     one = None if zeros is None else zeros[1]
     weight, _ = oracle_weight(codes[1], scales[1], one, bits, group_size)
     exact = np.asarray(x, np.float64) @ weight
@@ -74,39 +78,42 @@ def test_real_operands_within_the_rounding_bound():
     assert np.all(np.abs(np.asarray(y, np.float64) - wide @ exact) <= bound)
 
 
-FACTS = {"m": 1, "k": 1024, "n": 256, "bits": 4, "group_size": 32, "dtype": "bfloat16",
-         "chip": "h100"}  # fmt: skip
+PROBLEM = Problem(
+    kernel="packed_matmul", m=1, d_in=1024, n=256, bits=4, group_size=32, zero_point="float",
+    dtype="bfloat16",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"chip": "a100"}, "written for Hopper's WGMMA, this is a a100"),
-        ({"chip": None}, "this is a GPU of unknown kind"),
         ({"bits": 3}, "3-bit codes are two bit planes"),
         ({"bits": 5}, "5-bit codes are two bit planes"),
         ({"dtype": "float32"}, "bfloat16 or float16, x is float32"),
         ({"n": 200}, "128 columns at a time, 200 are no multiple"),
-        ({"group_size": 16}, "for only 16 rows at a time, it needs 32"),
+        ({"group_size": 16}, "for only 16 rows at a time, the kernel needs 32"),
         ({"m": 0}, "nothing to compute: 0 rows"),
     ],
 )
 def test_refusals_give_their_reason(change, reason):
-    assert gpu.refusal(**FACTS) is None
-    assert re.search(reason, gpu.refusal(**{**FACTS, **change}))
+    assert gpu.refusal(PROBLEM, "h100") is None
+    assert re.search(reason, gpu.refusal(dataclasses.replace(PROBLEM, **change), "h100"))
+    assert "written for Hopper's WGMMA, this is a a100" in gpu.refusal(PROBLEM, "a100")
+    assert "this is a GPU of unknown kind" in gpu.refusal(PROBLEM, None)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_default_blocks_cover_the_problem(bits, group_size):
     for (k, n), m in ((s, m) for s in SHAPES for m in (1, 16, 33, 4096)):
-        facts = {"m": m, "k": k, "n": n, "bits": bits, "group_size": group_size}
-        why = gpu.refusal(**facts, dtype="bfloat16", chip="h100")
+        facts = {"m": m, "d_in": k, "n": n, "bits": bits, "group_size": group_size}
+        problem = dataclasses.replace(PROBLEM, **facts)
+        why = gpu.refusal(problem, "h100")
         if why is not None:
             # 1152 and 6912 rows: their slabs end in the middle of a group.
             assert k % (32 * 8 // min(PLANES[bits])), why
             continue
-        t = gpu.blocks(**facts)
+        t = gpu.blocks(problem)
         slab = k * bits // 8
         assert group_size % t.depth == 0
         assert slab % (t.depth * t.splits) == 0
@@ -132,7 +139,8 @@ def test_compiles_for_an_h100(k, n, m, bits, group_size, zero, dtype):
         shape((m, k), dtype), (shape((2, k * bits // 8, n), jnp.uint8),), scales, zeros,
         shape((), jnp.int32),
     )  # fmt: skip
-    call = partial(gpu.packed_matmul, bits=bits, group_size=group_size)
+    problem = matmul_problem(operands[0], scales, zeros, bits=bits, group_size=group_size)
+    call = partial(gpu.packed_matmul, problem=problem)
     text = compile_for("h100", call, *operands).as_text()
     assert len(re.findall(r'custom_call_target="mosaic_gpu\w*"', text)) == 1
     entry = text[text.index("\nENTRY ") :].split("\n}")[0]

@@ -13,12 +13,17 @@ from pallas_kernels import reference
 from pallas_kernels.gpu import prefill_quantize as gpu_prefill
 from pallas_kernels.gpu import quantize_pack as gpu_pack
 from pallas_kernels.layout import unpack
-from pallas_kernels.problem import rounding_problem
+from pallas_kernels.problem import Problem, rounding_problem
 
 
 def run(kernel, operands, layer, **kind):
     call = jax.jit(partial(kernel, interpret=True, **kind))
     return call(*operands, jnp.asarray(layer, jnp.int32))
+
+
+def pack(w, d, h, low_rank, layer, **kind):
+    problem = rounding_problem(w, d, low_rank, **kind)
+    return run(gpu_pack.quantize_pack, (w, d, h, low_rank), layer, problem=problem)
 
 
 def oracle(*operands, **kind):
@@ -61,11 +66,11 @@ def exact_problem(seed, *, bits, group_size, d_in, n, zero_point, dtype, extra):
     stored = jnp.asarray(w, dtype)
     assert np.array_equal(np.asarray(stored, np.float64), w), "the weight is not exact"
     if not extra:
-        return stored, (None, None, None, None), steps[:, 0]
+        return stored, (None, None, None), steps[:, 0]
     h = rng.integers(0, 4, d_in)
     h[::group_size] = h[1::group_size] = 0
-    rest = tuple(jnp.asarray(a, jnp.float32) for a in (d, h, down, up))
-    return stored, rest, fine * steps[:, 0]
+    d, h, down, up = (jnp.asarray(a, jnp.float32) for a in (d, h, down, up))
+    return stored, (d, h, (down, up)), fine * steps[:, 0]
 
 
 EXACT = [
@@ -97,9 +102,9 @@ def test_packing_is_the_oracles_where_all_is_exact(
         for seed in (0, 1)
     ]  # fmt: skip
     w = jnp.stack([layer[0] for layer in layers])
-    _, (d, h, down, up), full = layers[1]
-    got = run(gpu_pack.quantize_pack, (w, d, h, down, up), 1, **kind)
-    want = oracle(w[1], d, h, (down, up) if extra else None, **kind)
+    _, rest, full = layers[1]
+    got = pack(w, *rest, 1, **kind)
+    want = oracle(w[1], *rest, **kind)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
@@ -169,8 +174,7 @@ def test_codes_are_the_nearest_of_a_real_weight(
         for a in (rng.uniform(0.5, 2, d_in), rng.normal(size=(d_in, 5)), rng.normal(size=(5, n)))
     )
     kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "store_dtype": store}
-    operands = (w, d, None, *((down, up) if extra else (None, None)))
-    packed = run(gpu_pack.quantize_pack, operands, 0, **kind)
+    packed = pack(w, d, None, (down, up) if extra else None, 0, **kind)
     wide, d, down, up = (np.asarray(a, np.float64) for a in (w[0], d, down, up))
     if not extra:
         down = up[:, :0] @ down[:0]  # an empty term
@@ -196,9 +200,8 @@ def test_the_search_leaves_no_group_worse_than_the_best_factor(importance):
         wrong = wrong if h is None else np.asarray(h, np.float64)[:, None] * wrong
         return np.pad(wrong, ((0, 8), (0, 0))).reshape(-1, rows, n).sum(1)
 
-    operands = (w, None, h, None, None)
     factors = (1.0, 0.85, 0.7)
-    found = errors(run(gpu_pack.quantize_pack, operands, 0, **kind, shrinks=factors))
+    found = errors(pack(w, None, h, None, 0, **kind, shrinks=factors))
     each = [errors(oracle(w[0], None, h, None, **kind, shrinks=(f,))) for f in factors]
     best = np.min(each, axis=0)
     # Errors are compared as float32 sums; two that are closer than that are as good as each other.
@@ -231,18 +234,15 @@ def test_prefill_of_whole_numbers_is_the_oracles(
         5, bits=bits, group_size=group_size, d_in=d_in, n=n, zero_point=zero_point, dtype=dtype,
         extra=extra,
     )  # fmt: skip
-    d, h, down, up = rest
+    d, h, low_rank = rest
     x = jnp.asarray(np.random.default_rng(6).integers(-2, 3, (m, d_in)), dtype)
-    y, got = run(
-        gpu_prefill.prefill_quantize, (x, w[None], *rest), 0, **kind, quantized=quantized,
-        tiles=tiles,
-    )  # fmt: skip
-    low_rank = (down, up) if extra else None
+    problem = rounding_problem(w, d, low_rank, x, **kind, quantized=quantized)
+    y, got = run(gpu_prefill.prefill_quantize, (x, w[None], *rest), 0, problem=problem, tiles=tiles)
     packed = oracle(w, d, h, low_rank, **kind)
     # The low-rank product is the caller's, beside the kernel.
     want = jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32))
     if quantized:
-        want = reference.packed_matmul(x, *packed, d, problem=rounding_problem(w, **kind))
+        want = reference.packed_matmul(x, *packed, d, problem=problem)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(packed), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     np.testing.assert_array_equal(np.asarray(y), np.asarray(want.astype(dtype)))
@@ -265,8 +265,8 @@ def test_prefill_of_real_operands_within_the_bound(
     d = jnp.asarray(rng.uniform(0.5, 2, d_in), jnp.float32)
     kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point,
             "store_dtype": "bfloat16"}  # fmt: skip
-    operands = (x, w, d, None, None, None)
-    y, packed = run(gpu_prefill.prefill_quantize, operands, 0, **kind, quantized=quantized)
+    problem = rounding_problem(w, d, None, x, **kind, quantized=quantized)
+    y, packed = run(gpu_prefill.prefill_quantize, (x, w, d, None, None), 0, problem=problem)
     wide = np.asarray(x, np.float64)
     unit, out = EPS / 2, float(jnp.finfo(dtype).eps) / 2
     if quantized:
@@ -285,9 +285,8 @@ def test_prefill_of_real_operands_within_the_bound(
     assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= bound)
 
 
-FACTS = {"m": 16, "d_in": 1000, "k": 1024, "n": 64, "bits": 4, "group_size": 32,
-         "zero_point": "float", "store_dtype": "bfloat16", "shrinks": 1, "rank": 0, "scaled": True,
-         "dtype": "bfloat16", "chip": "h100"}  # fmt: skip
+ROUNDING = {"d_in": 1000, "n": 64, "bits": 4, "group_size": 32, "zero_point": "float",
+            "shrinks": (1.0,), "scaled": True, "dtype": "bfloat16"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -304,11 +303,13 @@ FACTS = {"m": 16, "d_in": 1000, "k": 1024, "n": 64, "bits": 4, "group_size": 32,
     ],
 )
 def test_refusals_give_their_reason(change, pack_reason, prefill_reason):
-    facts = {**FACTS, **change}
-    without = {name: value for name, value in facts.items() if name != "m"}
+    facts = {**ROUNDING, **change}
+    chip = facts.pop("chip", "h100")
+    alone = Problem(kernel="quantize_pack", m=0, **facts)
+    prompt = Problem(kernel="prefill_quantize", m=16, **facts)
     for why, reason in (
-        (gpu_pack.refusal(**without), pack_reason),
-        (gpu_prefill.refusal(**facts, quantized=False), prefill_reason),
+        (gpu_pack.refusal(alone, chip), pack_reason),
+        (gpu_prefill.refusal(prompt, chip), prefill_reason),
     ):
         assert (why is None) == (reason is None), why
         assert reason is None or re.search(reason, why)
