@@ -233,7 +233,12 @@ def _mapped(call: Any, problem: Problem, implementation: str | None, fold: Any =
     def native() -> bool:
         return choose(problem, current_target(), implementation).implementation == "xla"
 
-    return batching.mapped(call, name=problem.kernel, native=native, fold=fold)
+    def counted(*operands: Any) -> Any:
+        # In 32 bits, whatever `jax_enable_x64` says: Mosaic has no wider integers.
+        with jax.enable_x64(False):
+            return call(*operands)
+
+    return batching.mapped(counted, name=problem.kernel, native=native, fold=fold)
 
 
 def _left_in_place(stacks: Any) -> Any:

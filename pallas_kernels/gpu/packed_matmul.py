@@ -308,7 +308,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
                 offset=facts.offset, interpret=facts.interpret,
             )  # fmt: skip
             x = _load(x_ref, rows, pl.ds(row, tiles.depth), real_rows)
-            precision = _EXACT if x.dtype == jnp.float32 else None
+            precision = _EXACT if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
             part = jnp.dot(q.T, x.T, preferred_element_type=jnp.float32, precision=precision)
             scale, *zeros = _scale_and_zero(
                 grid_refs, row // facts.group_size, columns, inside, layer

@@ -102,7 +102,7 @@ def _times_codes(
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    precision = _EXACT if x.dtype == jnp.float32 else None
+    precision = _EXACT if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jnp.dot(x, w, preferred_element_type=jnp.float32, precision=precision)
 
 

@@ -93,6 +93,12 @@ def collect(placed: jax.Array, m: int, weights: tuple[float, ...]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``a @ b`` of bfloat16, sums in float32."""
+    # Said, not left to `jax_default_matmul_precision`: Mosaic refuses more for bfloat16.
+    return jnp.dot(a, b, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+
+
 def exact_dot(a: jax.Array, b: jax.Array, m: int) -> jax.Array:
     """``a @ b`` in float32 by the bfloat16 matrix unit.
 
@@ -104,7 +110,7 @@ def exact_dot(a: jax.Array, b: jax.Array, m: int) -> jax.Array:
     Returns:
       ``float32[rows, n]`` whose first m rows count.
     """
-    products = [jnp.dot(a, part, preferred_element_type=jnp.float32) for part in split3(b)]
+    products = [_product(a, part) for part in split3(b)]
     return collect(products[2] + products[1] + products[0], m, (1.0, 1.0, 1.0))
 
 
@@ -121,7 +127,7 @@ def _stacked(x_ref: Any) -> jax.Array:
 def _times(x: jax.Array, chosen: jax.Array) -> jax.Array:
     """``x @ chosen`` for a matrix of zeros and ones: exact in float32."""
     ones = chosen.astype(jnp.float32).astype(jnp.bfloat16)
-    return jnp.dot(x, ones, preferred_element_type=jnp.float32)
+    return _product(x, ones)
 
 
 def _square(axis: int) -> jax.Array:

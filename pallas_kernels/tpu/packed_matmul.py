@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -222,6 +223,7 @@ def _scaled_sum(
         product = jnp.dot(
             left_ref[:, piece.row : piece.row + piece.size],
             as_int8(*found) if integer else as_bfloat16(*found),
+            precision=lax.Precision.DEFAULT,
             preferred_element_type=jnp.int32 if integer else jnp.float32,
         )
         for group in range(piece.row // group_size, pl.cdiv(piece.row + piece.size, group_size)):

@@ -118,7 +118,7 @@ def _matmuls(
     """The block's share of y, in products of ``depth`` rows of the weight."""
     s = rounder.spec
     m = y.shape[0]
-    precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if y.dtype == jnp.float32 else lax.Precision.DEFAULT
 
     def operand(at: slice) -> jax.Array:
         part = weight[at, :]
@@ -188,7 +188,7 @@ def prefill_quantize(
     call = alone.prepare(w, channel_scale, importance, low_rank, blocks, problem)
     m, n, padded = problem.m, problem.n, call.spec.padded_m
     if problem.quantized and channel_scale is not None:
-        x = (x.astype(jnp.float32) / channel_scale.astype(jnp.float32)).astype(x.dtype)
+        x = (x.astype(jnp.float32) / channel_scale.astype(jnp.float32)[None]).astype(x.dtype)
     x = jnp.pad(x, ((0, padded - m), (0, problem.k - problem.d_in)))
     activations = Activations(
         steps=call.spec.steps, rows=call.spec.rows, m=padded, dtype=x.dtype,
