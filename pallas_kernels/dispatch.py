@@ -228,7 +228,10 @@ def _chosen(problem: Problem, implementation: str | None) -> tuple[str, Callable
 
 
 def _mapped(call: Any, problem: Problem, implementation: str | None, fold: Any = None) -> Any:
-    """`batching.mapped`, XLA's own batching where XLA computes."""
+    """`batching.mapped`, XLA's own batching where XLA computes.
+
+    What JAX keeps of a call must hold no tracer (`jax_check_tracer_leaks`): a problem is plain.
+    """
 
     def native() -> bool:
         return choose(problem, current_target(), implementation).implementation == "xla"
