@@ -13,6 +13,16 @@ Axis legend, used in every signature:
     m, k, n        rows, inner and outer size of a kernel's matrix product
 
 A *group* shares a scale; a *block* is what a kernel loads at once.
+
+JAX's switches stay the user's. 64-bit types, strict dtypes and ranks, a transfer guard that
+disallows implicit transfers, and the checks for NaNs and leaked tracers change no result. Three
+change some on purpose:
+
+    jax_default_matmul_precision   the products of the model; weights are always quantized in full
+                                   float32
+    jax_default_prng_impl          what a `seed` of the user's draws; what we draw for a prior, an
+                                   allocation or a factor is drawn by threefry whatever it says
+    jax_threefry_partitionable     every draw
 """
 
 import importlib
