@@ -135,7 +135,7 @@ def test_quiet_says_nothing_on_stderr(cli, tiny):
     json.loads(out)
 
 
-def test_a_corpus_given_in_vain_is_mentioned(cli, tiny, text_file):
+def test_a_corpus_that_is_not_used_is_mentioned(cli, tiny, text_file):
     code, _, err = cli(
         "generate", "--model", tiny, "--prompt", "abc", "--max-new-tokens", 2, "--calibration",
         text_file, "--no-compilation-cache",

@@ -125,7 +125,7 @@ def _drawn(
 
 @partial(jax.jit, static_argnames=("name", "recipe", "prompt_tokens"))
 def _errors(
-    stack: Float[Array, "L d_in d_out"], moments: Moments, low_rank: LowRank | None,
+    stack: Float[Array, "L d_in d_out"], moments: Moments | None, low_rank: LowRank | None,
     inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
     name: str, recipe: Recipe, prompt_tokens: int,
 ) -> tuple[Float[Array, "L"], QuantizedLinear]:  # fmt: skip
