@@ -27,14 +27,14 @@ from tiny_files import write_model
 
 import pallas_kernels
 import ttq_jax as ttq
-from ttq_jax.allocate import allocate, measure_widths
-from ttq_jax.calibrate import observe_tokens, prepare_unpacked
 from ttq_jax.checkpoint import Model
-from ttq_jax.chips import compile_for
-from ttq_jax.continuations import continue_until, score_continuations
+from ttq_jax.chips.absent import compile_for
+from ttq_jax.evaluation.continuations import continue_until, score_continuations
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
-from ttq_jax.prior import prior_from_weights
+from ttq_jax.offline.allocate import allocate, measure_widths
+from ttq_jax.offline.calibrate import observe_tokens, prepare_unpacked
+from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import observe
 from ttq_jax.quant.recipe import PRESETS, Recipe, preset
