@@ -9,7 +9,7 @@ from ttq_jax.models.decoder import init_params
 from ttq_jax.types import Prompts
 
 BASE = {
-    "family": "llama", "vocab_size": 97, "d_model": 64, "n_layers": 3, "n_heads": 4,
+    "family": "llama", "vocab_size": 97, "d_model": 64, "n_layers": 2, "n_heads": 4,
     "n_kv_heads": 2, "head_dim": 16, "d_ff": 96, "max_positions": 512, "embed_dim": 64,
     "query_scale": 0.25, "rope": Rope(theta=10000.0),
 }  # fmt: skip
@@ -21,7 +21,7 @@ OPT = {
 
 
 def small_config(**changes) -> ModelConfig:
-    """A three-layer model; OPT's switches with `**OPT`."""
+    """A two-layer model; OPT's switches with `**OPT`."""
     return ModelConfig(**{**BASE, **changes})
 
 

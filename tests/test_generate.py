@@ -86,7 +86,7 @@ def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass():
 @pytest.mark.parametrize("flavour", ["full", "quantized"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, OPT, {"sliding_window": 5, "sliding_layers": (True, False, True)}],
+    [{}, OPT, {"n_layers": 3, "sliding_window": 5, "sliding_layers": (True, False, True)}],
     ids=["llama", "opt", "sliding"],
 )
 def test_left_right_and_no_padding_agree(changes, flavour):

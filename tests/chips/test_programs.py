@@ -49,7 +49,11 @@ def types_of(array):
 
 @pytest.mark.parametrize(
     ("model", "chip", "group_size"),
-    [("qwen3-1.7b", "v5e", 32), ("llama-3-8b", "v6e", 128), ("llama-3-8b", "h100", 32)],
+    [
+        pytest.param("qwen3-1.7b", "v5e", 32, marks=pytest.mark.slow),
+        ("llama-3-8b", "v6e", 128),
+        ("llama-3-8b", "h100", 32),
+    ],
 )
 def test_reading_quantizing_and_decoding_are_one_program_that_fits(model, chip, group_size):
     recipe = preset("ttq", bits=4, group_size=group_size)

@@ -18,8 +18,8 @@ TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
 MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "llama-3-8b", "gemma-3-1b", "opt-6.7b")
 SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
 BITS, ZERO_POINTS = (4, 3, 8, 5, 2), ("float", "none", "integer")
-# A kernel unrolls its groups: compiling a large weight takes seconds, so each is compiled for two
-# of the chips in turn, and small groups of a large weight for one.
+# A kernel unrolls its groups: compiling a large weight takes seconds, so each is compiled for one
+# of the chips in turn, and every width for every chip.
 SMALL = 1152 * 1152
 
 
@@ -66,7 +66,7 @@ def compile_quantize(chip, m, k, n, *, implementation="tpu", scaled=True, rank=0
 
 def design(chip, k, n):
     """A width, zero point and group for a shape."""
-    i = SHAPES.index((k, n)) + 2 * TPUS.index(chip)
+    i = SHAPES.index((k, n)) + TPUS.index(chip)
     bits = BITS[(i + SHAPES.index((k, n)) // 5) % 5] if k % 256 == 0 else (4, 8, 2)[i % 3]
     group_size = 32 if k * n <= SMALL and i % 2 else 128
     return i, {"bits": bits, "group_size": group_size, "zero_point": ZERO_POINTS[i // 5 % 3]}
@@ -76,9 +76,12 @@ CASES = [
     (chip, k, n)
     for i, (k, n) in enumerate(SHAPES)
     for j, chip in enumerate(TPUS)
-    if k * n <= SMALL or (i - j) % len(TPUS) in (0, 2)
+    if k * n <= SMALL or (i - j) % len(TPUS) == 3
 ]
-every = pytest.mark.parametrize(("chip", "k", "n"), CASES)
+every = pytest.mark.parametrize(
+    ("chip", "k", "n"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (c[1] * c[2] > SMALL)) for c in CASES],
+)
 
 
 def test_every_width_is_compiled_for_every_chip():
@@ -114,6 +117,7 @@ def test_prefill_quantize(chip, k, n):
 
 
 # The chips with least fast memory; the others have twice as much.
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v4", "v5p", "tpu7x"])
 def test_the_longest_prompt_over_the_longest_columns(chip):
     """What is not refused compiles: fast memory holds it, or the refusal says that it does not."""
@@ -127,6 +131,7 @@ def test_the_longest_prompt_over_the_longest_columns(chip):
     assert calls(compiled.as_text())["prefill_quantize"] == (chosen == "tpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "group_size"), [(512, 128), (1, 32)])
 def test_rows_give_way_to_columns_longer_than_any_here(m, group_size):
     """llama-3-70b's, by the widest codes, on the chip with the least fast memory."""
@@ -135,6 +140,7 @@ def test_rows_give_way_to_columns_longer_than_any_here(m, group_size):
     assert calls(compiled.as_text())["packed_matmul"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_small_groups_of_a_large_weight(bits):
     kind = {"bits": bits, "group_size": 32, "zero_point": "float"}
