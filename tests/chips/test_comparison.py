@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from compilers import needs_compilers
 
-from ttq_jax.chips import device_times
+from ttq_jax.chips import comparison, device_times
 from ttq_jax.chips.absent import CHIPS, ChipError
 from ttq_jax.chips.comparison import Case, estimate, sweep
 from ttq_jax.chips.cycles import CompileError, Estimate
@@ -38,7 +38,7 @@ def test_the_floor_is_every_stored_byte_once(bits, symmetric):
     assert case(**facts, m=m).dense_bytes() == 2 * k * n + read + written
 
 
-@pytest.mark.parametrize("kernel", bench.KERNELS)
+@pytest.mark.parametrize("kernel", comparison.KERNELS)
 @pytest.mark.parametrize("bits", [3, 8])
 def test_the_floor_is_of_the_arrays_that_the_call_takes_and_returns(kernel, bits):
     it = case(kernel, bits=bits, k=256, n=128, m=0 if kernel == "quantize_pack" else 8)
@@ -55,11 +55,11 @@ def test_no_time_is_less_than_what_memory_allows(kernel, cycles, dense, monkeypa
     it = case(kernel)
 
     def answer(chip, fn, *shapes, note=str):
-        if fn is bench.dense_product:
+        if fn is comparison.dense_product:
             return Estimate({"convolution": dense}, "")
         return Estimate({f"{kernel}.1": cycles - 3, "copy": 3}, "columns=1024")
 
-    monkeypatch.setattr(bench, "estimate_program", answer)
+    monkeypatch.setattr(comparison, "estimate_program", answer)
     seen = []
     (record,) = estimate([it], "v5e", progress=lambda *at: seen.append(at))
     per_cycle = CHIPS["v5e"].bytes_per_cycle
@@ -79,7 +79,7 @@ def test_no_time_is_less_than_what_memory_allows(kernel, cycles, dense, monkeypa
 @needs_compilers
 def test_a_sweep_goes_on_past_what_has_no_estimate(monkeypatch):
     def answer(chip, fn, *shapes, note=str):
-        if fn is bench.dense_product:
+        if fn is comparison.dense_product:
             return Estimate({"convolution": 10**6}, "")
         (weight,) = shapes[1][0][:1]
         if weight.shape[1] == 512:
@@ -88,7 +88,7 @@ def test_a_sweep_goes_on_past_what_has_no_estimate(monkeypatch):
             return Estimate({"copy.1": 7}, "columns=640", aborted=True)
         return Estimate({"packed_matmul.1": 7}, "columns=768", aborted=True)
 
-    monkeypatch.setattr(bench, "estimate_program", answer)
+    monkeypatch.setattr(comparison, "estimate_program", answer)
     cases = [case(n=512), case(n=640), case(n=768), case(group_size=8), case(k=1152, bits=3)]
     records = estimate(cases, "v5e")
     for record, words in zip(
@@ -139,10 +139,10 @@ def test_a_sweep_is_the_product_of_its_axes():
     assert len({*made}) == len(made)
     assert {c.m for c in made if c.kernel == "quantize_pack"} == {0}
     assert all(c.symmetric for c in made)
-    assert {c.kernel for c in sweep()} == {*bench.KERNELS}
+    assert {c.kernel for c in sweep()} == {*comparison.KERNELS}
 
 
-@pytest.mark.parametrize("kernel", bench.KERNELS)
+@pytest.mark.parametrize("kernel", comparison.KERNELS)
 def test_measuring_here(kernel, monkeypatch):
     monkeypatch.setitem(device_times._SECONDS, "cpu", 0.001)
     m = 0 if kernel == "quantize_pack" else 2
