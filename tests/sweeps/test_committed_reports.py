@@ -10,6 +10,7 @@ import pytest
 from report_tables import table_under
 
 from ttq_jax.commands.main import main
+from ttq_jax.sweeps.axes import LABELLED, make_cell
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 KEPT = sorted(path.parent for path in RESULTS.glob("*/report.md"))
@@ -77,3 +78,12 @@ def _matching(label, rows, corpus):
         and all(str(row["cell"].get(axis)) == value for axis, value in told.items())
     ]  # fmt: skip
     return found
+
+
+def test_a_kept_sweep_goes_on_where_it_stopped():
+    """A row's key is still what its cell has: nothing that was measured is measured again."""
+    for directory in KEPT:
+        for line in (directory / "rows.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            labelled = {axis: f"{row['cell'][axis]}=" for axis in LABELLED if axis in row["cell"]}
+            assert make_cell(row["cell"] | labelled).key == row["key"]
