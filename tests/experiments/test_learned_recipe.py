@@ -23,6 +23,7 @@ from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.types import SITE_OF, Offline, Prompts, kernels
 
+pytestmark = pytest.mark.slow
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import learned_recipe  # noqa: E402

@@ -212,7 +212,8 @@ def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-@pytest.fixture(scope="module", params=PATHS)
+# The notebooks pin their jax: CI runs them on that one.
+@pytest.fixture(scope="module", params=[pytest.param(p, marks=pytest.mark.slow) for p in PATHS])
 def executed(request, compiled, tmp_path_factory):
     """The cells after a run, by tag."""
     notebook, place = read(request.param), tmp_path_factory.mktemp("notebook")
