@@ -187,6 +187,7 @@ def started(sweep_file, out, cache):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_table_is_the_same(
     finished, sweep_file, tmp_path, tmp_path_factory
 ):
@@ -215,6 +216,7 @@ def test_killed_again_and_again_the_table_is_the_same(
     assert len(keys) == len(set(keys)), "no cell twice"
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(finished, sweep_file, tmp_path, tmp_path_factory):
     out, cache = tmp_path / "out", tmp_path_factory.mktemp("xla")
     pair = [started(sweep_file, out, cache) for _ in range(2)]
