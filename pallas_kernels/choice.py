@@ -190,6 +190,6 @@ def choose(problem: Problem, target: Target, implementation: str | None = None) 
     for name in candidates:
         why = refusal(problem, name, target)
         if why is None:
-            return Choice(name, "; ".join(refused) or f"the kernel for a {target.chip or name}")
+            return Choice(name, "; ".join(refused) or f"the kernel for {target.chip or name}")
         refused.append(f"{name}: {why}")
     return Choice("xla", "; ".join(refused), fallback=True)

@@ -87,7 +87,7 @@ def refusal(problem: Problem, chip: str | None) -> str | None:
     """
     p = problem
     if chip != "h100":
-        return f"it is written for Hopper's WGMMA, this is a {chip or 'GPU of unknown kind'}"
+        return f"it is written for Hopper's WGMMA, this is {chip or 'a GPU of unknown kind'}"
     if len(PLANES[p.bits]) > 1:
         return f"{p.bits}-bit codes are two bit planes, and it has no registers left to join them"
     if p.dtype not in {"bfloat16", "float16"}:

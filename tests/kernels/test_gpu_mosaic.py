@@ -98,7 +98,7 @@ PROBLEM = Problem(
 def test_refusals_give_their_reason(change, reason):
     assert gpu.refusal(PROBLEM, "h100") is None
     assert re.search(reason, gpu.refusal(dataclasses.replace(PROBLEM, **change), "h100"))
-    assert "written for Hopper's WGMMA, this is a a100" in gpu.refusal(PROBLEM, "a100")
+    assert "written for Hopper's WGMMA, this is a100" in gpu.refusal(PROBLEM, "a100")
     assert "this is a GPU of unknown kind" in gpu.refusal(PROBLEM, None)
 
 
