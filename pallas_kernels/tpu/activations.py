@@ -114,12 +114,11 @@ def exact_dot(a: jax.Array, b: jax.Array, m: int) -> jax.Array:
     return collect(products[2] + products[1] + products[0], m, (1.0, 1.0, 1.0))
 
 
-def _stacked(x_ref: Any) -> jax.Array:
-    """All chunks of 128 channels as rows, so that the matrix unit is loaded once for them."""
-    m, k = x_ref.shape
-    chunks = [x_ref[:, at : min(at + LANES, k)] for at in range(0, k, LANES)]
-    if k % LANES:
-        padding = jnp.zeros((m, -k % LANES), x_ref.dtype)
+def _stacked(x_ref: Any, start: int, stop: int) -> jax.Array:
+    """Chunks of 128 channels as rows, so that the matrix unit is loaded once for them."""
+    chunks = [x_ref[:, at : min(at + LANES, stop)] for at in range(start, stop, LANES)]
+    if stop % LANES:
+        padding = jnp.zeros((x_ref.shape[0], -stop % LANES), x_ref.dtype)
         chunks[-1] = jnp.concatenate([chunks[-1], padding], axis=1)
     return jnp.concatenate(chunks)
 
@@ -144,18 +143,19 @@ def write_sums(x_ref: Any, sums_ref: Any, group_size: int, m: int) -> None:
       m: rows of x that count.
     """
     rows, k = x_ref.shape
-    stacked = _stacked(x_ref)
     # A run never crosses a group; its sum stands in every lane, and is added in its group's.
     run = math.gcd(group_size, LANES)
-    sums = [_times(stacked, _square(0) // run == r) for r in range(LANES // run)]
     lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+    # The channels of 128 groups at a time: all runs' sums of a long row would be spilled.
     for block in range(0, sums_ref.shape[1], LANES):
+        first = block * group_size
+        stacked = _stacked(x_ref, first, min(first + LANES * group_size, k))
+        sums = [_times(stacked, _square(0) // run == r) for r in range(LANES // run)]
         total = jnp.zeros((rows, LANES), jnp.float32)
-        for i, at in itertools.product(range(-(-k // LANES)), range(0, LANES, run)):
-            group = (i * LANES + at) // group_size - block
-            if i * LANES + at < k and 0 <= group < LANES:
+        for i, at in itertools.product(range(stacked.shape[0] // rows), range(0, LANES, run)):
+            if first + i * LANES + at < k:
                 part = sums[at // run][i * rows : (i + 1) * rows]
-                total = jnp.where(lane == group, total - part, total)
+                total = jnp.where(lane == (i * LANES + at) // group_size, total - part, total)
         parts = [part.astype(jnp.float32) for part in split3(total)]
         sums_ref[:, block : block + LANES] = place(parts, m).astype(jnp.bfloat16)
 
@@ -190,7 +190,7 @@ def write_bfloat16(
       permuted: Whether the codes' order is not their own.
     """
     m, k = x_ref.shape
-    stacked = _stacked(x_ref)
+    stacked = _stacked(x_ref, 0, k)
     moved = (
         _times(stacked, _square(0) == interleave(_square(1)))
         if permuted

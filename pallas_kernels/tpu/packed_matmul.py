@@ -41,7 +41,7 @@ from pallas_kernels.tpu.activations import (
     write_sums,
 )
 from pallas_kernels.tpu.fetch import Planes
-from pallas_kernels.tpu.memory import chip_info
+from pallas_kernels.tpu.memory import chip_info, limit
 from pallas_kernels.tpu.unpack import (
     RUN,
     Load,
@@ -106,7 +106,8 @@ def default_blocks(problem: Problem) -> Blocks:
 
     def left(rows: int, folds: int) -> int:
         """Bytes beside x, which is there twice as it comes, once arranged, and spilled twice."""
-        return _vmem_limit() - (2 + 3 * folds) * rows * k * jnp.dtype(jnp.bfloat16).itemsize
+        x = (2 + 3 * folds) * rows * k * jnp.dtype(jnp.bfloat16).itemsize
+        return info.vmem_capacity_bytes * 7 // 8 - x
 
     # Rows fill the registers of a bfloat16 array; those beyond m are dropped at the end.
     rows, least = min(pl.cdiv(m, _ROWS) * _ROWS, 64), 2 * LANES * bytes_per_column
@@ -133,8 +134,9 @@ def default_blocks(problem: Problem) -> Blocks:
     )  # fmt: skip
 
 
-def _vmem_limit() -> int:
-    return chip_info().vmem_capacity_bytes * 7 // 8
+def _arranged(bits: int, blocks: Blocks) -> bool:
+    """Whether x is multiplied otherwise than as it comes: cut into limbs, folded or permuted."""
+    return blocks.integer or blocks.folds > 1 or bits != 8
 
 
 def refusal(problem: Problem, chip: str | None = None) -> str | None:
@@ -171,7 +173,8 @@ def _kernel(
     bits, group_size, left = problem.bits, problem.group_size, list(refs)
     planes = [left.pop(0) for _ in PLANES[bits]]
     scales_ref, zeros_ref = left.pop(0), None if problem.zero_point == "none" else left.pop(0)
-    y_ref, left_ref, sums_ref, rows_ref, *fetched = left
+    y_ref, sums_ref, rows_ref, *fetched = left
+    left_ref = fetched.pop(0) if _arranged(bits, blocks) else x_ref
     k = x_ref.shape[1]
     arrive = _fetch_ahead(fetch, planes, fetched, layer_ref[0]) if fetch else None
     integer, folds = blocks.integer, blocks.folds
@@ -181,10 +184,11 @@ def _kernel(
         write_sums(x_ref, sums_ref, group_size, m)
         if integer:
             write_limbs(x_ref, left_ref, m, group_size, folds)
-        else:
+        elif left_ref is not x_ref:
             write_bfloat16(x_ref, left_ref, group_size, folds, permuted=bits != 8)
 
-    # A float32 row is broadcast while it is loaded, for nothing.
+    # A float32 row is broadcast while it is loaded, for nothing, though libtpu 0.0.42 keeps 4 KB of
+    # fast memory for each.
     rows_ref[...] = scales_ref[...].astype(jnp.float32)
     if arrive is not None:
         planes = arrive()
@@ -325,16 +329,16 @@ def packed_matmul(
                 (sizes.rows, columns), lambda core, i, j, layer: (i, core * steps + j)
             ),
             scratch_shapes=[
-                left,
                 pltpu.VMEM((triple, sums), jnp.bfloat16),
                 pltpu.VMEM((k // group_size, columns), jnp.float32),
+                *([left] if _arranged(problem.bits, sizes) else []),
                 *(fetch.scratch() if fetch else []),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem_limit(),
+            vmem_limit_bytes=limit(chip_info()),
             disable_bounds_checks=True,
         ),
         interpret=interpret,
