@@ -34,7 +34,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,10 @@ from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
 from ttq_jax.types import Offline, Prompts, kernels
 
 LIMIT = 0.005
+if TYPE_CHECKING:
+    import torch
+    from torch_quantizers import Rule
+
 # Share of the weights that may sit a step apart because a tie was broken the other way.
 TIES = 1e-6
 # Ours by the last part of transformers' names.

@@ -50,7 +50,7 @@ def decode(
     capacity: int,
     eos_ids: tuple[int, ...],
     refresh: Refresh | None = None,
-) -> tuple[Int[Array, "B capacity"], Int[Array, "B"], dict[str, Moments]]:
+) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], dict[str, Moments]]:
     """Generates until every row has ended or reached the limit.
 
     Args:

@@ -66,7 +66,7 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, "B"], dict[str, Moments]]:
+) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], dict[str, Moments]]:
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:

@@ -13,7 +13,7 @@ from ttq_jax.types import MixedLinear, QuantizedLinear, Stacked
 def linear(
     x: Float[Array, "*batch d_in"],
     w: Float[Array, "d_in d_out"] | Stacked | QuantizedLinear | MixedLinear,
-    bias: Float[Array, "d_out"] | None = None,
+    bias: Float[Array, " d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
     """Y = x·W (+ bias), however W is stored; accumulated in float32, returned in x's dtype.
 
@@ -53,7 +53,7 @@ def _mixed(x: Array, w: MixedLinear, bias: Array | None) -> Array:
 
 
 def add_bias(
-    y: Float[Array, "*batch d_out"], bias: Float[Array, "d_out"] | None
+    y: Float[Array, "*batch d_out"], bias: Float[Array, " d_out"] | None
 ) -> Float[Array, "*batch d_out"]:
     """Y + bias in float32; y itself without one."""
     if bias is None:

@@ -51,7 +51,7 @@ def make_key(seed: int, impl: str | None = None) -> Array:
     return jax.random.key(jax.device_put(np.uint32(seed % 2**32)), impl=impl)
 
 
-def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, "B"]:
+def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     """Chooses one token per row.
 
     Args:

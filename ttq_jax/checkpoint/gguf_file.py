@@ -220,7 +220,7 @@ class GgufFile:
             check_size(self._file.path, stop, self._file.size)
             self._tensors[name] = dataclasses.replace(tensor, offset=start)
 
-    def read(self, name: str, start: int, stop: int) -> Float[np.ndarray, "rows *row"]:
+    def read(self, name: str, start: int, stop: int) -> Float[np.ndarray, " rows *row"]:
         """Rows start…stop-1 of a tensor; a vector is read whole.
 
         Args:

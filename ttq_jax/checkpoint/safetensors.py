@@ -72,7 +72,7 @@ class Safetensors:
                 self.shapes[name] = tuple(part.get_shape())
                 self._slices[name] = part
 
-    def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "rows *row"]:
+    def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " rows *row"]:
         """Rows start…stop-1 of a tensor.
 
         Args:

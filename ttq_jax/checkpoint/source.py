@@ -23,7 +23,7 @@ class Source(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Tensor name to shape; weights are [d_out, d_in]."""
 
-    def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, "rows *row"]:
+    def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " rows *row"]:
         """Rows start…stop-1 of a tensor; safe to call from several threads."""
 
 

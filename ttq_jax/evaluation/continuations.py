@@ -47,12 +47,12 @@ def score_padded(
     params: Params,
     prompts: Prompts,
     rows: Int[Array, "N C"],
-    lengths: Int[Array, "N"],
+    lengths: Int[Array, " N"],
     offline: Offline,
     *,
     config: ModelConfig,
     recipe: Recipe | None,
-) -> tuple[Float[Array, "N"], Bool[Array, "N"]]:
+) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
     """Scores continuations of one prompt, one XLA program, compiled once per shape and recipe.
 
     Args:

@@ -84,7 +84,7 @@ class Perplexity:
 
 
 def _nll(
-    config: ModelConfig, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, "T"]
+    config: ModelConfig, params: Params, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
 ) -> Float[Array, ""]:
     """Summed negative log-likelihood, a block of rows at a time: V is large."""
     rows = 64
@@ -104,7 +104,7 @@ def _nll(
 @partial(jax.jit, static_argnames=("config", "recipe", "protocol"))
 def score_window(
     params: Params,
-    tokens: Int[Array, "W"],
+    tokens: Int[Array, " W"],
     offline: Offline,
     *,
     config: ModelConfig,
@@ -152,7 +152,7 @@ def score_window(
 
 
 def read_refreshing(
-    config: ModelConfig, recipe: Recipe, packed: Params, tokens: Int[Array, "T"], cache: Cache,
+    config: ModelConfig, recipe: Recipe, packed: Params, tokens: Int[Array, " T"], cache: Cache,
     moments: dict[str, Moments], again: Callable[[dict[str, Moments]], Params],
 ) -> Float[Array, "T D"]:  # fmt: skip
     """Reads tokens as a refreshing decode loop would have generated them.

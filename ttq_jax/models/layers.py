@@ -53,7 +53,7 @@ def make_norm(config: ModelConfig, name: str | None = None) -> Norm:
 def rotate(
     x: Float[Array, "B T N H"],
     positions: Int[Array, "B T"],
-    inverse_frequencies: Float[Array, "half"],
+    inverse_frequencies: Float[Array, " half"],
 ) -> Float[Array, "B T N H"]:
     """Rotary position embedding, half-split convention (pairs are channels i and i + H/2).
 

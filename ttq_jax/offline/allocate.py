@@ -66,7 +66,7 @@ class Measured:
 
 @partial(jax.jit, static_argnames="config")
 def sensitivities(
-    params: Params, tokens: Int[Array, "T"], key: Array, *, config: ModelConfig
+    params: Params, tokens: Int[Array, " T"], key: Array, *, config: ModelConfig
 ) -> tuple[dict[str, Float[Array, "L T d_in"]], dict[str, Float[Array, "L T d_out"]]]:
     """The input of every projection at every token, and the likelihood's gradient at its output.
 
@@ -128,7 +128,7 @@ def _errors(
     stack: Float[Array, "L d_in d_out"], moments: Moments | None, low_rank: LowRank | None,
     inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
     name: str, recipe: Recipe, prompt_tokens: int,
-) -> tuple[Float[Array, "L"], QuantizedLinear]:  # fmt: skip
+) -> tuple[Float[Array, " L"], QuantizedLinear]:  # fmt: skip
     """Divergence that rounding one projection costs in every layer, and the packed weight."""
 
     def one(at: tuple) -> tuple[Array, QuantizedLinear]:

@@ -76,7 +76,7 @@ def _activated(config: ModelConfig, power: Float[Array, "L F"]) -> Float[Array, 
     return jnp.matmul(jnp.square(ACTIVATIONS[config.activation](z)), mean, precision="highest")
 
 
-def _moments(power: Float[Array, "d_in"], *, reads: Reads) -> Moments:
+def _moments(power: Float[Array, " d_in"], *, reads: Reads) -> Moments:
     """Moments of one token with this power per channel."""
     rows = [power ** (p / 2) for p in reads.powers]
     sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)), jnp.float32)

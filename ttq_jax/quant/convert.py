@@ -62,14 +62,14 @@ class _Ready:
         return self.weight - jnp.matmul(down, up, precision="highest")
 
     @property
-    def divisor(self) -> Float[Array, "d_in"]:
+    def divisor(self) -> Float[Array, " d_in"]:
         """D in float32, ones if there is none."""
         if self.scale is None:
             return jnp.ones(self.stack.shape[-2], jnp.float32)
         return self.scale.astype(jnp.float32)
 
 
-def _second(moments: Moments | None) -> Float[Array, "d_in"] | None:
+def _second(moments: Moments | None) -> Float[Array, " d_in"] | None:
     return moments.mean_power(2.0) if moments and 2.0 in moments.powers else None
 
 

@@ -82,7 +82,7 @@ class Grid:
         return "none" if self.symmetric else self.zero_point
 
 
-def split_groups(w: Float[Array, "d_in *rest"], rows: int) -> Float[Array, "n_group rows *rest"]:
+def split_groups(w: Float[Array, " d_in *rest"], rows: int) -> Float[Array, "n_group rows *rest"]:
     """Groups along the first axis, padded with zeros to a whole number of groups."""
     padding = -w.shape[0] % rows
     w = jnp.pad(w, [(0, padding)] + [(0, 0)] * (w.ndim - 1))

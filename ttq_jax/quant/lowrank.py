@@ -115,7 +115,7 @@ def joined(first: LowRank | None, second: LowRank) -> LowRank:
 
 
 def truncated_svd(
-    w: Float[Array, "d_in d_out"], rank: int, power: Float[Array, "d_in"] | None = None
+    w: Float[Array, "d_in d_out"], rank: int, power: Float[Array, " d_in"] | None = None
 ) -> LowRank:
     """The best rank-r approximation of W for inputs with this power per channel.
 

@@ -56,7 +56,7 @@ def observe(
     return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, powers=reads.powers)
 
 
-def p_mean(moments: Moments, p: float) -> Float[Array, "d_in"]:
+def p_mean(moments: Moments, p: float) -> Float[Array, " d_in"]:
     """The p-mean (E|x|^p)^(1/p) of each channel: the p-norm, made independent of prompt length.
 
     Args:

@@ -19,14 +19,14 @@ from ttq_jax.config import ConfigError
 from ttq_jax.quant.moments import p_mean
 from ttq_jax.types import Moments
 
-Trial = Callable[[Float[Array, "d_in"]], Float[Array, ""]]
+Trial = Callable[[Float[Array, " d_in"]], Float[Array, ""]]
 
 # A channel that is zero at every token could get D = 0. Its weights do not matter, but x / D must
 # be finite.
 _FLOOR = 1e-4
 
 
-def _relative(moments: Moments, p: float) -> Float[Array, "d_in"]:
+def _relative(moments: Moments, p: float) -> Float[Array, " d_in"]:
     """Channel p-means over their mean; ones if every input was zero."""
     m = p_mean(moments, p)
     mean = jnp.mean(m)
@@ -75,7 +75,7 @@ class PowerLaw:
         """The one moment of the formula."""
         return (self.p,)
 
-    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, "d_in"]:
+    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, " d_in"]:
         """D, positive."""
         del trial
         return jnp.maximum((_relative(moments, self.p) + self.lam) ** self.alpha, _FLOOR)
@@ -112,12 +112,12 @@ class SearchedAlpha:
         """The moment that scales and the one that weighs the error."""
         return tuple(sorted({self.p, 2.0}))
 
-    def candidate(self, moments: Moments, alpha: Float[Array, ""]) -> Float[Array, "d_in"]:
+    def candidate(self, moments: Moments, alpha: Float[Array, ""]) -> Float[Array, " d_in"]:
         """D for one α, centred so that its extremes are reciprocal."""
         d = jnp.maximum(_relative(moments, self.p), _FLOOR) ** alpha
         return d / jnp.sqrt(jnp.max(d) * jnp.min(d))
 
-    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, "d_in"]:
+    def __call__(self, moments: Moments, trial: Trial) -> Float[Array, " d_in"]:
         """D of the α that leaves the smallest error, positive."""
         alphas = jnp.arange(self.steps, dtype=jnp.float32) / self.steps
         # Mapped, not vmapped: one candidate's temporaries at a time.

@@ -177,7 +177,7 @@ def round_rows(
     u: Float[Array, "n_block b b"],
     scales: Float[Array, "n_group n"],
     zeros: Float[Array, "n_group n"],
-    group_of: Int[Array, "k"],
+    group_of: Int[Array, " k"],
     grid: Grid,
     rows: int,
     refit: Refit | None = None,
