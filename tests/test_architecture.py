@@ -17,11 +17,12 @@ MODULES = {
 # from the rows above its own, so there is no circle between rooms.
 ORDER = [
     {"pallas_kernels"},
-    {"_version", "config", "types"},
+    {"_version", "errors"},
+    {"config", "text", "types"},
     {"linear", "prompts", "sampling"},
     {"models", "quant"},
     {"checkpoint", "prefill"},
-    {"decode"},
+    {"decode", "finite"},
     {"offline"},
     {"generate"},
     {"chips"},

@@ -26,10 +26,11 @@ TTQ = preset("ttq", bits=4)
 
 def run(prompts, *, params=PARAMS, config=CONFIG, recipe=TTQ, offline=None, seed=0, limit=8,
         sampling=Sampling(), capacity=8, eos_ids=()):  # fmt: skip
-    out, counts, _ = generate_tokens(
+    out, counts, finite, _ = generate_tokens(
         params, prompts, offline or Offline(), jax.random.key(seed), jnp.asarray(limit, jnp.int32),
         config=config, recipe=recipe, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
     )  # fmt: skip
+    assert finite
     return np.asarray(out), np.asarray(counts)
 
 

@@ -76,7 +76,8 @@ SAMPLES = Recipe(
 
 def generated(recipe, **how):
     offline = ttq.prepare(MODEL, recipe, WINDOWS)
-    got = ttq.generate(MODEL, TEXTS, recipe=recipe, offline=offline, max_new_tokens=6, **how)
+    how |= {"max_new_tokens": 6, "batch_size": len(TEXTS)}
+    got = ttq.generate(MODEL, TEXTS, recipe=recipe, offline=offline, **how)
     return got.tokens, got.moments, got.effective_bits, offline
 
 

@@ -116,9 +116,10 @@ def test_a_refreshing_program_is_the_loop_by_hand_and_compiles_once():
     before, changed = generate_tokens._cache_size(), []
     for prompts, limit in zip(batches, (CAPACITY, 10, 1), strict=True):
         dynamic, static = arguments(prompts, REFRESHING, given, limit, eos)
-        out, counts, moments = generate_tokens(*dynamic, **static)
+        out, counts, finite, moments = generate_tokens(*dynamic, **static)
         want, real, last = by_hand(prompts, REFRESHING, given, limit, eos)
         assert counts.tolist() == real.tolist()
+        assert finite
         for row, other, n in zip(np.asarray(out), want, real, strict=True):
             np.testing.assert_array_equal(row[:n], other[:n])
         for site, got in moments.items():

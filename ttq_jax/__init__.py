@@ -40,8 +40,10 @@ if TYPE_CHECKING:
         save_conversation,
         save_offline,
     )
+    from ttq_jax.errors import Error
     from ttq_jax.evaluation.corpora import cut_windows, read_corpus
     from ttq_jax.evaluation.perplexity import Protocol, perplexity
+    from ttq_jax.evaluation.timings import time_answers
     from ttq_jax.generate import generate
     from ttq_jax.offline.calibrate import calibrate, prepare
     from ttq_jax.quant.clip import ClipSearch
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "ClipSearch",
+    "Error",
     "Grid",
     "HalfQuadratic",
     "LowRankRule",
@@ -88,6 +91,7 @@ __all__ = [
     "save_conversation",
     "save_offline",
     "save_recipe",
+    "time_answers",
     "with_settings",
 ]
 
@@ -95,6 +99,7 @@ __all__ = [
 _HOME = {
     "PRESETS": "ttq_jax.quant.recipe",
     "ClipSearch": "ttq_jax.quant.clip",
+    "Error": "ttq_jax.errors",
     "Grid": "ttq_jax.quant.grid",
     "HalfQuadratic": "ttq_jax.quant.half_quadratic",
     "LowRankRule": "ttq_jax.quant.lowrank",
@@ -123,6 +128,7 @@ _HOME = {
     "save_conversation": "ttq_jax.checkpoint.store",
     "save_offline": "ttq_jax.checkpoint.store",
     "save_recipe": "ttq_jax.quant.recipe_text",
+    "time_answers": "ttq_jax.evaluation.timings",
     "with_settings": "ttq_jax.quant.recipe_text",
 }
 

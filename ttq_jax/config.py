@@ -9,8 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from ttq_jax.errors import Error
 
-class ConfigError(ValueError):
+
+class ConfigError(Error):
     """A configuration that cannot be used; the message says what to change."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.decoder import forward, logits, plain, unstack
@@ -50,7 +50,7 @@ def decode(
     capacity: int,
     eos_ids: tuple[int, ...],
     refresh: Refresh | None = None,
-) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], dict[str, Moments]]:
+) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments]]:
     """Generates until every row has ended or reached the limit.
 
     Args:
@@ -66,8 +66,8 @@ def decode(
       refresh: how to quantize again while decoding; None for never.
 
     Returns:
-      The tokens; per row, how many of them come before the end token; and the moments of everything
-      read, {} without a refresh.
+      The tokens; per row, how many of them come before the end token; whether the logit of every
+      token that was chosen is finite; and the moments of everything read, {} without a refresh.
     """
     run = partial(
         _loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
@@ -79,7 +79,7 @@ def decode(
 
     # Decoding an unquantized tree is bound by memory bandwidth, where a CPU gains from `unstack`.
     # Packed layers are small enough for the scan, which compiles much faster.
-    def apart(params: Params, *rest: Any) -> tuple[Array, Array, dict[str, Moments]]:
+    def apart(params: Params, *rest: Any) -> tuple[Array, Array, Array, dict[str, Moments]]:
         return run(unstack(params), *rest)
 
     return jax.lax.platform_dependent(params, cache, hidden, key, limit, cpu=apart, default=run)
@@ -89,42 +89,47 @@ def _loop(
     params: Params, cache: Cache, hidden: Array, key: Array, limit: Array, *,
     config: ModelConfig, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
     refresh: Refresh | None,
-) -> tuple[Array, Array, dict[str, Moments]]:  # fmt: skip
+) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
     """The loop itself."""
     batch = hidden.shape[0]
     ends = jnp.asarray(eos_ids, jnp.int32)
 
-    def choose(step: Array, hidden: Array) -> Array:
-        return sample(jax.random.fold_in(key, step), logits(config, params, hidden), sampling)
+    def choose(step: Array, hidden: Array) -> tuple[Array, Array]:
+        scores = logits(config, params, hidden)
+        token = sample(jax.random.fold_in(key, step), scores, sampling)
+        # NaN and infinity win the choice, so the chosen logit stands for all.
+        return token, jnp.isfinite(jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0])
 
     def is_end(token: Array) -> Array:
         return jnp.any(token[:, None] == ends[None], axis=1)
 
     def running(state: tuple) -> Array:
-        step, _, _, _, done, _ = state
+        step, _, _, _, done, _, _ = state
         return (step < limit) & ~jnp.all(done)
 
     def one_token(tree: Params, state: tuple) -> tuple[tuple, dict[str, Any]]:
-        step, token, cache, out, done, counts = state
+        step, token, cache, out, done, counts, fine = state
         valid = jnp.ones((batch, 1), bool)
         # What follows a row's end is computed and never used.
         project = observing(~done[:, None], refresh.reads) if refresh else plain
         hidden, cache, seen = forward(config, tree, token[:, None], valid, cache, project=project)
-        token = choose(step, hidden[:, 0])
+        token, finite = choose(step, hidden[:, 0])
+        fine = fine & jnp.all(finite | done)
         done = done | is_end(token)
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        return (step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32)), seen
+        return (step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32), fine), seen
 
-    first = choose(jnp.zeros((), jnp.int32), hidden)
+    first, finite = choose(jnp.zeros((), jnp.int32), hidden)
     done = is_end(first)
     out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first)
-    state: tuple = (jnp.ones((), jnp.int32), first, cache, out, done, (~done).astype(jnp.int32))
+    counts = (~done).astype(jnp.int32)
+    state: tuple = (jnp.ones((), jnp.int32), first, cache, out, done, counts, jnp.all(finite))
     moments: dict[str, Moments] = {}
     if refresh is None:
         state = jax.lax.while_loop(running, lambda s: one_token(params, s)[0], state)
     else:
         state, moments = _refreshed(params, refresh, running, one_token, state)
-    return state[3], state[5], moments
+    return state[3], state[5], state[6], moments
 
 
 def _refreshed(

@@ -1,39 +1,43 @@
 """Text to text: prefill, moments, scale, pack and decode as one XLA program.
 
 `generate_tokens` is that program; `_one_tree` shows its stages in order. `generate` adds the
-tokenizer, padding and timing.
+tokenizer and padding.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Refresh, decode
+from ttq_jax.errors import expect, shown
+from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
-from ttq_jax.prompts import bucket, pad_prompts
+from ttq_jax.prompts import PromptError, bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
 from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
+_EXAMPLE = "The sky is"
 
 
 def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
     config: ModelConfig, recipe: Recipe | None, sampling: Sampling, capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Array, Array, dict[str, Moments]]:  # fmt: skip
+) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
     """Prompts that share one quantized tree."""
     batch, length = prompts.tokens.shape
     dtype = params["embed"]["embedding"].dtype
@@ -45,12 +49,12 @@ def _one_tree(
     if recipe is not None and recipe.source.refresh:
         again = lambda seen, _: requantize(params, seen, recipe, offline)  # noqa: E731
         refresh = Refresh(recipe.source.refresh, recipe.reads, moments, again)
-    out, counts, grown = decode(
+    out, counts, finite, grown = decode(
         packed, cache, last_hidden(hidden, prompts), key, limit,
         config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids, refresh=refresh,
     )  # fmt: skip
     carried = recipe is not None and recipe.source.decay > 0
-    return out, counts, (grown or moments) if carried else {}
+    return out, counts, finite, (grown or moments) if carried else {}
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -66,7 +70,7 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], dict[str, Moments]]:
+) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments]]:
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:
@@ -82,8 +86,8 @@ def generate_tokens(
       eos_ids: tokens that end a row.
 
     Returns:
-      New tokens; per row how many of them count; and the moments for a conversation's next turn,
-      {} for recipes without a decay.
+      New tokens; per row how many of them count; whether all logits are finite; and the moments
+      for a conversation's next turn, {} for recipes without a decay.
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
@@ -93,28 +97,79 @@ def generate_tokens(
         return run(params, prompts, offline, key, limit)
     rows = jax.tree.map(lambda x: x[:, None], prompts)
     keys = jax.random.split(key, prompts.tokens.shape[0])
-    out, counts, _ = jax.vmap(lambda row, k: run(params, row, offline, k, limit))(rows, keys)
-    return out[:, 0], counts[:, 0], {}
+    one = lambda row, k: run(params, row, offline, k, limit)[:3]  # noqa: E731
+    out, counts, finite = jax.vmap(one)(rows, keys)
+    return out[:, 0], counts[:, 0], jnp.all(finite), {}
 
 
-@contextmanager
-def _compile_seconds() -> Iterator[list[float]]:
-    """Collects the time that jax takes to trace, lower and compile (or read its cache) inside.
+def check_texts(texts: Any) -> list[str]:
+    """The prompts as a list.
 
-    Yields:
-      The seconds of each step; empty if every program was compiled already.
+    Args:
+      texts: from a user.
+
+    Returns:
+      Strings, at least one.
+
+    Raises:
+      PromptError: none, or something else than a sequence of strings. A string by itself would be
+        taken letter by letter.
     """
-    steps: list[float] = []
+    listed = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
+    if not listed or not all(isinstance(text, str) for text in listed):
+        raise PromptError(
+            f'texts: expected a list of prompts, as in ["{_EXAMPLE}"], got '
+            f"{type(texts).__name__} {shown(texts)}"
+        )
+    return listed
 
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            steps.append(duration_secs)
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield steps
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def program(
+    model: Model, texts: Sequence[str], *, recipe: Recipe | None, offline: Offline | None = None,
+    max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0,
+) -> tuple[Callable[[int], Any], Prompts, Offline]:  # fmt: skip
+    """`generate_tokens` with everything set but the limit, for one batch.
+
+    Args:
+      model: see `generate`.
+      texts: one batch, read together.
+      recipe: see `generate`.
+      offline: see `generate`.
+      max_new_tokens: see `generate`.
+      sampling: see `generate`.
+      seed: see `generate`.
+
+    Returns:
+      limit -> what `generate_tokens` returns, computed; the padded prompts; and what was prepared.
+
+    Raises:
+      PromptError: a prompt that is empty or does not fit the model's context.
+      ConfigError: max_new_tokens below 1.
+    """
+    expect("model", model, Model, "a model, from load()")
+    expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
+    expect("offline", offline, (Offline, type(None)), "what prepare() returned, or None")
+    expect("max_new_tokens", max_new_tokens, (int, np.integer), "a whole number")
+    expect("sampling", sampling, Sampling, "Sampling(…)")
+    expect("seed", seed, (int, np.integer), "a whole number")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    prompts = pad_prompts(
+        [model.tokenizer.encode(text) for text in check_texts(texts)],
+        max_positions=model.config.max_positions, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    check_selection(model.params, recipe)
+    if offline is None:
+        offline = prepare(model, recipe)
+    if recipe is not None and recipe.source.decay and not offline.carried:
+        begin = first_turn(model.params, model.config, recipe)
+        offline = dataclasses.replace(offline, carried=begin)
+    run = partial(
+        generate_tokens, model.params, prompts, offline, make_key(int(seed)),
+        config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
+        eos_ids=model.eos_ids,
+    )  # fmt: skip
+    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), prompts, offline
 
 
 def generate(
@@ -126,69 +181,57 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),
     seed: int = 0,
-    measure: bool = False,
+    batch_size: int = 1,
 ) -> Generation:
-    """Continues a batch of prompts with weights that are quantized for them.
+    """Continues prompts with weights that are quantized for them.
 
     Args:
       model: from `load`.
-      texts: the prompts, one batch.
+      texts: the prompts.
       recipe: how to quantize, see `preset`; None for the unquantized model.
       offline: from `prepare`; None prepares it here, except for recipes that need a corpus. For
         the next turn of a conversation, its `carried` is the last turn's `Generation.moments`.
       max_new_tokens: most new tokens per prompt, >= 1.
       sampling: how tokens are chosen.
-      seed: of the sampling.
-      measure: time the stages separately, by running the program for one token first (twice if
-        that compiled it). Otherwise `seconds` holds only "total".
+      seed: of the sampling, the same for every batch.
+      batch_size: prompts that are read together, >= 1. They share one quantized tree, unless the
+        recipe's `batch` is "per_prompt". With a decay every batch is a turn of one conversation.
 
     Returns:
-      Tokens, texts, sizes and times.
+      Tokens, texts, sizes and times, in the order of the prompts.
 
     Raises:
-      PromptError: a prompt that is empty or does not fit the model's context.
-      ConfigError: max_new_tokens below 1.
+      PromptError: no list of prompts, or one that is empty or does not fit the model's context.
+      ConfigError: max_new_tokens or batch_size below 1.
+      NotFiniteError: the logits are not finite.
+      Error: an argument of another type.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    rows = [model.tokenizer.encode(text) for text in texts]
-    prompts = pad_prompts(
-        rows, max_positions=model.config.max_positions, max_new_tokens=max_new_tokens
-    )
-    if offline is None:
-        offline = prepare(model, recipe)
-    if recipe is not None and recipe.source.decay and not offline.carried:
-        begin = first_turn(model.params, model.config, recipe)
-        offline = dataclasses.replace(offline, carried=begin)
-    run = partial(
-        generate_tokens, model.params, prompts, offline, make_key(seed),
-        config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
-        eos_ids=model.eos_ids,
-    )  # fmt: skip
-
-    def timed(limit: int) -> tuple[tuple[Array, Array, dict[str, Moments]], float]:
-        start = time.perf_counter()
-        out = jax.block_until_ready(run(jax.device_put(np.int32(limit))))
-        return out, time.perf_counter() - start
-
-    seconds = {}
-    if measure:
-        with _compile_seconds() as compiling:
-            _, first = timed(1)
-        if sum(compiling):
-            _, first = timed(1)
-        seconds = {"compile": sum(compiling, 0.0), "prefill_and_quantize": first}
-    (tokens, counts, moments), total = timed(max_new_tokens)
-    if measure:
-        seconds["decode"] = max(total - first, 0.0)
-    seconds["total"] = total
-    tokens, counts = jax.device_get((tokens, counts))
-    new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+    expect("batch_size", batch_size, (int, np.integer), "a whole number")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
+    start, listed = time.perf_counter(), check_texts(texts)
+    said: dict[str, list[Any]] = {"tokens": [], "texts": [], "prompt_tokens": [], "stopped": []}
+    moments: dict[str, Moments] = {}
+    for at in range(0, len(listed), batch_size):
+        if moments and offline is not None:
+            offline = dataclasses.replace(offline, carried=moments)
+        run, prompts, offline = program(
+            model, listed[at : at + batch_size], recipe=recipe, offline=offline,
+            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+        )  # fmt: skip
+        *answer, moments = run(max_new_tokens)
+        tokens, counts, finite = jax.device_get(answer)
+        if not finite:
+            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
+        new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+        said["tokens"] += new
+        said["texts"] += [model.tokenizer.decode(ids) for ids in new]
+        said["prompt_tokens"] += jax.device_get(prompts.valid).sum(axis=1).tolist()
+        said["stopped"] += ["end" if len(ids) < max_new_tokens else "limit" for ids in new]
+    assert offline is not None
     return Generation(
-        tokens=new,
-        texts=[model.tokenizer.decode(ids) for ids in new],
-        prompt_tokens=[len(row) for row in rows],
+        **said,
         effective_bits=effective_bits(decoded_shapes(model.params, model.config, recipe, offline)),
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         moments=moments,
     )

@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from ttq_jax.errors import Error
 from ttq_jax.types import Prompts
 
 SMALLEST_BUCKET = 32
 
 
-class PromptError(ValueError):
+class PromptError(Error):
     """A prompt that cannot be used; the message says what to change."""
 
 

@@ -1,6 +1,7 @@
 """From logits to the next token."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import expect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +28,18 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        for name in ("temperature", "top_p"):
+            expect(name, getattr(self, name), (int, float), "a number")
+        expect("top_k", self.top_k, int, "a whole number")
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
-                "sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got "
+                "sampling: expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got "
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
+            )
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise ConfigError(
+                "top_k and top_p have no effect at temperature 0, which takes the likeliest token; "
+                f"got top_k={self.top_k}, top_p={self.top_p}: set a temperature above 0 too"
             )
 
 

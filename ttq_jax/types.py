@@ -353,13 +353,15 @@ class Generation:
       texts: the same, decoded.
       prompt_tokens: per prompt, its length in tokens.
       effective_bits: per weight, of the weights that the decode loop read.
-      seconds: "compile", "prefill_and_quantize" and "decode", wall clock; see `generate`.
+      stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
+      seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
     """
 
     tokens: list[list[int]]
     texts: list[str]
     prompt_tokens: list[int]
+    stopped: list[str]
     effective_bits: float
-    seconds: dict[str, float]
+    seconds: float
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)

@@ -115,13 +115,20 @@ def test_a_part_of_a_text_begins_and_ends_with_a_line(tmp_path):
         read_corpus(f"{path}[50%:]")
 
 
-def test_every_string_of_json_lines_is_read(tmp_path):
+def test_one_field_of_json_lines_is_read(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [{"question": "q", "year": 1, "turns": ["a", "b", 3]}, {"answer": "x"}]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert read_corpus(str(path)) == "q\na\nb\n\nx"
+    rows = [{"text": "q\u2028r", "url": "x.example", "turns": ["a", "b"], "year": 1}, {"text": "x"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\r\n\r\n".join(lines) + "\n", "utf-8")
+    assert read_corpus(str(path)) == "q\u2028r\n\nx"
+    path.write_text(f"{lines[0]}\n", "utf-8")
+    assert read_corpus(f"{path}:turns") == "a\nb"
+    assert read_corpus(f"{path}:url[:100%]") == "x.example"
+    for field in ("body", "year"):
+        with pytest.raises(CorpusError, match=rf"line 1: .*{field}.* text, url, turns, year\."):
+            read_corpus(f"{path}:{field}")
     for bad in ("[1]", "{"):
-        path.write_text('{"a": "b"}\n' + bad)
+        path.write_text('{"text": "b"}\n' + bad)
         with pytest.raises(CorpusError, match="line 2: expected a JSON object"):
             read_corpus(str(path))
 

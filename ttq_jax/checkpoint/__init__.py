@@ -4,6 +4,7 @@ Every setting and tensor of a checkpoint is used, ignored on purpose, or an erro
 model that is almost right still writes fluent text, and nobody would notice.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 from ttq_jax.checkpoint.assemble import Progress
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf import load_gguf
-from ttq_jax.checkpoint.hub import is_hub_id, snapshot
 from ttq_jax.checkpoint.huggingface import load_directory
 from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.checkpoint.tokenizer import Tokenizer
+from ttq_jax.errors import expect
 
 __all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
 
@@ -33,7 +35,8 @@ def load(
 
     Args:
       model: an alias (`ALIASES`), a .gguf file, a directory with config.json and safetensors, or
-        a Hugging Face hub id "organization/name"; a path wins over a hub id of the same spelling.
+        a Hugging Face hub id "organization/name", with "@revision" after it to pin a branch, tag
+        or commit; a path wins over a hub id of the same spelling.
       dtype: of the weights.
       progress: called as progress(done, total, "weights") while weights are read, in elements.
 
@@ -48,15 +51,8 @@ def load(
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
-    name, path = str(model), Path(model).expanduser()
-    if name in ALIASES:
-        path = ALIASES[name]()
-    elif not path.exists():
-        if not is_hub_id(name) or path.suffix == ".gguf":
-            raise CheckpointError(
-                f"{name}: no such file or directory, and neither an alias ({', '.join(ALIASES)}) "
-                'nor a hub id ("organization/name")'
-            )
-        path = snapshot(name)
+    expect("model", model, (str, Path), "a path, a hub id or an alias")
+    path = find(model)
     read = load_directory if path.is_dir() else load_gguf
-    return read(path, name=name, dtype=_DTYPES[dtype], progress=progress)
+    made = read(path, name=str(model), dtype=_DTYPES[dtype], progress=progress)
+    return dataclasses.replace(made, origin=origin(path))

@@ -1,6 +1,7 @@
 """A loaded model: config, weights and tokenizer."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
@@ -12,7 +13,7 @@ from ttq_jax.types import Params
 FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gemma3.FAMILY, opt.FAMILY)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A loaded model.
 
@@ -22,6 +23,7 @@ class Model:
       tokenizer: its tokenizer.
       name: what it was loaded as.
       eos_ids: tokens that end a text.
+      origin: which files it came from, see `checkpoint.origin`; empty if from none.
     """
 
     config: ModelConfig
@@ -29,6 +31,17 @@ class Model:
     tokenizer: Tokenizer
     name: str
     eos_ids: tuple[int, ...]
+    origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """Of the unquantized weights and of the activations."""
+        return str(self.params["embed"]["embedding"].dtype)
+
+    def __repr__(self) -> str:
+        """One line: a notebook prints a model when it is the last value of a cell."""
+        sizes = f"{self.config.n_layers} layers, width {self.config.d_model}"
+        return f"Model({self.name!r}: {self.config.family}, {sizes}, {self.dtype})"
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.config.vocab_size:

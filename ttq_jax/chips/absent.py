@@ -26,8 +26,10 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
+from ttq_jax.errors import Error
 
-class ChipError(RuntimeError):
+
+class ChipError(Error):
     """A chip that cannot be compiled for here; the message says what to install."""
 
 

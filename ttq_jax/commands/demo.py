@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.commands.generate import decode_rate
 from ttq_jax.commands.inspect import packed_shapes
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
@@ -22,6 +21,7 @@ from ttq_jax.evaluation.describe import describe_grid, head, megabytes, table
 from ttq_jax.evaluation.perplexity import Perplexity, Protocol, stream
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.evaluation.timings import time_answers
 from ttq_jax.generate import generate
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.names import DEFAULT
@@ -205,20 +205,22 @@ def continue_story(
       Per method, JSON data.
     """
     prompt, out = story_prompt(model, text, plan), {}
-    for method in ("none", DEFAULT):
-        recipe = plan.recipe(method)
+    recipes = {method: plan.recipe(method) for method in ("none", DEFAULT)}
+    for method, recipe in recipes.items():
         with progress.stage(f"generating, {METHODS[method]}"):
-            made = generate(
-                model, [prompt], recipe=recipe, max_new_tokens=plan.new_tokens, measure=True
-            )
+            made = generate(model, [prompt], recipe=recipe, max_new_tokens=plan.new_tokens)
         out[method] = {
             "prompt": prompt,
             "text": made.texts[0],
             "prompt_tokens": made.prompt_tokens[0],
             "new_tokens": len(made.tokens[0]),
-            "seconds": made.seconds,
-            "tokens_per_second": decode_rate(made, plan.new_tokens),
         }
+    with progress.stage("timing, both in turns"):
+        # Without an end token, so that both write as much.
+        endless = dataclasses.replace(model, eos_ids=())
+        times = time_answers(endless, [prompt], recipes, max_new_tokens=plan.new_tokens, runs=3)
+    for method, one in times.items():
+        out[method] |= {"timings": one.describe(), "in_words": one.in_words()}
     return out
 
 
@@ -273,12 +275,8 @@ def _print(plan: Plan, rows: list[Row], result: dict[str, Any]) -> None:
     print_text(f"A prompt of {length} tokens, ending in\n\n  … {_fold(end)}\n")
     for method in (DEFAULT, "none"):
         one = told[method]
-        rate = one["tokens_per_second"]
-        speed = f"{rate:.1f} tokens/s, " if rate else ""
         size = megabytes(next(r.linear_bytes for r in rows if r.method == method))
-        stage = clock(one["seconds"]["prefill_and_quantize"])
-        does = "prompt read" if method == "none" else "prompt read and weights quantized"
-        print_text(f"{METHODS[method]}: {speed}{does} in {stage}, linear layers {size}\n")
+        print_text(f"{METHODS[method]}: linear layers {size}, {one['in_words']}\n")
         print_text(f"  {_fold(one['text'])}\n")
 
 
@@ -300,7 +298,7 @@ def run(args: argparse.Namespace, progress: Progress, plan: Plan = Plan()) -> No
     model, _ = load_model(MODEL, "float32", progress)
     rows = measure(model, texts, plan, progress)
     told = continue_story(model, texts["prose"], plan, progress)
-    result = head(MODEL, DEFAULT, plan.recipe(DEFAULT), rows[-1].effective_bits) | {
+    result = head(model, DEFAULT, plan.recipe(DEFAULT), rows[-1].effective_bits) | {
         "plan": dataclasses.asdict(plan),
         "table": [dataclasses.asdict(row) for row in rows],
         "awq_calibrated_on": WRONG_CORPUS,

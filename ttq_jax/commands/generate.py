@@ -5,14 +5,17 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.store import load_conversation, save_conversation
 from ttq_jax.commands.options import needs_of, prompts_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
-from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.evaluation.progress import Progress
+from ttq_jax.evaluation.timings import Timings, time_answers
 from ttq_jax.generate import generate
 from ttq_jax.prompts import pad_prompts
 from ttq_jax.quant.recipe import Recipe
@@ -22,55 +25,49 @@ from ttq_jax.sampling import Sampling
 from ttq_jax.types import Generation
 
 
-def decode_rate(made: Generation, max_new_tokens: int) -> float | None:
-    """Decode steps per second of the decode loop, summed over the prompts.
-
-    The first token comes from prefill; the step that found an end-of-text token counts.
-
-    Args:
-      made: from `generate` with `measure`.
-      max_new_tokens: what was asked for.
-
-    Returns:
-      Tokens per second; None if the loop took no step.
-    """
-    steps = sum(min(len(row), max_new_tokens - 1) for row in made.tokens)
-    seconds = made.seconds.get("decode", 0.0)
-    return steps / seconds if steps and seconds > 0 else None
-
-
-def _print_generation(
-    args: argparse.Namespace, recipe: Recipe | None, made: Generation, prompts: Sequence[str],
-    before: dict[str, float],
+def _print_answers(
+    args: argparse.Namespace, model: Model, recipe: Recipe | None, made: Generation,
+    prompts: Sequence[str],
+    sampling: Sampling, timings: Timings | None,
 ) -> None:  # fmt: skip
-    """One batch's answers."""
-    rate = decode_rate(made, args.max_new_tokens)
-    stages = {k: made.seconds[k] for k in ("compile", "prefill_and_quantize", "decode")}
-    seconds = {k: round(v, 4) for k, v in (before | stages).items()}
-    rows = zip(prompts, made.texts, made.tokens, made.prompt_tokens, strict=True)
-    for prompt, text, tokens, length in rows:
-        if args.json:
-            print_json(
-                head(args.model, args.method, recipe, made.effective_bits)
-                | {
-                    "prompt": prompt,
-                    "text": text,
-                    "prompt_tokens": length,
-                    "new_tokens": len(tokens),
-                    "batch_size": len(prompts),
-                    "seed": args.seed,
-                    "seconds": seconds,
-                    "tokens_per_second": None if rate is None else round(rate, 3),
-                }
-            )
+    """One batch's answers, each on stdout as soon as it is there."""
+    rows = zip(
+        prompts, made.texts, made.tokens, made.prompt_tokens, made.stopped, strict=True
+    )  # fmt: skip
+    for i, (prompt, text, tokens, length, stopped) in enumerate(rows):
+        if not args.json:
+            print_text(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
             continue
-        print_text(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
-        speed = f", {rate:.1f} tokens/s" if rate else ""
-        print_text(f"\n  {length} prompt tokens, {len(tokens)} new{speed}")
-    if not args.json:
-        times = (f"{k.replace('_', ' ')} {clock(v)}" for k, v in seconds.items())
-        print_text(f"  {', '.join(times)}")
-        print_text(f"  {describe_method(args.method, recipe, made.effective_bits)}\n")
+        print_json(
+            head(model, args.method, recipe, made.effective_bits)
+            | {
+                "prompt": prompt,
+                "text": text,
+                "prompt_tokens": length,
+                "new_tokens": len(tokens),
+                "max_new_tokens": args.max_new_tokens,
+                "stopped": stopped,
+                "sampling": dataclasses.asdict(sampling),
+                "seed": args.seed,
+                "batch_size": len(prompts),
+                # Of the batch, so in its first row alone.
+                "timings": timings.describe() if timings and not i else None,
+            }
+        )
+
+
+def _tell(
+    args: argparse.Namespace, recipe: Recipe | None, made: Generation, timings: Timings | None,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """What is not the answer, on stderr."""
+    if args.json:
+        return
+    new, why = sum(map(len, made.tokens)), ", ".join(sorted(set(made.stopped)))
+    progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
+    progress.note(describe_method(args.method, recipe, made.effective_bits))
+    if timings:
+        progress.note(timings.in_words())
 
 
 def _check_conversation(
@@ -119,7 +116,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     _check_conversation(args, recipe, progress)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
-    model, load_seconds = load_model(args.model, args.dtype, progress)
+    model, _ = load_model(args.model, args.dtype, progress)
     check_selection(model.params, recipe)
     # All prompts are checked before the first is answered, so that no run stops half way.
     pad_prompts(
@@ -128,22 +125,29 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     )  # fmt: skip
     if args.save_recipe and recipe is not None:
         save_recipe(args.save_recipe, recipe)
-    offline, prepare_seconds = prepare_offline(needs, model, text, progress)
+    offline, _ = prepare_offline(needs, model, text, progress)
     place = Path(args.conversation).expanduser() if args.conversation else None
     if place is not None and place.exists() and recipe is not None:
         offline = dataclasses.replace(offline, carried=load_conversation(place, model, recipe))
-    before = {"load": load_seconds} | ({"prepare": prepare_seconds} if prepare_seconds else {})
+    make: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed,
+    }  # fmt: skip
     with progress.stage("compiling and generating") as update:
         for start in range(0, len(prompts), args.batch_size):
             batch = prompts[start : start + args.batch_size]
             made = generate(
-                model, batch, recipe=recipe, offline=offline, sampling=sampling, seed=args.seed,
-                max_new_tokens=args.max_new_tokens, measure=True,
-            )  # fmt: skip
+                model, batch, recipe=recipe, offline=offline, batch_size=len(batch), **make
+            )
+            timings = None
+            if args.timings:
+                named = {args.method: recipe}
+                known = {args.method: offline}
+                timings = time_answers(model, batch, named, offline=known, **make)[args.method]
+            progress.clear()
+            _print_answers(args, model, recipe, made, batch, sampling, timings)
+            _tell(args, recipe, made, timings, progress)
             if place is not None and recipe is not None:
                 offline = dataclasses.replace(offline, carried=made.moments)
                 save_conversation(place, model, recipe, made.moments)
-            progress.clear()
-            _print_generation(args, recipe, made, batch, before)
             if len(prompts) > 1:
                 update(start + len(batch), len(prompts))

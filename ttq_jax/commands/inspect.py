@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_selection(model.params, recipe)
     found = inspect_model(model, recipe)
     if args.json:
-        print_json(head(args.model, args.method, recipe, found["effective_bits"]) | found)
+        print_json(head(model, args.method, recipe, found["effective_bits"]) | found)
     else:
         line = describe_method(args.method, recipe, found["effective_bits"])
         print_text(_text(args.model, found, line))

@@ -27,20 +27,16 @@ def _run(args: argparse.Namespace) -> None:
     Raises:
       BadInput: input that cannot be used.
     """
-    from ttq_jax.checkpoint import CheckpointError
-    from ttq_jax.chips.absent import ChipError
     from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
-    from ttq_jax.config import ConfigError
-    from ttq_jax.evaluation.corpora import CorpusError
+    from ttq_jax.errors import Error
     from ttq_jax.evaluation.progress import Progress
-    from ttq_jax.prompts import PromptError
 
     progress = Progress(enabled=not args.quiet)
     if not args.no_compilation_cache:
         keep_compiled_programs(cache_directory(args.cache_dir), progress)
     try:
         importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
-    except (ConfigError, PromptError, CheckpointError, CorpusError, ChipError) as e:
+    except Error as e:
         raise BadInput(str(e)) from e
 
 

@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import read_file
 from ttq_jax.evaluation.preparation import Needs
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
+from ttq_jax.text import decode, read_text
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe | None:
@@ -49,17 +48,10 @@ def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
 
 
 def _read_prompts(path: str) -> str:
-    """The text of a prompts file, "-" being standard input.
-
-    Raises:
-      PromptError: it is not UTF-8.
-    """
-    if path != "-":
-        return read_file(Path(path).expanduser())
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise PromptError(f"standard input: expected UTF-8 text, but byte {e.start} is not") from e
+    """The text of a prompts file, "-" being standard input."""
+    if path == "-":
+        return decode(sys.stdin.buffer.read(), "standard input", PromptError)
+    return read_text(path, PromptError)
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:

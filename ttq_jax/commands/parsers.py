@@ -166,6 +166,9 @@ def _generate_parser(commands: Any) -> None:
         "--per-prompt is given (default: %(default)s)")  # fmt: skip
     add("--per-prompt", action="store_true",
         help="quantize for each prompt of a batch separately")  # fmt: skip
+    add("--timings", action="store_true",
+        help="after each answer, run its program ten times more and tell how long it takes"
+        )  # fmt: skip
     add("--conversation", metavar="DIR",
         help="treat the prompts as turns of one conversation. DIR keeps the activations' moments "
         "between calls, not the text. Needs a recipe with moments.decay above 0, the weight of "

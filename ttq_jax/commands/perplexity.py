@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         plain = scored_by(None, Offline(), "scoring unquantized")
     base = plain.perplexity if args.with_baseline and plain else None
     interval = interval95(scored.nll, protocol.scored)
-    result = head(args.model, args.method, recipe, scored.effective_bits) | {
+    result = head(model, args.method, recipe, scored.effective_bits) | {
         "perplexity": scored.perplexity,
         "unquantized_perplexity": base,
         "interval_95": interval,

@@ -29,14 +29,21 @@ def _shard(text: str | None) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _of_other_texts(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> None:
-    """Refuses rows whose text had the same name and other contents.
+def _of_others(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> None:
+    """Refuses rows whose model or text had the same name and other contents.
 
     Raises:
       ConfigError: there are such rows.
     """
     for cell in cells:
         row = rows.get(cell.key, {})
+        was = row.get("model", {})
+        if was and was["fingerprint"] != runner.origin(cell.options.model)["fingerprint"]:
+            raise ConfigError(
+                f"model {cell.values['model']}: expected the model of the rows in --out "
+                f"({was['file']} {was['revision']}, fingerprint {was['fingerprint'][:12]}…), got "
+                "another; choose another --out, or another label"
+            )
         for axis in ("corpus", "calibration"):
             was = row.get(f"{axis}_sha256")
             if was and was != sha256(runner.text(getattr(cell.options, axis))):
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     rows.repair()
     done = rows.read()
     runner = Runner()
-    _of_other_texts(cells, done, runner)
+    _of_others(cells, done, runner)
 
     def pending(cell: Cell, done: dict[str, Row]) -> bool:
         return cell.key not in done or (args.retry and "error" in done[cell.key])

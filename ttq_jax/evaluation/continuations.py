@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ModelConfig
 from ttq_jax.evaluation.perplexity import read_refreshing
+from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
@@ -127,6 +128,7 @@ def score_continuations(
 
     Raises:
       PromptError: the prompt is empty, or does not fit.
+      NotFiniteError: a score is not finite.
     """
     longest = max(map(len, continuations))
     rows = np.zeros((bucket(len(continuations), smallest=1), bucket(longest, smallest=_SHORTEST)))
@@ -142,6 +144,8 @@ def score_continuations(
             config=model.config, recipe=recipe,
         )
     )  # fmt: skip
+    if not np.isfinite(scores[: len(continuations)]).all():
+        raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
     return list(zip(scores.tolist(), greedy.tolist(), strict=True))[: len(continuations)]
 
 
@@ -197,6 +201,7 @@ def continue_until(
 
     Raises:
       PromptError: the prompt is empty, or does not fit.
+      NotFiniteError: the logits are not finite.
     """
     tokenizer, prompts = model.tokenizer, pad_prompts(
         [prompt], max_positions=model.config.max_positions, max_new_tokens=limit
@@ -212,7 +217,9 @@ def continue_until(
     # again for more; the first ones come out the same.
     upto = min(SMALLEST_BUCKET, limit) if until else limit
     while True:
-        tokens, counts, _ = jax.device_get(run(jax.device_put(np.int32(upto))))
+        tokens, counts, fine, _ = jax.device_get(run(jax.device_put(np.int32(upto))))
+        if not fine:
+            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])
         text = tokenizer.decode(tokens[0, :count].tolist())
         found = [at for stop in until if (at := text.find(stop)) >= 0]

@@ -1,10 +1,10 @@
 """Text -> evaluation and calibration windows.
 
-A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file
-(every string in it is read), `hf:NAME[:CONFIG][:SPLIT]` for a Hugging Face dataset (NAME may be a
-local directory in the hub's layout), or `builtin:NAME` for a text that comes with every
-installation. The optional percentages take a part of the text: `[:50%]` to calibrate and `[50%:]`
-to score.
+A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file (the
+field "text" of each line is read, or another one: `FILE.jsonl:FIELD`), `hf:NAME[:CONFIG][:SPLIT]`
+for a Hugging Face dataset (NAME may be a local directory in the hub's layout), or `builtin:NAME`
+for a text that comes with every installation. The optional percentages take a part of the text:
+`[:50%]` to calibrate and `[50%:]` to score.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from ttq_jax.errors import shown
 from ttq_jax.evaluation.hub_text import CorpusError, read_hub
+from ttq_jax.text import read_text
 
 # Characters per token that no natural text exceeds on average.
 _LONG_TOKEN = 16
@@ -30,31 +32,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str, add_bos: bool = True) -> Sequence[int]:
         """Token ids, after the begin-of-text token where the model uses one."""
         ...
-
-
-def read_file(path: Path, *, missing: str = "check the path") -> str:
-    """The text of a UTF-8 file.
-
-    Args:
-      path: of the file.
-      missing: what the message advises if there is no such file.
-
-    Returns:
-      Its text, with every line end a newline.
-
-    Raises:
-      CorpusError: there is none, or it cannot be read or is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise CorpusError(
-            f"{path}: expected UTF-8 text, but byte {e.start} is not; convert the file"
-        ) from e
-    except FileNotFoundError as e:
-        raise CorpusError(f"{path}: no such file; {missing}") from e
-    except OSError as e:
-        raise CorpusError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
 # A part of a text, as Hugging Face's datasets write it.
@@ -107,26 +84,38 @@ def _read_source(source: str) -> str:
             raise CorpusError(f"corpus: expected builtin:{{{','.join(known)}}}, got {source!r}")
         return known[source[8:]].read()
     kinds = "a corpus is a text file, hf:NAME or builtin:NAME"
-    text = read_file(Path(source).expanduser(), missing=kinds)
-    return _strings_of(source, text) if source.endswith(".jsonl") else text
+    file, is_lines, field = source.rpartition(".jsonl")
+    if is_lines and (not field or field[0] == ":"):
+        return _field_of(f"{file}.jsonl", read_text(f"{file}.jsonl", CorpusError), field[1:])
+    return read_text(source, CorpusError, missing=kinds)
 
 
-def _strings_of(source: str, text: str) -> str:
-    """Every string in the objects of JSON lines, with an empty line between objects.
+def _field_of(source: str, text: str, field: str) -> str:
+    """One field of JSON lines, with an empty line between them; blank lines are skipped.
 
     Raises:
-      CorpusError: a line is no JSON object.
+      CorpusError: a line is no JSON object, or lacks the field, or it is no string.
     """
-    rows = []
-    for i, line in enumerate(text.splitlines(), 1):
+    rows, name = [], field or "text"
+    # Not splitlines: JSON strings may hold U+2028, which is no line end there.
+    for i, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise CorpusError(f"{source}, line {i}: expected a JSON object: {e}") from e
         if not isinstance(row, dict):
-            raise CorpusError(f"{source}, line {i}: expected a JSON object, got {line[:40]!r}")
-        values = (v if isinstance(v, list) else [v] for v in row.values())
-        rows.append("\n".join(v for each in values for v in each if isinstance(v, str)))
+            raise CorpusError(f"{source}, line {i}: expected a JSON object, got {shown(row)}")
+        value = row.get(name)
+        texts: list[Any] = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in texts):
+            raise CorpusError(
+                f"{source}, line {i}: expected a string, or a list of them, in the field {name!r}, "
+                f"got {shown(value)}; its fields are {', '.join(row) or 'none'}. Name one after a "
+                f"colon, as in {source}:FIELD"
+            )
+        rows.append("\n".join(texts))
     return "\n\n".join(rows)
 
 
@@ -255,7 +244,7 @@ def _package_file(package: str, *parts: str) -> str:
             f"package {package!r}, which has the text, is not installed; run: pip install {package}"
         )
     origin = Path(spec.origin)
-    return read_file(origin.parent.joinpath(*parts) if parts else origin)
+    return read_text(origin.parent.joinpath(*parts) if parts else origin, CorpusError)
 
 
 _LOCALES = (

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ttq_jax._version import __version__
+from ttq_jax.checkpoint import Model
 from ttq_jax.chips.absent import libtpu_version
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
@@ -39,11 +40,11 @@ def device() -> str:
     return f"cpu, {cores} cores"
 
 
-def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[str, Any]:
+def head(model: Model, method: str, recipe: Recipe | None, bits: float) -> dict[str, Any]:
     """The fields that every JSON result begins with.
 
     Args:
-      model: its name.
+      model: the unquantized model.
       method: name of the preset, or of the recipe's file.
       recipe: with the options applied; None for "none".
       bits: effective bits per weight.
@@ -52,7 +53,9 @@ def head(model: str, method: str, recipe: Recipe | None, bits: float) -> dict[st
       JSON data.
     """
     return {
-        "model": model,
+        "model": model.name,
+        "origin": dict(model.origin),
+        "dtype": model.dtype,
         "method": method,
         "recipe": None if recipe is None else recipe.describe(),
         "device": device(),

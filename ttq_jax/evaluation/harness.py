@@ -138,9 +138,9 @@ class _Adapter:
         said, name = dict(self.said), self.model.name
         if Path(name).expanduser().exists():
             name = Path(name).name
-        made = head(name, said.pop("method"), self.recipe, self.effective_bits)
+        made = head(self.model, said.pop("method"), self.recipe, self.effective_bits)
         more = {
-            "dtype": str(self.model.params["embed"]["embedding"].dtype),
+            "model": name,
             "max_length": self.max_length,
             "seed": self.seed,
             "weights_from": _WEIGHTS_FROM,

@@ -9,8 +9,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from ttq_jax.errors import Error
 
-class CorpusError(ValueError):
+
+class CorpusError(Error):
     """A text that cannot be used; the message says what to change."""
 
 

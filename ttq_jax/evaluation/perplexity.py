@@ -22,11 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
-from ttq_jax.prompts import token_ids
+from ttq_jax.prompts import pad_prompts, token_ids
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits
 
@@ -55,6 +56,11 @@ class Protocol:
                 f"prompt tokens: the causal protocol expects 1 <= P < window, got "
                 f"P={self.prompt_tokens} and window={self.window}"
             )
+
+    @property
+    def read(self) -> int:
+        """The first tokens of a window, which make its weights."""
+        return self.prompt_tokens if self.kind == "causal" else self.window
 
     @property
     def scored(self) -> int:
@@ -124,7 +130,7 @@ def score_window(
     Returns:
       Summed over the `protocol.scored` tokens, nats.
     """
-    length = protocol.prompt_tokens if protocol.kind == "causal" else protocol.window
+    length = protocol.read
     read = tokens[None, :length]
     prompts = Prompts(read, jnp.ones(read.shape, bool))
     # The last stretch between two refreshes is padded to its full length.
@@ -209,6 +215,7 @@ def stream(
 
     Raises:
       ConfigError: windows of another length than the protocol's, or longer than the context.
+      NotFiniteError: a window's loss is not finite.
     """
     if windows.shape[1] != protocol.window:
         raise ConfigError(
@@ -228,6 +235,10 @@ def stream(
             config=model.config, recipe=recipe, protocol=protocol,
         )  # fmt: skip
         nll.append(float(jax.device_get(one)))
+        if not np.isfinite(nll[-1]):
+            read = [window[: protocol.read].tolist()]
+            prompts = pad_prompts(read, max_positions=model.config.max_positions)
+            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         scored = len(nll) * protocol.scored
         yield Perplexity(
             perplexity=float(np.exp(np.sum(nll) / scored)),
@@ -263,6 +274,7 @@ def perplexity(
 
     Raises:
       ConfigError: no window, or windows that do not match the protocol or the context.
+      NotFiniteError: a window's loss is not finite.
     """
     if not len(windows):
         raise ConfigError("expected at least one window of text, got none")

@@ -24,11 +24,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.finite import raise_not_finite
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
-from ttq_jax.prompts import token_ids
+from ttq_jax.prompts import pad_prompts, token_ids
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.source import Source, blend
@@ -177,6 +178,7 @@ def measure_widths(
 
     Raises:
       ConfigError: no window, P outside its range, or a recipe that selects no projection.
+      NotFiniteError: an error is infinite or NaN.
     """
     if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
         raise ConfigError(
@@ -206,6 +208,10 @@ def measure_widths(
                     name=name, recipe=uniform, prompt_tokens=prompt_tokens,
                 )  # fmt: skip
                 errors[name][i, :, j] = jax.device_get(error)
+                if not np.isfinite(errors[name][i, :, j]).all():
+                    read = [window[:prompt_tokens].tolist()]
+                    prompts = pad_prompts(read, max_positions=config.max_positions)
+                    raise_not_finite(params, prompts, offline, config=config, recipe=uniform)
                 bits[name][j] = leaf_bits(made) * math.prod(stack.shape[1:])
         progress(i + 1, len(windows))
     return Measured(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.finite import check_offline
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import prior_from_weights
@@ -104,11 +105,14 @@ def prepare(
 
     Raises:
       ConfigError: the recipe needs a calibration corpus and none was given.
+      NotFiniteError: the moments, factors or packed weights are not finite.
     """
     made = prepare_unpacked(model, recipe, calibration, progress)
     if recipe is None or recipe.source.of == "prompt":
         return made
-    return Offline(packed=quantize_params(model.params, recipe, made))
+    packed = Offline(packed=quantize_params(model.params, recipe, made))
+    check_offline(packed, recipe)
+    return packed
 
 
 def prepare_unpacked(
@@ -130,6 +134,7 @@ def prepare_unpacked(
 
     Raises:
       ConfigError: the recipe needs a calibration corpus and none was given.
+      NotFiniteError: the moments, factors or packed weights are not finite.
     """
     if recipe is None:
         return Offline()
@@ -144,4 +149,6 @@ def prepare_unpacked(
         moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
     elif source.prior == "samples":
         moments = calibrate(model, sample_windows(model), recipe.reads, progress)
-    return Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
+    made = Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
+    check_offline(made, recipe)
+    return made

@@ -54,7 +54,7 @@ def _written(
     hidden, cache, tree, _ = prefill(
         params, prompts, cache, config=config, recipe=None, offline=Offline()
     )
-    out, _, _ = decode(
+    out, *_ = decode(
         tree, cache, last_hidden(hidden, prompts), key, jnp.asarray(capacity, jnp.int32),
         config=config, sampling=Sampling(temperature=1.0), capacity=capacity, eos_ids=(),
     )  # fmt: skip

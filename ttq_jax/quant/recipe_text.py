@@ -20,6 +20,7 @@ from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.quant.widths import Width
+from ttq_jax.text import read_text
 
 _FIELDS = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
 _TABLES = tuple(name for name, value in _FIELDS.items() if dataclasses.is_dataclass(value))
@@ -111,7 +112,7 @@ def recipe_named(
       settings: see `with_settings`; they count after the short ones.
 
     Returns:
-      The recipe; None for "none", which short choices do not change.
+      The recipe; None for "none".
 
     Raises:
       ConfigError: a value out of range, or a choice that the recipe does not read.
@@ -120,7 +121,8 @@ def recipe_named(
     given = {k: v for k, v in short.items() if v is not None and not (k in _FLAGS and v is False)}
     law = [key for key in _LAW if key in given]
     if base is None:
-        for useless in [*(f"{key} (--{key})" for key in law), *(f"--set {s}" for s in settings)]:
+        options = (f"{key} (--{key.replace('_', '-')})" for key in given)
+        for useless in [*options, *(f"--set {s}" for s in settings)]:
             raise ConfigError(quantizes_nothing(name, f"{useless} has no effect"))
         return None
     if "clip" in given:
@@ -190,14 +192,12 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
       ConfigError: it cannot be read, or holds no recipe.
     """
-    try:
-        text = Path(path).expanduser().read_text("utf-8")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: expected UTF-8 text, but byte {e.start} is not") from e
-    except FileNotFoundError as e:
-        raise ConfigError(f"{path}: no such file") from e
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+    text = read_text(path, ConfigError)
+    if not _parsed(text, str(path)):
+        raise ConfigError(
+            f"{path}: expected at least one choice, as in [grid] bits = 4, got none; ttq recipes "
+            "NAME prints them all"
+        )
     try:
         return from_toml(text)
     except ConfigError as e:

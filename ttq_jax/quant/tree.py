@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ttq_jax.config import ConfigError
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -120,17 +121,33 @@ def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
 
 
 def check_selection(params: Params, recipe: Recipe | None) -> None:
-    """Refuses a recipe that would quantize nothing.
+    """Refuses a recipe that does not fit a tree: what it says would change nothing.
 
     Args:
       params: the dense tree.
       recipe: None for the unquantized model.
 
     Raises:
-      ConfigError: no projection of this tree is selected.
+      ConfigError: no projection is selected, a width rule matches none, or groups are wider than
+        every input.
     """
-    if recipe is not None:
-        recipe.selected(kernels(params["layers"]))
+    if recipe is None:
+        return
+    stacks = kernels(params["layers"])
+    names = recipe.selected(stacks)
+    for rule in recipe.widths:
+        if not any(rule.matches(n, i) for n in names for i in range(stacks[n].shape[0])):
+            raise ConfigError(
+                f"widths: expected a match with layers/{names[0]} or layers/0/{names[0]} (or "
+                f"another of {', '.join(names)}), got {rule.select!r}"
+            )
+    widest = max(stacks[name].shape[-2] for name in names)
+    for grid in {grid for name in names for grid in recipe.grids(name, len(stacks[name]))}:
+        if grid.group_size > -(-widest // 8) * 8:
+            raise ConfigError(
+                f"group size: expected at most {widest}, the widest input of the selected "
+                f"projections, got {grid.group_size}; -1 gives one group per column"
+            )
 
 
 def _selected(params: Params, recipe: Recipe) -> dict[str, Array]:

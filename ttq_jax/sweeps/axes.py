@@ -15,15 +15,14 @@ import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import read_file
 from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
+from ttq_jax.text import read_text
 
 # Axes whose value may be given as LABEL=VALUE: the label is what rows and reports show.
 LABELLED = ("model", "corpus", "calibration")
@@ -130,7 +129,7 @@ def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
       CorpusError: the file cannot be read.
     """
     try:
-        data = tomllib.loads(read_file(Path(path).expanduser()))
+        data = tomllib.loads(read_text(path, ConfigError))
     except tomllib.TOMLDecodeError as e:
         raise ConfigError(f"{path}: not TOML: {e}") from e
     given = dict(map(_change, changes))

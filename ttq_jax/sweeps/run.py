@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint import Model, load
+from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import device, versions
@@ -108,12 +109,17 @@ class Runner:
 
     def __init__(self):
         self._models, self._texts, self._windows = _Kept(1), _Kept(16), _Kept(16)
+        self._origins = _Kept(16)
         self._moments, self._offline, self._programs = _Kept(1), _Kept(1), set[Any]()
         self._commit = git_commit()
 
     def text(self, spec: str) -> str:
         """A corpus; see `read_corpus`."""
         return self._texts.get(spec, lambda: read_corpus(spec))
+
+    def origin(self, name: str) -> dict[str, str]:
+        """Which files a model's name stands for now; see `checkpoint.origin`."""
+        return self._origins.get(name, lambda: origin(find(name)))
 
     def run(self, cell: Cell, progress: Callable[[Perplexity, int], Any]) -> Row:
         """Scores one cell.
@@ -147,6 +153,7 @@ class Runner:
         ):
             progress(running, len(windows))
         return head_of(cell, self._commit) | {
+            "model": dict(model.origin),
             "corpus_sha256": sha256(text),
             "calibration_sha256": self._calibration_digest(cell),
             "windows": running.windows, "scored": cell.protocol.scored, "nll": running.nll,

@@ -40,7 +40,7 @@ def test_a_special_token_ends_an_answer(model, monkeypatch):
 
     def generate_nothing(*args, eos_ids, **kwargs):
         seen.append(eos_ids)
-        return np.zeros((1, 32), np.int32), np.zeros(1, np.int32), {}
+        return np.zeros((1, 32), np.int32), np.zeros(1, np.int32), np.True_, {}
 
     monkeypatch.setattr("ttq_jax.evaluation.continuations.generate_tokens", generate_nothing)
     answers(harness.TTQModel(model, None), ("a", {"until": ["<s>", "b"], "max_gen_toks": 4}))
