@@ -22,6 +22,7 @@ class Model:
       tokenizer: its tokenizer.
       name: what it was loaded as.
       eos_ids: tokens that end a text.
+      format: how the file's weights were quantized, as in "Q4_1"; "" if they were not.
     """
 
     config: ModelConfig
@@ -29,6 +30,7 @@ class Model:
     tokenizer: Tokenizer
     name: str
     eos_ids: tuple[int, ...]
+    format: str = ""
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.config.vocab_size:
