@@ -127,6 +127,17 @@ def test_a_format_that_the_row_says_counts_and_none_is_guessed(tmp_path):
     assert "already rounded" not in text
 
 
+def test_where_one_corpus_dominates_a_geometric_mean_stands_beside(made, tmp_path):
+    assert "geometric gap" not in (made / "report.md").read_text()
+    rows = [row({"corpus": c, "recipe": "none"}, 0) for c in CORPORA]
+    costs = dict(zip(CORPORA, (0.1, 0.2, 3.0), strict=True))
+    rows += [row({"corpus": c, "recipe": "rtn", "bits": 2}, cost) for c, cost in costs.items()]
+    header, _, cells = table_under(report_of(tmp_path / "s", rows), "Results: m")
+    shown = dict(zip(header, cells, strict=True))
+    assert float(shown["geometric gap"]) == pytest.approx(np.exp(np.mean([0.1, 0.2, 3.0])) - 1, 0.1)
+    assert float(shown["gap"]) > 2 * float(shown["geometric gap"])
+
+
 def test_few_windows_have_no_interval_and_the_reason_is_said(tmp_path):
     few = [r | {"nll": r["nll"][:2], "windows": 2} for r in sweep_rows() if "nll" in r]
     for r in few:

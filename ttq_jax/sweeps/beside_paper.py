@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ttq_jax.sweeps import words
 from ttq_jax.sweeps.parts import Heading, Part, Table, Text
 from ttq_jax.sweeps.published import MACRO, PUBLISHED, SOURCE, Published
-from ttq_jax.sweeps.tables import Summary, plain_of, settings
+from ttq_jax.sweeps.tables import SETTING, Summary, plain_of, settings, varying
 
 # The paper's D.
 _SCALE = {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
@@ -37,7 +37,6 @@ def _differs(cell: Published, one: Summary, same_model: bool) -> str:
         said.append(f"group {recipe['grid']['group_size']}")
     if recipe["grid"]["symmetric"]:
         said.append("symmetric grid")
-    said.append(f"windows of {one.values['window']} (the paper's length is not known here)")
     return ", ".join(said)
 
 
@@ -81,6 +80,8 @@ def beside_paper(found: Sequence[Summary]) -> list[Part]:
             f"({SOURCE}) on all of WikiText-2, PTB and C4 (corpora named wikitext2, ptb, c4)."
         )]  # fmt: skip
     plains = {repr(s): plain_of(group) for s, group in settings(found)}
+    axes = [axis for axis in varying(found) if axis not in SETTING]
+    windows = sorted({one.values["window"] for one in found})
     texts: list[list[str]] = []
     numbers: list[list[float | None]] = []
     for cell in PUBLISHED:
@@ -92,7 +93,9 @@ def beside_paper(found: Sequence[Summary]) -> list[Part]:
         for one, same in ours:
             plain = plains.get(repr(one.setting))
             base = _macro(plain) if plain is not None and _is_macro(plain) else None
-            notes = [n for n in (_differs(cell, one, same), cell.note) if n]
+            # Several of ours beside one cell are told apart.
+            name = one.label(axes) if len(ours) > 1 else ""
+            notes = [n for n in (name, _differs(cell, one, same), cell.note) if n]
             texts.append([*head, "; ".join(notes)])
             numbers.append([*theirs, _macro(one), _ratio(_macro(one), base)])
         if not ours:
@@ -101,8 +104,9 @@ def beside_paper(found: Sequence[Summary]) -> list[Part]:
     text = (
         f"Published perplexities ({SOURCE}) are means over WikiText-2, PTB and C4. Ours are beside "
         "them where a recipe has the same method, bits and rank and was scored on all three. These "
-        "means are arithmetic, as the paper's. Where the model differs, compare only the ratios to "
-        "the unquantized model, and only roughly."
+        "means are arithmetic, as the paper's. The length of its windows is not known here; "
+        f"ours have {' or '.join(map(str, windows))} tokens. Where the model differs, compare only "
+        "the ratios to the unquantized model, and only roughly."
     )
     header = ["published", "method", "bits", "ours differs in", "paper", "paper over unquantized",
               "ours", "ours over unquantized"]  # fmt: skip

@@ -27,8 +27,9 @@ _READING = (
     "Perplexity is exp of the mean negative log-likelihood per scored token; lower is better. Over "
     "several corpora its mean is geometric, so that none dominates. The gap is the perplexity "
     "divided by that of the unquantized model on the same windows, minus 1; its mean over corpora "
-    "is arithmetic. The 95 % interval of the mean gap takes windows as independent draws (Student's"
-    " t, Welch and Satterthwaite's degrees of freedom); it holds for these texts only.",
+    "is arithmetic, and a geometric one stands beside it where one corpus dominates. The 95 % "
+    "interval of the mean gap takes windows as independent draws (Student's t, Welch and "
+    "Satterthwaite's degrees of freedom); it holds for these texts only.",
     "Bits are stored bits per weight of the linear layers, which are what is quantized: codes, "
     "scales, zero points, channel scales and low-rank factors. The embedding, a head of its own "
     "and the norms are not among them, so a whole model has more.",
@@ -123,6 +124,8 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
     marks = frozenset((i, len(columns)) for i in best_of(group))
     if any(one.interval for one in group):
         columns["95 % interval"] = [_interval(one) for one in group]
+    if any(one.is_dominated for one in group):
+        columns["geometric gap"] = words.gaps([one.geometric for one in group])
     labels = [one.label(axes) + " †" * one.on_file_grid for one in group]
     return Table(
         ["recipe", *columns], [list(row) for row in zip(labels, *columns.values(), strict=True)],

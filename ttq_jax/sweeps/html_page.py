@@ -33,14 +33,15 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--rule); text-align
          overflow-wrap: normal; }
 td { white-space: nowrap; }
 th { border-bottom: 2px solid var(--soft); vertical-align: bottom; }
-.left { text-align: left; white-space: normal; min-width: 7rem; max-width: 26rem;
-        overflow-wrap: anywhere; }
+.left { text-align: left; white-space: normal; max-width: 26rem;
+        overflow-wrap: break-word; }
+td.left:first-child { min-width: 8rem; } td.left:nth-child(4) { min-width: 15rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); }
 .best { font-weight: 700; background: var(--mark); }
 th button { all: unset; cursor: pointer; }
-th button::after { content: " \\2195"; color: var(--soft); font-weight: 400; }
-th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit; }
-th[aria-sort=descending] button::after { content: " \\2193"; color: inherit; }
+th button::after { content: "\\a0\\2195"; color: var(--soft); font-weight: 400; }
+th[aria-sort=ascending] button::after { content: "\\a0\\2191"; color: inherit; }
+th[aria-sort=descending] button::after { content: "\\a0\\2193"; color: inherit; }
 figure { margin: 1.2rem 0; }
 img { display: block; width: 100%; max-width: 36rem; height: auto; }
 figcaption { font-size: .84rem; color: var(--soft); margin-top: .4rem; }
@@ -50,6 +51,7 @@ figcaption { font-size: .84rem; color: var(--soft); margin-top: .4rem; }
   h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; }
   .wide { overflow: visible; } th button::after { content: none !important; }
   td { white-space: normal; } img { max-width: 4.4in; }
+  td:first-child, th:first-child { position: static; }
 }
 """
 
@@ -85,7 +87,10 @@ def _table(table: Table, title: str) -> str:
         kinds = ["left"] * (j < table.left) + ["best"] * ((i, j) in table.best)
         mark = f' class="{" ".join(kinds)}"' if kinds else ""
         scope = ' scope="col"' if tag == "th" else ""
-        return f"<{tag}{scope}{mark}>{html.escape(text)}</{tag}>"
+        shown = html.escape(text)
+        # A narrow column would break its name at the hyphen.
+        shown = shown.replace("-", "\u2011") if tag == "th" else shown
+        return f"<{tag}{scope}{mark}>{shown}</{tag}>"
 
     head = "".join(cell("th", -1, j, name) for j, name in enumerate(table.header))
     body = "\n".join(

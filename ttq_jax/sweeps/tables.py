@@ -19,6 +19,8 @@ from ttq_jax.sweeps.rows import Row
 SETTING = ("model", "dtype", "protocol", "window", "prompt_tokens", "max_windows", "seed")
 # Stored bits by which recipes of one cost may differ.
 SAME_BITS = 0.05
+# An arithmetic mean of ratios that exceeds the geometric one by this factor is of one corpus.
+_DOMINATED = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,15 @@ class Summary:
       rows: by corpus.
       mean: geometric mean of the perplexities, which no single corpus dominates.
       gap: mean over the corpora; None without the unquantized model's rows.
-      interval: its 95 % interval; None with too few windows.
+      geometric: the same with a geometric mean of the ratios.
+      interval: the gap's 95 % interval; None with too few windows.
     """
 
     values: dict[str, Any]
     rows: dict[str, Row]
     mean: float
     gap: float | None
+    geometric: float | None
     interval: tuple[float, float] | None
 
     @property
@@ -69,6 +73,13 @@ class Summary:
         """Which weights read the prompt: "full", "quantized", or "" where that is no question."""
         recipe = self.row["recipe"]
         return recipe.get("prefill", "") if recipe else ""
+
+    @property
+    def is_dominated(self) -> bool:
+        """Whether one corpus rules the mean gap: the geometric mean is a good deal lower."""
+        if self.gap is None or self.geometric is None:
+            return False
+        return 1 + self.gap > _DOMINATED * (1 + self.geometric)
 
     @property
     def on_file_grid(self) -> bool:
@@ -185,16 +196,19 @@ def _place(row: Row) -> str:
 def _summary(rows: list[Row], plain: dict[str, Row]) -> Summary:
     values = {k: v for k, v in rows[0]["cell"].items() if k != "corpus"}
     bases = [plain.get(_place(row)) for row in rows]
-    gap = interval = None
+    gap = geometric = interval = None
     if values["recipe"] != "none" and all(
         base is not None and len(base["nll"]) == len(row["nll"])
         for row, base in zip(rows, bases, strict=True)
     ):
         samples = [excess(row, base) for row, base in zip(rows, bases, strict=True) if base]
         gap, found = mean_gap(samples), interval95(samples)
+        geometric = float(np.exp(np.mean([each.mean() for each in samples]))) - 1
         interval = found and (found[0] - 1, found[1] - 1)
     mean = float(np.exp(np.mean(np.log([row["perplexity"] for row in rows]))))
-    return Summary(values, {row["cell"]["corpus"]: row for row in rows}, mean, gap, interval)
+    return Summary(
+        values, {row["cell"]["corpus"]: row for row in rows}, mean, gap, geometric, interval
+    )
 
 
 def varying(found: Iterable[Summary]) -> dict[str, list[Any]]:
