@@ -60,8 +60,7 @@ def test_every_column_has_one_number_of_digits(made, tmp_path):
 
 
 def best_in(rows):
-    return {words for found in [summaries(rows)] for i in best_of(found)
-            for words in [(found[i].values["recipe"], found[i].values["bits"])]}  # fmt: skip
+    return {(one.values["recipe"], one.values["bits"]) for one in best_of(summaries(rows))}
 
 
 def test_only_what_costs_the_same_is_best():

@@ -121,7 +121,8 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
         whole = [one.mean if len(one.rows) == len(names) else None for one in group]
         columns["geometric mean"] = words.column(whole, 2)
     columns["gap"] = words.gaps([one.gap for one in group])
-    marks = frozenset((i, len(columns)) for i in best_of(group))
+    best = best_of(group)
+    marks = frozenset((i, len(columns)) for i, one in enumerate(group) if one in best)
     if any(one.interval for one in group):
         columns["95 % interval"] = [_interval(one) for one in group]
     if any(one.is_dominated for one in group):
@@ -162,7 +163,7 @@ def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
         said = place_said(axis, shown)
         what = "Mean gap" if have_gap else "Perplexity"
         parts += [Heading(f"{what} by {words.axis(axis)}: {said}", 3),
-                  _along(axis, lines, varying(found)[axis], have_gap)]  # fmt: skip
+                  _along(axis, lines, varying(found)[axis], best_of(here))]  # fmt: skip
         if drawable(lines):
             over = ", ".join(map(words.corpus, corpora(shown)))
             bars = (
@@ -182,19 +183,22 @@ def _axis(axis: str, found: Sequence[Summary]) -> list[Part]:
 
 
 def _along(
-    axis: str, lines: dict[str, dict[Any, Summary]], values: Sequence[Any], have_gap: bool
+    axis: str, lines: dict[str, dict[Any, Summary]], values: Sequence[Any], best: Sequence[Summary]
 ) -> Table:
-    """A row per line, a column per value of the axis."""
+    """A row per line, a column per value of the axis; marked are the `best`."""
+    have_gap = all(one.gap is not None for line in lines.values() for one in line.values())
     steps = [v for v in values if any(v in line for line in lines.values())]
     columns, marks = [], set()
     for j, step in enumerate(steps, 1):
         there = [line.get(step) for line in lines.values()]
-        columns.append(
+        cells = (
             words.gaps([None if one is None else one.gap for one in there])
             if have_gap
             else words.column([None if one is None else one.mean for one in there], 2)
         )
-        marks |= {(i, j) for i in best_of(there)}
+        dagger = [" †" if one and one.on_file_grid else "" for one in there]
+        columns.append([cell + mark for cell, mark in zip(cells, dagger, strict=True)])
+        marks |= {(i, j) for i, one in enumerate(there) if one in best}
     return Table(
         [words.axis(axis), *(f"{v:g}" if isinstance(v, float) else str(v) for v in steps)],
         [list(row) for row in zip(lines, *columns, strict=True)], frozenset(marks),

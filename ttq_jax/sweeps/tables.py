@@ -23,7 +23,7 @@ SAME_BITS = 0.05
 _DOMINATED = 1.2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
     """One recipe in one setting, over the corpora.
 
@@ -142,26 +142,22 @@ def _beats(one: Summary, other: Summary) -> bool:
     return one.gap < other.interval[0] and other.gap > one.interval[1]
 
 
-def best_of(found: Sequence[Summary | None]) -> set[int]:
-    """The places of those that beat everything of their cost, and that nothing cheaper beats.
+def best_of(found: Sequence[Summary]) -> list[Summary]:
+    """Those that beat everything of their cost, and that nothing cheaper beats.
 
     Args:
-      found: None is an empty place.
+      found: from `summaries`.
 
     Returns:
-      Their places; where nothing else has a recipe's cost, it is not the best of anything.
+      Some of them; where nothing else has a recipe's cost, it is not the best of anything.
     """
-    best = set()
-    for i, one in enumerate(found):
-        if one is None or one.is_plain:
-            continue
-        rivals = [
-            other for j, other in enumerate(found) if other and j != i and _comparable(one, other)
-        ]  # fmt: skip
+    best = []
+    for one in found:
+        rivals = [other for other in found if other is not one and _comparable(one, other)]
         alike = [other for other in rivals if one.bits - other.bits <= SAME_BITS]
         beaten = any(_beats(other, one) for other in rivals)
         if alike and not beaten and all(_beats(one, other) for other in alike):
-            best.add(i)
+            best.append(one)
     return best
 
 
