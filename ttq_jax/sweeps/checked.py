@@ -93,7 +93,7 @@ _GRID: Schema = {
     "symmetric": (lambda v: isinstance(v, bool), "true or false", True),
 }  # fmt: skip
 _LOW_RANK: Schema = {"rank": (_whole, "an integer", True)}
-_MODEL: Schema = {"format": (_text, "a text", False)}
+_MODEL: Schema = {"format": (_maybe(_text), "a text, or null", False)}
 
 
 def checked(rows: Iterable[Row], where: str) -> list[Row]:

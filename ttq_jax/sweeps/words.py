@@ -84,7 +84,7 @@ def model_of(row: Row) -> tuple[str, str]:
     alias = str(row["cell"]["model"])
     title, known = CONTENTS.get(alias, (alias, ""))
     said = row.get("model")
-    return title, said.get("format", known) if isinstance(said, dict) else known
+    return title, (said.get("format", known) or "") if isinstance(said, dict) else known
 
 
 def model(row: Row) -> str:
