@@ -17,7 +17,7 @@ Command   T="python experiments/learned_recipe.py train --model smollm2 --window
               --corpus wikitext2=TEST --corpus ptb=TEST --corpus c4=VALIDATION
               --corpus gsm8k=TEST.jsonl --out experiments/results/learned_recipe_scores.jsonl
           python experiments/learned_recipe.py report --picture
-              experiments/results/learned_recipe_smollm2.png
+              experiments/results/learned_recipe_smollm2.svg
               experiments/results/learned_recipe_scores.jsonl --learned ${L}_*.json
 Cost      SmolLM2-135M: 3.3 s of CPU time per step (windows of 320), 13 to 18 s by the clock on
           the 2 busy cores it was measured on; 2.5 GB. Scoring as in quality.py. A training that was

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from quality import Results, corpus_text, gaps, interval, protocol_data, spread
+from quality import Results, corpus_text, gaps, interval, protocol_data, ratio, spread
 from straight_through import START, Setting, Theta, loss_of
 
 import ttq_jax as ttq
@@ -26,6 +26,7 @@ from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
+from ttq_jax.sweeps.looks import INK, pyplot, save
 from ttq_jax.types import Offline, effective_bits
 
 
@@ -163,7 +164,7 @@ def report(args: argparse.Namespace) -> None:
     for name, one in found.items():
         means = ["", ""]
         if name != "none":
-            means = [interval(one["gap"]), interval(one["gap"] / found["ttq"]["gap"])]
+            means = [interval(one), ratio(one, found["ttq"])]
         each = [
             f"{np.exp(np.mean(rows[name, c]['nll'][:n]) / rows[name, c]['scored']):.2f}"
             + ("" if name == "none" else f" ({one['by_corpus'][c]:.3f})")
@@ -199,22 +200,18 @@ def numbers_of(learned: Learned) -> list[list[str]]:
 
 
 # Okabe & Ito's colours, which the colour-blind tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", INK)
 
 
 def draw(learned: list[Learned], path: Path) -> None:
-    """A row per learned θ: its α and c by layer, a line per projection; and the losses."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """A column per learned θ: its α and c by layer, a line per projection; and the losses."""
+    plt = pyplot()
     layers = max(len(v) for one in learned for v in one.data["theta"]["alpha"])
     figure, axes = plt.subplots(
-        len(learned), 3, figsize=(13, 3.4 * len(learned)), squeeze=False, sharex="col",
-        sharey="col",
+        3, len(learned), figsize=(3.2 * len(learned), 8), squeeze=False, sharex="row",
+        sharey="row",
     )  # fmt: skip
-    for (alphas, clips, losses), one in zip(axes, learned, strict=True):
+    for (alphas, clips, losses), one in zip(axes.T, learned, strict=True):
         theta = one.data["theta"]
         for axis, key in ((alphas, "alpha"), (clips, "clip")):
             axis.axhline(first_value(key), color="#999999", linestyle=":", label="closed form")
@@ -224,15 +221,15 @@ def draw(learned: list[Learned], path: Path) -> None:
                 axis.plot(np.broadcast_to(values, layers), color=_COLOURS[i % len(_COLOURS)],
                           label=name, linewidth=1.3)  # fmt: skip
             axis.set(ylabel=_SYMBOLS[key], xlabel="layer", title=one.name)
-        alphas.legend(fontsize=7, ncols=4, loc="upper center")
-        alphas.margins(y=0.35)
         losses.plot(one.data["training_loss"], color="#BBBBBB", label="a window each")
         losses.plot(*zip(*one.data["held_out_loss"], strict=True), color="#0072B2", marker="o",
                     label="held out")  # fmt: skip
         losses.set(xlabel="step", ylabel=f"{one.data['loss']}, nats per token")
-        losses.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    lines = {}
+    for axis in axes.flat:
+        lines |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
+    save(figure, path)
 
 
 def first_value(key: str) -> float:

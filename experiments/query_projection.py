@@ -8,7 +8,7 @@ Command   python experiments/query_projection.py --chip cpu
               --out experiments/results/query_projection_v5e.json
           python experiments/query_projection.py --results
               experiments/results/query_projection_{v5e,v6e,cpu}.json
-              --picture experiments/results/query_projection.png
+              --picture experiments/results/query_projection.svg
 Cost      Estimates: minutes per chip, on any machine with libtpu. Measuring: 5 minutes on 2 CPU
           cores that do nothing else, or the ratios are noise.
 Expect    Estimates, group 32, over dense bfloat16. v5e: AWQ and TTQ r = 0 from 1.3 times as fast

@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
@@ -43,14 +44,24 @@ _WITH_TORCH = (
     "evaluation/harness", "experiments/test_compare_torch.py",
     "experiments/test_compare_torch_speed.py",
 )  # fmt: skip
+# A page is looked at where there is a browser.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 collect_ignore = [] if importlib.util.find_spec("torch") else list(_WITH_TORCH)
+_WITHOUT_BROWSER = not any(map(shutil.which, BROWSERS))
+if _WITHOUT_BROWSER:
+    collect_ignore.append("sweeps/test_page_in_browser.py")
 
 
 def pytest_terminal_summary(terminalreporter):
     """Says what was left out, where something was."""
-    if collect_ignore:
-        left_out = ", ".join(collect_ignore)
+    if not importlib.util.find_spec("torch"):
+        left_out = ", ".join(_WITH_TORCH)
         terminalreporter.write_line(f"torch is not installed, so these were left out: {left_out}")
+    if _WITHOUT_BROWSER:
+        terminalreporter.write_line(
+            "Chromium is not installed, so sweeps/test_page_in_browser.py was left out: no page "
+            "was looked at. On Debian: apt-get install chromium"
+        )
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -52,7 +52,7 @@ def test_a_sweep_of_your_own(tmp_path, monkeypatch, capsys):
                       "prompt_tokens=32", "--axis", "max_windows=1"]  # fmt: skip
         assert main([*words, "--no-compilation-cache"]) == 0, capsys.readouterr().err
     report = Path("results/report.md").read_text()
-    assert "| fast, bits 4 |" in report
+    assert "| fast, 4-bit |" in report
     assert Path("results/report.html").exists()
 
 

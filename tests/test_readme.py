@@ -15,7 +15,7 @@ LINES = README.splitlines()
 
 def test_it_is_short_and_in_a_newcomers_order():
     assert len(LINES) <= 130
-    order = ["**ttq-jax quantizes", "```\npip install", "| perplexity after", "frontier.png",
+    order = ["**ttq-jax quantizes", "```\npip install", "| perplexity after", "frontier.svg",
              "```python", "① prompts.py", "## What you can do", "## Models", "## Hardware",
              "## Links"]  # fmt: skip
     places = [README.index(mark) for mark in order]

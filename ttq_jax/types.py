@@ -344,6 +344,22 @@ def effective_bits(params: Params) -> float:
     return 8 * sum(s for s, _ in sizes) / sum(n for _, n in sizes)
 
 
+def model_bits(params: Params) -> float:
+    """Stored bits per parameter of the whole model: the embedding, head and norms count too.
+
+    Args:
+      params: as of `effective_bits`.
+
+    Returns:
+      Mean stored bits per parameter.
+    """
+    leaves = jax.tree.leaves(
+        params, is_leaf=lambda leaf: isinstance(leaf, QuantizedLinear | MixedLinear)
+    )
+    sizes = [_leaf_sizes(leaf) for leaf in leaves]
+    return 8 * sum(s for s, _ in sizes) / sum(n for _, n in sizes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What `generate` returns.

@@ -1,10 +1,11 @@
 import math
+import re
 
 import pytest
 from tiny_files import FFN, KV, LAYERS, VOCAB, WIDTH, tensors
 
 from ttq_jax.checkpoint import load
-from ttq_jax.commands.inspect import packed_shapes
+from ttq_jax.commands.inspect import _text, inspect_model, packed_shapes
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.recipe import preset
 from ttq_jax.types import stored_bytes
@@ -27,7 +28,9 @@ def test_json(cli_json, tiny):
     assert got["tokenizer"] == {
         "vocab_size": 258, "bos_id": 256, "adds_bos": True, "eos_ids": [257],
     }  # fmt: skip
-    assert 3 < got["effective_bits"] < 6
+    assert 3 < got["effective_bits"] < 6 < got["model_bits"] < 32
+    assert got["model_bits"] == pytest.approx(8 * got["stored_bytes"] / got["parameters"], abs=1e-4)
+    assert got["format"] == ""
     assert math.prod(groups["embed/embedding"]["shape"]) == VOCAB * WIDTH
 
 
@@ -57,5 +60,16 @@ def test_human_output(cli, tiny):
     code, out, _ = cli("inspect", "--model", tiny, "--no-compilation-cache")
     assert code == 0
     assert "layers/gate/kernel" in out
+    assert "over the whole model)" in out
+    assert "already rounded" not in out
     assert "quantized" in out
     assert out.splitlines()[-1].startswith("total")
+
+
+def test_a_quantized_file_is_named_with_what_it_spoils():
+    model = load("smollm2")
+    found = inspect_model(model, preset("fast"))
+    assert (model.format, found["format"]) == ("Q4_1", "Q4_1")
+    out = _text("smollm2", found, "fast")
+    assert re.search(r"^model +SmolLM2-135M-Instruct, Q4_1 file$", out, re.M)
+    assert "such a result says nothing about a method" in out

@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def test_json(cli_json, tiny, text_file, method, protocol):
     assert got["bos"] is True
     assert got["seconds"] > 0
     assert 1 < got["perplexity"] < 1e6
-    low, high = got["interval_95"]
-    assert low < high
+    assert got["interval_95"] is None, "three windows are too few"
+    assert got["model_bits"] == pytest.approx(32) if method == "none" else got["model_bits"] < 32
     if method == "none":
         assert got["perplexity"] == got["unquantized_perplexity"]
     else:
@@ -55,6 +56,10 @@ def test_human_output(cli, tiny, text_file):
     assert lines == ["perplexity", "unquantized", "recipe", "protocol", "time"]
     assert "first 32 tokens" in out
     assert "3 windows of 64" in out
+    assert "no 95 % interval: too few windows, 5 are needed" in out
+    assert re.search(
+        r"[\d.]+ bits per weight of the linear layers, [\d.]+ over the whole model", out
+    )
     assert "scoring" in err
 
 
@@ -64,8 +69,8 @@ def test_no_baseline_unless_asked(cli_json, tiny, text_file):
 
 
 def test_interval_holds_the_mean_and_shrinks():
-    assert interval95([5.0], 10) is None
-    low, high = interval95([10.0, 20.0], 10)
+    assert interval95([5.0, 6.0, 7.0, 8.0], 10) is None
+    low, high = interval95([10.0, 20.0] * 3, 10)
     assert low < math.exp(1.5) < high
     wide = high - low
     low, high = interval95([10.0, 20.0] * 50, 10)

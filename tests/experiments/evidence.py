@@ -48,11 +48,7 @@ def gaps(file, windows):
 
 def gap(file, windows, name, form=quality.interval):
     found = gaps(file, windows).get(name)
-    return form(found["gap"]) if found else "—"
-
-
-def plain(draws):
-    return f"{draws[0]:.3f}"
+    return form(found) if found else "—"
 
 
 def bits(file, windows, name):
@@ -69,13 +65,24 @@ def report(sweep, heading):
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
-def results_of(sweep, model, protocol):
+def results_of(sweep, protocol):
+    """The results by one protocol; a gap with its interval, if it has one."""
     text = (RESULTS / sweep / "report.md").read_text()
-    (heading,) = re.findall(rf"^## (Results: {model}, {protocol},.*)$", text, re.M)
+    (heading,) = re.findall(rf"^## (Results: .*, {protocol} protocol,.*)$", text, re.M)
+    rows = report(sweep, heading)
+    for row in rows.values():
+        row["gap"] = f"{row['gap']} {row.pop('95 % interval', '')}".strip()
+    return rows
+
+
+def along(sweep, axis, protocol):
+    """The mean gaps along an axis, by one protocol."""
+    text = (RESULTS / sweep / "report.md").read_text()
+    (heading,) = re.findall(rf"^### (Mean gap by {axis}: .*, {protocol} protocol,.*)$", text, re.M)
     return report(sweep, heading)
 
 
-@evidence("The default leaves a third of the gap of the paper's 16 ranks, in fewer bits")
+@evidence("The default leaves two fifths of the gap of TTQ with 16 ranks, in fewer bits")
 def _():
     names = ["paper-3", "paper-3-r16", "ttq-3", "ttq-3-r16", "awq-4-g64-sym@c4",
              "gptq-4-g64-sym@c4", "fast", "best-n0", "best"]  # fmt: skip
@@ -85,8 +92,7 @@ def _():
         for file in (SMOLLM2, GEMMA3):
             table[-1] += [bits(file, 40, name), gap(file, 40, name)]
     left = [["gap of … over that of …", "SmolLM2", "Gemma3"]]
-    for ours, theirs in [("fast", "paper-3-r16"), ("fast", "ttq-3-r16"), ("best", "paper-3-r16"),
-                         ("best", "ttq-3-r16")]:  # fmt: skip
+    for ours, theirs in [("fast", "ttq-3-r16"), ("best", "ttq-3-r16")]:
         left.append([f"`{ours}` over `{theirs}`"])
         for file, suffix in ((SMOLLM2, "-n0" if ours == "best" else ""), (GEMMA3, "")):
             found = gaps(file, 40)
@@ -145,11 +151,12 @@ def _():
 
 @evidence("Calibrated on another domain, AWQ and GPTQ are almost never better")
 def _():
-    rows = results_of("domain_shift_smollm2", "smollm2", "causal")
+    rows = results_of("domain_shift_smollm2", "causal")
     means = [["recipe", "bits", "mean gap over nine domains"]]
-    means += [[f"`{n}`", rows[n]["bits"], rows[n]["gap"]] for n in ("best", "fast", "ttq")]
+    means += [[f"`{n}`", rows[label]["bits"], rows[label]["gap"]]
+              for n, label in (("best", "best"), ("fast", "fast"), ("ttq", "TTQ"))]  # fmt: skip
     for name in ("awq", "gptq"):
-        here = [row for label, row in rows.items() if label.startswith(f"{name}, ")]
+        here = [r for label, r in rows.items() if label.startswith(f"{name.upper()} calibrated")]
         assert len(here) == 9
         found = sorted(float(row["gap"].split()[0]) for row in here)
         means.append([f"`{name}`, by what it was calibrated on", here[0]["bits"],
@@ -157,7 +164,7 @@ def _():
     text = (RESULTS / "domain_shift_smollm2" / "report.md").read_text()
     counts = [["calibrated on another domain", "is better than", "in pairs"]]
     for theirs, ours in (("awq", "fast"), ("awq", "best"), ("gptq", "fast"), ("gptq", "best")):
-        contest = re.search(rf"^\| {theirs} \| {ours} \| (\d+) \| (\d+) ", text, re.M)
+        contest = re.search(rf"^\| {theirs.upper()} \| {ours} \| (\d+) \| (\d+) ", text, re.M)
         better, pairs = contest.groups()
         counts.append([f"`{theirs}`", f"`{ours}`", f"{better} of {pairs}"])
     wikipedia = [["on Wikipedia, 40 windows", "gap"]]
@@ -194,11 +201,11 @@ def _():
 @evidence("The window protocol flatters what fits the prompt closely")
 def _():
     table = [["recipe, 3 bits", "bits", "causal: perplexity", "gap", "window: perplexity", "gap"]]
-    causal, window = (results_of("protocols_smollm2", "smollm2", p) for p in ("causal", "window"))
-    for name in ("none", "ttq", "best"):
-        table.append([f"`{name}`", causal[name]["bits"]])
+    causal, window = (results_of("protocols_smollm2", p) for p in ("causal", "window"))
+    for name, label in (("none", "unquantized"), ("ttq", "TTQ"), ("best", "best")):
+        table.append([f"`{name}`", causal[label]["bits"]])
         for rows in (causal, window):
-            table[-1] += [rows[name]["wikitext2"], rows[name]["gap"] or "—"]
+            table[-1] += [rows[label]["WikiText-2"], rows[label]["gap"] or "—"]
     return [table], []
 
 
@@ -274,22 +281,20 @@ def _():
         ("second-order rounding", "ttq, second order"),
     ):  # fmt: skip
         learns = "yes" if name.startswith("learned") else "no"
-        draws = found[name]["gap"]
-        table.append([label, learns, quality.interval(draws),
-                      quality.interval(draws / found["ttq"]["gap"])])  # fmt: skip
+        one = found[name]
+        table.append([label, learns, quality.interval(one), quality.ratio(one, found["ttq"])])
     return [table], []
 
 
 @evidence("The paper's Table 1: AWQ shows no trend with its calibration tokens")
 def _():
     table = [["gap, causal", "SmolLM2", "Gemma3"]]
-    one, two = (results_of(f"table1_{m}", n, "causal")
-                for m, n in (("smollm2", "smollm2"), ("gemma3", "gemma3-270m")))  # fmt: skip
-    table.append(["TTQ, no calibration", one["paper"]["gap"], two["paper"]["gap"]])
+    one, two = (results_of(f"table1_{model}", "causal") for model in ("smollm2", "gemma3"))
+    table.append(["TTQ, no calibration", *(r["TTQ as published"]["gap"] for r in (one, two))])
     for power in range(11, 18):
-        labels = ("awq, calibration c4, calibration_tokens", "awq, calibration_tokens")
-        both = [rows.get(f"{label} {2**power}", {}).get("gap", "—")
-                for rows, label in zip((one, two), labels, strict=True)]  # fmt: skip
+        label = f"AWQ calibrated on {2**power} tokens"
+        both = [rows.get(name, {}).get("gap", "—")
+                for rows, name in ((one, f"{label} of C4"), (two, label))]  # fmt: skip
         table.append([f"AWQ, {2**power} tokens of C4", *both])
     return [table], []
 
@@ -298,9 +303,9 @@ def _():
 def _():
     sizes = ["8", "16", "32", "64", "128", "512"]
     table = [["gap, causal", *(f"group {size}" for size in sizes)]]
-    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
-        rows = report(f"table2_{name.split('-')[0]}", f"Mean gap by group size: {name}, causal")
-        for label, key in (("RTN", "rtn"), ("AWQ", "awq"), ("TTQ", "paper")):
+    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
+        rows = along(f"table2_{name}", "group size", "causal")
+        for label, key in (("RTN", "RTN"), ("AWQ", "AWQ"), ("TTQ", "TTQ as published")):
             table.append([f"{model}, {label}", *(rows[key][size] for size in sizes)])
     return [table], []
 
@@ -308,17 +313,18 @@ def _():
 @evidence("The paper's Table 3: its order of methods is found at 2 and 3 bits")
 def _():
     table = [["gap at 3 bits, window / causal", "RTN", "AWQ", "TTQ", "TTQ, 16 ranks"]]
-    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
-        both = [results_of(f"table3_{name.split('-')[0]}", name, p) for p in ("window", "causal")]
+    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
+        both = [results_of(f"table3_{name}", p) for p in ("window", "causal")]
         table.append([model] + [
             " / ".join(rows[key]["gap"].split()[0] for rows in both)
-            for key in ("rtn, bits 3", "awq, bits 3", "paper, bits 3, rank 0",
-                        "paper, bits 3, rank 16")
+            for key in ("RTN, 3-bit", "AWQ, 3-bit", "TTQ as published, 3-bit, no ranks",
+                        "TTQ as published, 3-bit, rank 16")
         ])  # fmt: skip
         for rows in both:
             for width in (2, 3):
                 order = [float(rows[label.format(width)]["gap"].split()[0]) for label in (
-                    "rtn, bits {}", "awq, bits {}", "paper, bits {}, rank 16")]  # fmt: skip
+                    "RTN, {}-bit", "AWQ, {}-bit", "TTQ as published, {}-bit, rank 16"
+                )]  # fmt: skip
                 assert order == sorted(order, reverse=True)
     return [table], []
 
@@ -326,14 +332,12 @@ def _():
 @evidence("The paper's Figure 2: α near 0.5; λ and p hardly matter")
 def _():
     tables = []
-    for axis, fixed in (("alpha", "lam 0.4, p 2.0"), ("lam", "alpha 0.5, p 2.0"),
-                        ("p", "alpha 0.5, lam 0.4")):  # fmt: skip
+    for axis, fixed in (("α", "λ 0.4, p 2"), ("λ", "α 0.5, p 2"), ("p", "α 0.5, λ 0.4")):
         table = []
-        for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3-270m")):
-            rows = report(f"figure2_{name.split('-')[0]}", f"Mean gap by {axis}: {name}, causal")
-            row = rows[f"paper, {fixed}"]
+        for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
+            row = along(f"figure2_{name}", axis, "causal")[f"TTQ as published, {fixed}"]
             if not table:
-                table.append([{"alpha": "α", "lam": "λ", "p": "p"}[axis], *list(row)[1:]])
+                table.append([axis, *list(row)[1:]])
             table.append([model, *list(row.values())[1:]])
         tables.append(table)
     return tables, ["0.5", "0.4"]

@@ -269,7 +269,7 @@ def test_the_table_has_its_rows_and_the_prompt_helps(executed):
     for (_, bits), (stored, perplexity, gap, low, high) in found.items():
         assert bits < float(stored) < bits + 0.6
         assert float(gap) == pytest.approx(float(perplexity) / float(plain[2]) - 1, abs=0.002)
-        assert float(low.strip("[,")) <= float(gap) <= float(high.strip("]"))
+        assert (low, high) == ("[nan,", "nan]"), "2 windows are too few"
     gaps = {key: float(rest[2]) for key, rest in found.items()}
     assert gaps["ttq", 3] < gaps["rtn", 3]
     assert all(gaps[name, 4] < gaps[name, 3] for name, _ in gaps)

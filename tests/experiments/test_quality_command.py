@@ -106,9 +106,16 @@ def test_a_line_cut_short_is_ignored_and_said(tmp_path, capsys):
 
 
 def test_the_report_and_its_picture(tmp_path, capsys, monkeypatch):
-    import matplotlib.image
-
-    store, picture = synthetic(tmp_path), tmp_path / "frontier.png"
+    store, picture = synthetic(tmp_path), tmp_path / "frontier.svg"
+    rows = store.read()
+    for (name, _), one in rows.items():
+        prefill = "quantized" if name == "paper-3" else "full"
+        if name != "none":
+            one["recipe"] = {"prefill": prefill, "low_rank": {"rank": 0},
+                             "grid": {"bits": 3, "group_size": 32}}  # fmt: skip
+    store.write(rows)
+    drawn = []
+    monkeypatch.setattr("quality_picture.save", lambda figure, path: drawn.append((figure, path)))
     argv = ["quality.py", "report", str(store.path), "--picture", str(picture)]
     monkeypatch.setattr(sys, "argv", argv)
     quality.main()
@@ -116,7 +123,22 @@ def test_the_report_and_its_picture(tmp_path, capsys, monkeypatch):
     assert lines[0] == "tiny, 12 windows per corpus"
     ours = next(line for line in lines if line.startswith("ttq-3"))
     assert "0.228 [0.228, 0.228]" in ours
-    assert np.std(matplotlib.image.imread(picture)) > 0.05
+    ((figure, path),) = drawn
+    (axes,) = figure.axes
+    assert path == picture
+    assert [text.get_text() for text in axes.texts] == ["TTQ, 3-bit, groups of 32"]
+    assert axes.get_title(loc="left") == "tiny, causal protocol, 12 windows of each corpus"
+
+
+def test_few_windows_have_no_interval(tmp_path):
+    rows = synthetic(tmp_path).read()
+    assert " [" in quality.interval(quality.gaps(rows, 5)["paper-3"])
+    few = quality.gaps(rows, 2)
+    assert quality.interval(few["paper-3"]) == f"{few['paper-3']['gap'][0]:.3f}"
+    found = quality.gaps(rows, 4)
+    assert " [" not in quality.ratio(found["paper-3"], found["ttq-3"])
+    found = quality.gaps(rows, 5)
+    assert " [" in quality.ratio(found["paper-3"], found["ttq-3"])
 
 
 def test_names_are_recipes(tmp_path):

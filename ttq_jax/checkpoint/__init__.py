@@ -55,4 +55,4 @@ def load(
     path = find(model)
     read = load_directory if path.is_dir() else load_gguf
     made = read(path, name=str(model), dtype=_DTYPES[dtype], progress=progress)
-    return dataclasses.replace(made, origin=origin(path))
+    return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

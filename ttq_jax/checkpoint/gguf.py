@@ -130,4 +130,4 @@ def load_gguf(
                 progress=progress,
             )
             tokenizer = future.result()
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids)
+    return Model(config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization)

@@ -4,6 +4,7 @@ The header is parsed here (the gguf package takes seconds for a vocabulary of 26
 quantized blocks are decoded by the gguf package.
 """
 
+import collections
 import dataclasses
 import math
 import mmap
@@ -219,6 +220,26 @@ class GgufFile:
             stop = start + math.prod(self.shapes[name][:-1]) * tensor.row_bytes
             check_size(self._file.path, stop, self._file.size)
             self._tensors[name] = dataclasses.replace(tensor, offset=start)
+
+    @property
+    def quantization(self) -> str:
+        """How the weights were quantized, as in "Q4_K_M" or "Q4_1"; "" if they were not.
+
+        A mixture has the name that the file gives itself, else that of most of its block weights.
+        """
+        from gguf import LlamaFileType
+
+        sizes: collections.Counter[str] = collections.Counter()
+        for name, tensor in self._tensors.items():
+            if name.startswith("blk."):
+                sizes[tensor.kind] += math.prod(self.shapes[name])
+        kind = sizes.most_common(1)[0][0] if sizes else "F32"
+        if kind in {"F32", "F16", "BF16"}:
+            return ""
+        names = {int(one): one.name.removeprefix("MOSTLY_") for one in LlamaFileType}
+        told = self.metadata.get("general.file_type")
+        name = names.get(told, kind) if isinstance(told, int) else kind
+        return name if "Q" in name else kind
 
     def read(self, name: str, start: int, stop: int) -> Float[np.ndarray, " rows *row"]:
         """Rows start…stop-1 of a tensor; a vector is read whole.

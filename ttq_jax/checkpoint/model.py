@@ -23,6 +23,7 @@ class Model:
       tokenizer: its tokenizer.
       name: what it was loaded as.
       eos_ids: tokens that end a text.
+      format: how the file's weights were quantized, as in "Q4_1"; "" if they were not.
       origin: which files it came from, see `checkpoint.origin`; empty if from none.
     """
 
@@ -31,6 +32,7 @@ class Model:
     tokenizer: Tokenizer
     name: str
     eos_ids: tuple[int, ...]
+    format: str = ""
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

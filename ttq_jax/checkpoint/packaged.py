@@ -111,4 +111,10 @@ def _join(parts: list[Path], target: Path) -> None:
         Path(name).unlink(missing_ok=True)
 
 
+# What the aliases stand for: the model, and how its file's weights were quantized.
+CONTENTS = {
+    "smollm2": ("SmolLM2-135M-Instruct", "Q4_1"),
+    "gemma3-270m": ("Gemma-3-270M", "Q4_K_M"),
+}
+
 ALIASES: dict[str, Callable[[], Path]] = {"smollm2": _smollm2, "gemma3-270m": _gemma3_270m}

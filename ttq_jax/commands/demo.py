@@ -256,7 +256,7 @@ def _caption(plan: Plan, result: dict[str, Any]) -> str:
         f"  Each domain has {plan.windows} windows of {plan.window} tokens. The first "
         f"{plan.prompt_tokens} are the prompt, the other {plan.window - plan.prompt_tokens} are "
         "scored.\n"
-        f"  In every row {reads} weights read the prompt. bits/weight counts everything stored.\n"
+        f"  In every row {reads} weights read the prompt. bits/weight: of the linear layers.\n"
         f"  AWQ is calibrated on {plan.calibration_tokens} tokens of the domain named under it.\n"
         "  On so little text a difference of a few percent means nothing: see `ttq perplexity`.\n"
         f"{sources}\n"

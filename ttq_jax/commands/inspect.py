@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from ttq_jax.checkpoint import Model
+from ttq_jax.checkpoint.packaged import CONTENTS
 from ttq_jax.commands.options import recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.evaluation.describe import describe_method, head, megabytes, table
@@ -20,12 +21,14 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection, static_factors
+from ttq_jax.sweeps import words
 from ttq_jax.types import (
     MixedLinear,
     Offline,
     Params,
     QuantizedLinear,
     effective_bits,
+    model_bits,
     stored_bytes,
 )
 
@@ -97,6 +100,7 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
     rows = parameter_groups(model.params, after)
     tokenizer = model.tokenizer
     return {
+        "format": model.format,
         "family": config.family,
         "config": dataclasses.asdict(config),
         "context": config.max_positions,
@@ -111,6 +115,7 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
         "bytes": sum(r["bytes"] for r in rows),
         "stored_bytes": sum(r["stored_bytes"] for r in rows),
         "effective_bits": round(effective_bits(after), 4),
+        "model_bits": round(model_bits(after), 4),
         "groups": rows,
     }
 
@@ -118,9 +123,10 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
 def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
     """The same for people."""
     c, t = found["config"], found["tokenizer"]
+    title, _ = CONTENTS.get(name, (name, ""))
     bos = t["bos_id"] if t["adds_bos"] else "none"
     facts = [
-        ["model", name],
+        ["model", words.titled(title, found["format"])],
         ["family", found["family"]],
         ["layers", f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"],
         ["heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, {c['head_dim']} wide"],
@@ -135,12 +141,12 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
         packed = megabytes(r["stored_bytes"]) if r["quantized"] else "no"
         bits = f"{r['bits']:.2f}"
         rows.append([r["path"], shape, r["dtype"], megabytes(r["bytes"]), packed, bits])
-    total = 8 * found["stored_bytes"] / found["parameters"]
     rows.append(
         ["total", "", "", megabytes(found["bytes"]), megabytes(found["stored_bytes"]),
-         f"{total:.2f}"]
+         f"{found['model_bits']:.2f}"]
     )  # fmt: skip
-    return f"{table(facts, left=2)}\n\n{table(rows, left=3)}"
+    note = f"\n\n{words.spoils(found['format'])}" if found["format"] else ""
+    return f"{table(facts, left=2)}{note}\n\n{table(rows, left=3)}"
 
 
 def run(args: argparse.Namespace, progress: Progress) -> None:
@@ -157,5 +163,6 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if args.json:
         print_json(head(model, args.method, recipe, found["effective_bits"]) | found)
     else:
-        line = describe_method(args.method, recipe, found["effective_bits"])
+        bits = found["effective_bits"], found["model_bits"]
+        line = describe_method(args.method, recipe, *bits)
         print_text(_text(args.model, found, line))

@@ -11,6 +11,7 @@ from ttq_jax.commands.options import needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.evaluation.corpora import begin_tokens, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import describe_method, head
+from ttq_jax.evaluation.intervals import TOO_FEW
 from ttq_jax.evaluation.perplexity import Perplexity, Protocol, interval95, stream
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     base = plain.perplexity if args.with_baseline and plain else None
     interval = interval95(scored.nll, protocol.scored)
     result = head(model, args.method, recipe, scored.effective_bits) | {
+        "model_bits": round(scored.model_bits, 4),
         "perplexity": scored.perplexity,
         "unquantized_perplexity": base,
         "interval_95": interval,
@@ -99,14 +101,19 @@ def _print_perplexity(
         print_json(result)
         return
     low_high = result["interval_95"]
-    within = f"  (95 %: {low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+    within = (
+        f"(95 %: {low_high[0]:.3f} to {low_high[1]:.3f})"
+        if low_high
+        else f"(no 95 % interval: {TOO_FEW})"
+    )
     prompt = result["prompt_tokens"]
     first = f", weights from the first {prompt} tokens of each" if prompt else ""
-    print_text(f"perplexity   {result['perplexity']:.3f}{within}")
+    print_text(f"perplexity   {result['perplexity']:.3f}  {within}")
     if result["unquantized_perplexity"] is not None:
         gap = result["perplexity"] / result["unquantized_perplexity"] - 1
         print_text(f"unquantized  {result['unquantized_perplexity']:.3f}  ({100 * gap:+.1f} %)")
-    print_text(f"recipe       {describe_method(args.method, recipe, result['effective_bits'])}")
+    bits = result["effective_bits"], result["model_bits"]
+    print_text(f"recipe       {describe_method(args.method, recipe, *bits)}")
     print_text(
         f"protocol     {result['protocol']}: {result['windows']} windows of {result['window']} "
         f"tokens{first}; {result['scored_tokens']} tokens scored"

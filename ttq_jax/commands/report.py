@@ -6,6 +6,7 @@ from pathlib import Path
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.sweeps.checked import checked
 from ttq_jax.sweeps.findings import parts_of
 from ttq_jax.sweeps.page import write
 from ttq_jax.sweeps.rows import Row, read_rows
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: no rows, or no matplotlib to draw them with.
+      ConfigError: no rows, rows that contradict themselves, or no matplotlib to draw them with.
     """
     try:
         import matplotlib  # noqa: F401
@@ -37,9 +38,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
                 f"FILE.toml --out {directory} makes them"
             )
         rows |= found
+    made = checked(rows.values(), ", ".join(map(str, directories)))
     with progress.stage(f"drawing {len(rows)} cells"):
         title = f"ttq sweep: {directories[0].resolve().name}"
-        page, text = write(directories[0], title, parts_of(list(rows.values())))
+        page, text = write(directories[0], title, parts_of(made))
     if args.json:
         print_json({"cells": len(rows), "html": str(page), "markdown": str(text)})
     else:

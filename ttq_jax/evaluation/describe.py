@@ -123,19 +123,36 @@ def describe_grid(recipe: Recipe) -> str:
     return ", ".join(parts)
 
 
-def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
+def describe_bits(bits: float, whole: float | None = None) -> str:
+    """Stored bits in words.
+
+    Args:
+      bits: per weight of the linear layers, everything in them counted.
+      whole: per parameter of the whole model, if known.
+
+    Returns:
+      Text.
+    """
+    also = "" if whole is None else f", {whole:.2f} over the whole model"
+    return f"{bits:.2f} bits per weight of the linear layers{also}"
+
+
+def describe_method(
+    method: str, recipe: Recipe | None, bits: float, whole: float | None = None
+) -> str:
     """One line for people: recipe, bits, groups, choices.
 
     Args:
       method: name of the preset, or of the recipe's file.
       recipe: None for "none".
-      bits: effective bits per weight.
+      bits: effective bits per weight of the linear layers.
+      whole: the same per parameter of the whole model, if known.
 
     Returns:
       Text.
     """
     if recipe is None:
-        return f"none (unquantized, {bits:.2f} bits per weight)"
+        return f"none (unquantized, {describe_bits(bits, whole)})"
     parts = [
         method,
         describe_grid(recipe),
@@ -146,4 +163,4 @@ def describe_method(method: str, recipe: Recipe | None, bits: float) -> str:
     if recipe.low_rank.total:
         parts.append(low_rank_in_short(recipe.low_rank))
     parts.append(f"{recipe.prefill} prefill")
-    return f"{', '.join(parts)} ({bits:.2f} bits per weight, everything counted)"
+    return f"{', '.join(parts)} ({describe_bits(bits, whole)})"

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
@@ -29,7 +30,7 @@ from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
 from ttq_jax.prompts import pad_prompts, token_ids
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits
+from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class Perplexity:
       windows: scored so far.
       scored_tokens: so far.
       seconds: wall clock so far, compilation included.
-      effective_bits: per weight, of the weights that score.
+      effective_bits: per weight of the linear layers, of the weights that score.
+      model_bits: the same per parameter of the whole model.
       nll: per window, the summed negative log-likelihood of its scored tokens, nats.
     """
 
@@ -86,6 +88,7 @@ class Perplexity:
     scored_tokens: int
     seconds: float
     effective_bits: float
+    model_bits: float
     nll: tuple[float, ...]
 
 
@@ -227,7 +230,8 @@ def stream(
             f"a window of {protocol.window} tokens does not fit the model's context of "
             f"{model.config.max_positions}; choose a smaller window"
         )
-    bits = effective_bits(decoded_shapes(model.params, model.config, recipe, offline))
+    shapes = decoded_shapes(model.params, model.config, recipe, offline)
+    bits, whole = effective_bits(shapes), model_bits(shapes)
     start, nll = time.perf_counter(), []
     for window in token_ids(windows):
         one = score_window(
@@ -246,6 +250,7 @@ def stream(
             scored_tokens=scored,
             seconds=time.perf_counter() - start,
             effective_bits=bits,
+            model_bits=whole,
             nll=tuple(nll),
         )
 
@@ -293,11 +298,6 @@ def interval95(nll: Sequence[float], scored: int) -> tuple[float, float] | None:
       scored: tokens scored per window.
 
     Returns:
-      (low, high), None for fewer than two windows.
+      (low, high), None for fewer than five windows: see `intervals.interval95`.
     """
-    if len(nll) < 2:
-        return None
-    means = np.asarray(nll) / scored
-    half = 1.96 * float(np.std(means, ddof=1)) / len(nll) ** 0.5
-    centre = float(np.mean(means))
-    return float(np.exp(centre - half)), float(np.exp(centre + half))
+    return intervals.interval95([np.asarray(nll) / scored]) if len(nll) else None

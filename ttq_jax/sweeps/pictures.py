@@ -1,30 +1,26 @@
-"""The pictures of a report: lines along an axis, and calibration against test domains.
+"""The pictures of a report: lines along an axis, and calibration against test domains."""
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Every line has its own
-marker, so that pictures can be read in grey too.
-"""
-
-import io
 import math
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from ttq_jax.sweeps import words
+from ttq_jax.sweeps.looks import FAINT, INK, WIDTH, Drawing, finish, look, pyplot
 from ttq_jax.sweeps.tables import Summary, is_number
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = "os^vDPX*"
-_DASHES = ("-", "--", "-.", ":")
 
 # Axes whose values are chosen by doubling; others are logarithmic from this ratio on.
 _LOG2 = {"group_size", "prompt_tokens", "calibration_tokens", "window"}
 _WIDE = 16
 # Below this a gap is noise, and the axis linear: it may be zero, or less.
 _SMALL = 0.01
+_LINE = 62  # characters that fit the width
 
 _NAMES = {
-    "bits": "stored bits per weight, everything counted",
+    "bits": "stored bits per weight of the linear layers",
     "group_size": "group size (weights that share a scale)",
     "rank": "rank of the static low-rank part", "prompt_tokens": "prompt length (tokens)",
     "calibration_tokens": "calibration tokens", "window": "window (tokens)",
@@ -33,34 +29,38 @@ _NAMES = {
 }  # fmt: skip
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=150, bbox_inches="tight")
-    _pyplot().close(figure)
-    return out.getvalue()
-
-
 def drawable(lines: dict[str, dict[Any, Summary]]) -> bool:
     """Whether any line has two numbers to connect."""
     return any(sum(map(is_number, line)) > 1 for line in lines.values())
 
 
-def _value(summary: Summary) -> tuple[float, float, float]:
-    return summary.gap or (summary.mean, summary.mean, summary.mean)
+def averaged(has_gap: bool, corpora: int) -> str:
+    """What a number stands for, and what it is averaged over."""
+    over = f"of {corpora} corpora" if corpora > 1 else ""
+    if has_gap:
+        what = "perplexity increase over the unquantized model"
+        return f"{what}, mean {over}" if over else what
+    return f"perplexity, geometric mean {over}" if over else "perplexity"
+
+
+def percent(gap: float, _: Any = None) -> str:
+    """A gap on an axis."""
+    power = math.log10(abs(gap)) + 2 if gap else 0.0
+    return f"$10^{{{power:.0f}}}$ %" if power > 4.5 else f"{100 * gap:g} %"
+
+
+def _points(found: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Heights, and how far the intervals reach below and above; None without intervals."""
+    heights = np.array([one.mean if one.gap is None else one.gap for one in found])
+    ends = [one.interval for one in found]
+    if any(end is None for end in ends):
+        return heights, None
+    return heights, np.abs(np.array(ends, float).T - heights)
 
 
 def draw_lines(
     axis: str, lines: dict[str, dict[Any, Summary]], title: str, flat: dict[str, Summary]
-) -> bytes:
+) -> Drawing:
     """Quality along an axis of numbers.
 
     Args:
@@ -71,101 +71,132 @@ def draw_lines(
       flat: label -> summary of those that do not read the axis, with a gap if the lines have one.
 
     Returns:
-      A PNG.
+      The picture.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7.5, 4.8))
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.9 + 0.17 * (len(lines) + len(flat))))
     ticks: set[float] = set()
-    heights, lowest = [], []
-    for i, (label, line) in enumerate(lines.items()):
+    low, high = math.inf, -math.inf
+    smallest, drawn = math.inf, Counter[str]()
+    for label, line in lines.items():
         points = {v: one for v, one in line.items() if is_number(v)}
+        if not points:
+            continue
         x = [one.bits if axis == "bits" else v for v, one in points.items()]
-        y = np.array([_value(one) for one in points.values()])
+        y, reach = _points(list(points.values()))
         ticks |= set(x)
-        heights += list(y[:, 0])
-        lowest += list(y[:, 1])
-        spread = np.abs(y[:, 1:] - y[:, :1]).T
+        smallest, high = min(smallest, y.min()), max(high, y.max())
+        low = min(low, (y if reach is None else y - reach[0]).min())
+        method = str(next(iter(points.values())).values["recipe"])
         axes.errorbar(
-            x, y[:, 0], yerr=spread if spread.any() else None, label=label, capsize=3,
-            color=_COLOURS[i % len(_COLOURS)], marker=_MARKERS[i % len(_MARKERS)],
-            linestyle=_DASHES[i // len(_COLOURS) % len(_DASHES)],
-        )  # fmt: skip
-    for i, (label, one) in enumerate(flat.items(), len(lines)):
-        height, low, _ = _value(one)
-        heights.append(height)
-        lowest.append(low)
-        axes.axhline(height, label=label, color=_COLOURS[i % len(_COLOURS)], linestyle=":")
-    if min(ticks) > 0 and (axis in _LOG2 or max(ticks) >= _WIDE * min(ticks)):
-        axes.set_xscale("log", base=2)
+            x, y, yerr=reach, label=label, capsize=2.5, elinewidth=1, **look(method, drawn[method])
+        )
+        drawn[method] += 1
+    for label, one in flat.items():
+        y, _ = _points([one])
+        smallest, high, low = min(smallest, y[0]), max(high, y[0]), min(low, y[0])
+        method = str(one.values["recipe"])
+        style = look(method, drawn[method]) | {"marker": "", "linestyle": ":"}
+        axes.axhline(y[0], label=label, **style)
+        drawn[method] += 1
+    corpora = len(next(iter(next(iter(lines.values())).values())).rows)
     has_gap = next(iter(next(iter(lines.values())).values())).gap is not None
-    if max(heights) > 8 * max(min(heights), _SMALL):
-        if min(heights) < _SMALL:
+    _scale_x(axes, axis, ticks)
+    _scale_y(axes, smallest, low, high, has_gap)
+    axes.set_xlabel(_NAMES.get(axis, words.axis(axis)))
+    axes.set_ylabel("\n".join(textwrap.fill(s, 34) for s in averaged(has_gap, corpora).split(", ")))
+    figure.suptitle(textwrap.fill(title, _LINE), fontsize=8.5, x=0.01, ha="left")
+    axes.grid(visible=True)
+    if len(lines) + len(flat) > 1:
+        figure.legend(loc="outside lower left", labelspacing=0.35)
+    return finish(figure)
+
+
+def _scale_x(axes: Any, axis: str, ticks: set[float]) -> None:
+    """A logarithm where values double, and a tick at each value that has room."""
+    logs = min(ticks) > 0 and (axis in _LOG2 or max(ticks) >= _WIDE * min(ticks))
+    if logs:
+        axes.set_xscale("log", base=2)
+    if axis == "bits":
+        return
+    span, kept = (lambda t: math.log2(t) if logs else t), list[float]()
+    room = (span(max(ticks)) - span(min(ticks))) / 11
+    for tick in sorted(ticks):
+        if not kept or span(tick) - span(kept[-1]) >= room:
+            kept.append(tick)
+    axes.set_xticks(kept, [f"{t:g}" for t in kept], rotation=30 if max(kept) >= 10000 else 0)
+    axes.minorticks_off()
+
+
+def _scale_y(axes: Any, smallest: float, low: float, high: float, has_gap: bool) -> None:
+    """A logarithm where heights differ much, and ticks that name enough of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    if high > 8 * max(smallest, _SMALL):
+        decades = math.log10(high / max(smallest, _SMALL))
+        if smallest < _SMALL:
             axes.set_yscale("symlog", linthresh=_SMALL, linscale=0.5)
-            axes.axhline(0, color="#999999", linewidth=0.8)
-            axes.set_ylim(bottom=1.5 * min(*lowest, -_SMALL / 4))
+            axes.axhline(0, color=FAINT, linewidth=0.8)
+            axes.set_ylim(bottom=1.5 * min(low, -_SMALL / 4))
         else:
             axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-    if axis != "bits":
-        axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
     axes.minorticks_off()
-    axes.set_xlabel(_NAMES.get(axis, axis.replace("_", " ")))
-    axes.set_ylabel(
-        "perplexity over unquantized, minus 1" if has_gap else "perplexity, mean over corpora"
-    )
-    axes.set_title(title, fontsize=10)
-    axes.grid(visible=True, alpha=0.3)
-    if len(lines) + len(flat) > 1:
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return _png(figure)
+    axes.yaxis.set_major_formatter(FuncFormatter(percent) if has_gap else "{x:g}")
 
 
 def draw_domains(
-    panels: dict[str, dict[str, list[float | None]]], tested: Sequence[str], what: str
-) -> bytes:
+    panels: dict[str, dict[str, list[float | None]]], tested: Sequence[str], what: str, title: str
+) -> Drawing:
     """Calibration domain (rows) against test domain (columns), a panel per recipe.
 
     Args:
       panels: label -> name of a row -> a value per tested domain, None where there is none.
       tested: the domains that are scored.
       what: what the numbers are.
+      title: what is the same for all.
 
     Returns:
-      A PNG; all panels share one scale.
+      The picture; all panels share one scale.
     """
-    plt = _pyplot()
-    values = [v for panel in panels.values() for row in panel.values() for v in row if v]
+    from matplotlib.ticker import LogLocator
+
+    plt = pyplot()
+    values = [v for panel in panels.values() for row in panel.values() for v in row
+              if v is not None]  # fmt: skip
     high = max(values)
     logs = min(values) > 0 and high > 8 * min(values)
-    norm = (
-        plt.matplotlib.colors.LogNorm(min(values), high)
-        if logs
-        else plt.matplotlib.colors.Normalize(min(0.0, *values), high)
-    )
-    most, across = max(map(len, panels.values())), min(len(panels), 3 if len(tested) < 5 else 2)
-    down = -(-len(panels) // across)
+    colors = plt.matplotlib.colors
+    norm = colors.LogNorm(min(values), high) if logs else colors.Normalize(min(0, *values), high)
+    heights = [len(panel) for panel in panels.values()]
     figure, places = plt.subplots(
-        down, across, squeeze=False, layout="constrained",
-        figsize=(1.6 + across * (1.5 + 0.62 * len(tested)), down * (1.8 + 0.42 * most)),
+        len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights},
+        figsize=(WIDTH, 1.1 + 0.75 * len(panels) + 0.25 * sum(heights)),
     )  # fmt: skip
-    for axes in places.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (label, panel) in zip(places.flat, panels.items(), strict=False):
+    for axes, (label, panel) in zip(places.flat, panels.items(), strict=True):
         grid = np.array([[math.nan if v is None else v for v in row] for row in panel.values()])
         shown = axes.imshow(grid, norm=norm, cmap="cividis", aspect="auto")
-        axes.set_xticks(range(len(tested)), tested, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(range(len(panel)), list(panel), fontsize=8)
-        axes.set_xlabel("scored on")
-        axes.set_title(label, fontsize=10)
-        best = np.nanmin(grid, axis=0)
+        axes.set_xticks(range(len(tested)), tested, rotation=30, ha="right",
+                        rotation_mode="anchor")  # fmt: skip
+        axes.set_yticks(range(len(panel)), list(panel))
+        axes.set_title(textwrap.fill(label, _LINE - 16))
+        axes.set_ylabel("calibrated on")
         for (i, j), value in np.ndenumerate(grid):
             if not math.isnan(value):
                 axes.text(
-                    j, i, f"{value:.2g}" if value < 10 else f"{value:.0f}", fontsize=7, ha="center",
-                    va="center", color="white" if norm(value) < 0.55 else "black",
-                    weight="bold" if value == best[j] else None,
+                    j, i, words.fixed(value, 2 if high < 10 else 1 if high < 100 else 0),
+                    fontsize=7.5, ha="center", va="center",
+                    color="white" if norm(value) < 0.55 else "black",
                 )  # fmt: skip
-    for axes in places[:, 0]:
-        axes.set_ylabel("calibrated on")
-    figure.colorbar(shown, ax=list(places.flat), label=what, shrink=0.8)
-    return _png(figure)
+    places.flat[-1].set_xlabel("scored on")
+    figure.suptitle(textwrap.fill(title, _LINE), fontsize=8.5, x=0.01, ha="left", color=INK)
+    bar = figure.colorbar(
+        shown, ax=list(places.flat), location="bottom", aspect=30, fraction=0.05, pad=0.02
+    )
+    bar.set_label(textwrap.fill(what, _LINE))
+    if logs:
+        bar.locator = LogLocator(subs=(1, 2, 5))
+        bar.update_ticks()
+    bar.ax.minorticks_off()
+    bar.ax.xaxis.set_major_formatter("{x:g}")
+    return finish(figure)

@@ -160,6 +160,7 @@ class Runner:
             "perplexity": running.perplexity,
             "interval_95": interval95(running.nll, cell.protocol.scored),
             "effective_bits": round(running.effective_bits, 4),
+            "model_bits": round(running.model_bits, 4),
             "seconds": {
                 "prepare": round(prepared - start, 3), "score": round(running.seconds, 3),
             },

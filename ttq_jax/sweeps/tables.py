@@ -1,8 +1,8 @@
 """Rows -> numbers: the results of each recipe, compared with the unquantized model.
 
-The gap is the perplexity divided by the unquantized one's on the same windows, minus 1. Its mean
-over corpora has an interval: the 2.5th and 97.5th percentile over draws of each corpus's windows,
-the same draw for a recipe and its baseline.
+The gap is the perplexity divided by the unquantized one's on the same windows, minus 1; its mean is
+over corpora. Two recipes have a better one only if they cost the same, and their intervals do not
+hold each other's gap.
 """
 
 import dataclasses
@@ -11,59 +11,52 @@ from typing import Any
 
 import numpy as np
 
+from ttq_jax.evaluation.intervals import interval95
+from ttq_jax.sweeps import words
 from ttq_jax.sweeps.rows import Row
 
 # What two perplexities must share to be compared.
 SETTING = ("model", "dtype", "protocol", "window", "prompt_tokens", "max_windows", "seed")
-
-_DRAWS = 1000
-
-
-def gap_draws(
-    nll: Sequence[Sequence[float]], base: Sequence[Sequence[float]], scored: int,
-    draws: int = _DRAWS,
-) -> np.ndarray:  # fmt: skip
-    """The mean gap over corpora, and draws of it.
-
-    Args:
-      nll: per corpus, per window, the summed negative log-likelihood, nats.
-      base: the same of the unquantized model.
-      scored: tokens scored per window.
-      draws: bootstrap draws.
-
-    Returns:
-      float64[1 + draws]; the first is the gap itself.
-    """
-    rng = np.random.default_rng(0)
-    total = np.zeros(1 + draws)
-    for ours, plain in zip(nll, base, strict=True):
-        excess = (np.asarray(ours) - np.asarray(plain)) / scored
-        n = len(excess)
-        picks = np.vstack([np.arange(n), rng.integers(0, n, (draws, n))])
-        total += np.exp(excess[picks].mean(1)) - 1
-    return total / len(nll)
+# Stored bits by which recipes of one cost may differ.
+SAME_BITS = 0.05
+# An arithmetic mean of ratios that exceeds the geometric one by this factor is of one corpus.
+_DOMINATED = 1.2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Summary:
     """One recipe in one setting, over the corpora.
 
     Attributes:
       values: the cells' values, without the corpus.
       rows: by corpus.
-      mean: arithmetic mean of the perplexities.
-      gap: (gap, low, high), the mean over corpora; None without the unquantized model's rows.
+      mean: geometric mean of the perplexities, which no single corpus dominates.
+      gap: mean over the corpora; None without the unquantized model's rows.
+      geometric: the same with a geometric mean of the ratios.
+      interval: the gap's 95 % interval; None with too few windows.
     """
 
     values: dict[str, Any]
     rows: dict[str, Row]
     mean: float
-    gap: tuple[float, float, float] | None
+    gap: float | None
+    geometric: float | None
+    interval: tuple[float, float] | None
+
+    @property
+    def row(self) -> Row:
+        """One of its rows, for what they share."""
+        return next(iter(self.rows.values()))
 
     @property
     def bits(self) -> float:
-        """Stored bits per weight, everything counted."""
-        return next(iter(self.rows.values()))["effective_bits"]
+        """Stored bits per weight of the linear layers."""
+        return self.row["effective_bits"]
+
+    @property
+    def model_bits(self) -> float | None:
+        """Stored bits per parameter of the whole model; None if the rows do not say."""
+        return self.row.get("model_bits")
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -75,10 +68,31 @@ class Summary:
         """Whether nothing is quantized."""
         return self.values["recipe"] == "none"
 
+    @property
+    def prefill(self) -> str:
+        """Which weights read the prompt: "full", "quantized", or "" where that is no question."""
+        recipe = self.row["recipe"]
+        return recipe.get("prefill", "") if recipe else ""
+
+    @property
+    def is_dominated(self) -> bool:
+        """Whether one corpus rules the mean gap: the geometric mean is a good deal lower."""
+        if self.gap is None or self.geometric is None:
+            return False
+        return 1 + self.gap > _DOMINATED * (1 + self.geometric)
+
+    @property
+    def on_file_grid(self) -> bool:
+        """Whether it rounds to the grid on which the model's file has its weights already."""
+        recipe, grid = self.row["recipe"], words.file_grid(words.model_of(self.row)[1])
+        if recipe is None or grid is None:
+            return False
+        bits, group = recipe["grid"]["bits"], recipe["grid"]["group_size"]
+        return bits == grid[0] and group > 0 and grid[1] % group == 0
+
     def label(self, axes: Iterable[str]) -> str:
-        """The recipe and its values on these axes, as in "ttq, bits 3"."""
-        parts = [f"{a} {self.values[a]}" for a in axes if a in self.values]
-        return ", ".join([str(self.values["recipe"]), *parts])
+        """The recipe and its values on these axes, in words."""
+        return words.label(self.values, axes)
 
     def corpus_gap(self, corpus: str, plain: "Summary | None") -> float | None:
         """The gap on one corpus; None without the unquantized model's row."""
@@ -86,7 +100,65 @@ class Summary:
         base = None if plain is None else plain.rows.get(corpus)
         if row is None or base is None or len(row["nll"]) != len(base["nll"]):
             return None
-        return float(gap_draws([row["nll"]], [base["nll"]], row["scored"], 0)[0])
+        return mean_gap([excess(row, base)])
+
+
+def shared_bits(found: Iterable[Summary]) -> int | None:
+    """The bits of a code that all quantized recipes have; None if they differ."""
+    bits = {one.row["recipe"]["grid"]["bits"] for one in found if not one.is_plain}
+    return bits.pop() if len(bits) == 1 else None
+
+
+def excess(row: Row, base: Row) -> np.ndarray:
+    """Per window, nats per token more than the unquantized model."""
+    return (np.asarray(row["nll"]) - np.asarray(base["nll"])) / row["scored"]
+
+
+def mean_gap(samples: Sequence[np.ndarray]) -> float:
+    """The mean gap over corpora.
+
+    Args:
+      samples: per corpus, from `excess`.
+    """
+    return float(np.mean(np.exp([each.mean() for each in samples]))) - 1
+
+
+def _comparable(one: Summary, other: Summary) -> bool:
+    """Whether it means something that one recipe is better than another that costs no more."""
+    return (
+        other.bits <= one.bits + SAME_BITS
+        and not other.is_plain
+        and one.prefill == other.prefill
+        and one.setting == other.setting
+        and set(one.rows) == set(other.rows)
+        and not (one.on_file_grid or other.on_file_grid)
+    )
+
+
+def _beats(one: Summary, other: Summary) -> bool:
+    """Whether `one` is better, each gap being outside the other's interval."""
+    if one.gap is None or other.gap is None or one.interval is None or other.interval is None:
+        return False
+    return one.gap < other.interval[0] and other.gap > one.interval[1]
+
+
+def best_of(found: Sequence[Summary]) -> list[Summary]:
+    """Those that beat everything of their cost, and that nothing cheaper beats.
+
+    Args:
+      found: from `summaries`.
+
+    Returns:
+      Some of them; where nothing else has a recipe's cost, it is not the best of anything.
+    """
+    best = []
+    for one in found:
+        rivals = [other for other in found if other is not one and _comparable(one, other)]
+        alike = [other for other in rivals if one.bits - other.bits <= SAME_BITS]
+        beaten = any(_beats(other, one) for other in rivals)
+        if alike and not beaten and all(_beats(one, other) for other in alike):
+            best.append(one)
+    return best
 
 
 def summaries(rows: Iterable[Row]) -> list[Summary]:
@@ -120,20 +192,19 @@ def _place(row: Row) -> str:
 def _summary(rows: list[Row], plain: dict[str, Row]) -> Summary:
     values = {k: v for k, v in rows[0]["cell"].items() if k != "corpus"}
     bases = [plain.get(_place(row)) for row in rows]
-    gap = None
+    gap = geometric = interval = None
     if values["recipe"] != "none" and all(
         base is not None and len(base["nll"]) == len(row["nll"])
         for row, base in zip(rows, bases, strict=True)
     ):
-        found = gap_draws(
-            [row["nll"] for row in rows], [b["nll"] for b in bases if b], rows[0]["scored"]
-        )
-        low, high = np.percentile(found[1:], [2.5, 97.5])
-        gap = (float(found[0]), float(low), float(high))
+        samples = [excess(row, base) for row, base in zip(rows, bases, strict=True) if base]
+        gap, found = mean_gap(samples), interval95(samples)
+        geometric = float(np.exp(np.mean([each.mean() for each in samples]))) - 1
+        interval = found and (found[0] - 1, found[1] - 1)
+    mean = float(np.exp(np.mean(np.log([row["perplexity"] for row in rows]))))
     return Summary(
-        values, {row["cell"]["corpus"]: row for row in rows},
-        float(np.mean([row["perplexity"] for row in rows])), gap,
-    )  # fmt: skip
+        values, {row["cell"]["corpus"]: row for row in rows}, mean, gap, geometric, interval
+    )
 
 
 def varying(found: Iterable[Summary]) -> dict[str, list[Any]]:
@@ -214,8 +285,3 @@ def domain_grids(found: Sequence[Summary]) -> dict[str, dict[str, Summary]]:
     """
     lines = along(found, "calibration")
     return {label: line for label, line in lines.items() if len(line) > 1}
-
-
-def perplexity_text(value: float) -> str:
-    """Two decimals, or three digits from 1000 on."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"

@@ -1,0 +1,51 @@
+"""The committed pictures of experiments are what the commands in the scripts' docstrings make."""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
+sys.path.insert(0, str(RESULTS.parent))
+import learned_recipe  # noqa: E402
+import quality  # noqa: E402
+import query_projection  # noqa: E402
+
+COMMANDS = {
+    "frontier": (
+        quality,
+        ["report", *(RESULTS / f"quality_{m}.jsonl" for m in ("smollm2", "gemma3")),
+         "--windows", "40"],
+    ),
+    "query_projection": (
+        query_projection,
+        ["--results", *(RESULTS / f"query_projection_{c}.json" for c in ("v5e", "v6e", "cpu"))],
+    ),
+    "learned_recipe_smollm2": (
+        learned_recipe,
+        ["report", RESULTS / "learned_recipe_scores.jsonl", "--learned",
+         *sorted(RESULTS.glob("learned_recipe_wikitext2_*.json"))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_its_command_makes_it(name, tmp_path, monkeypatch, capsys):
+    script, words = COMMANDS[name]
+    picture = tmp_path / f"{name}.svg"
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words), "--picture", str(picture)])
+    script.main()
+    kept, made = (RESULTS / picture.name).read_text(), picture.read_text()
+    # Another matplotlib draws the same a little differently.
+    assert kept == made or f"Matplotlib v{matplotlib.__version__}," not in kept
+    assert (RESULTS / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    docstrings = [(RESULTS.parent / f"{s}.py").read_text() for s in
+                  ("quality", "query_projection", "learned_recipe")]  # fmt: skip
+    assert any(f"experiments/results/{name}.svg" in text for text in docstrings)
+
+
+def test_every_picture_has_a_command():
+    assert {path.stem for path in RESULTS.glob("*.svg")} == set(COMMANDS)
+    assert {path.stem for path in RESULTS.glob("*.pdf")} == set(COMMANDS)
+    assert not list(RESULTS.rglob("*.png"))
