@@ -149,7 +149,7 @@ def test_a_refresh_that_never_comes_changes_nothing():
         outs.append(program(*dynamic))
         # Without a refresh, what is carried on is the earlier turns' and the prompt's alone.
         read_too = 2 * (CAPACITY - 1) if every else 0
-        assert outs[-1][2]["attn_in"].count.tolist() == [0.5 * 3.0 + 25 + read_too] * 2
+        assert outs[-1][3]["attn_in"].count.tolist() == [0.5 * 3.0 + 25 + read_too] * 2
     np.testing.assert_array_equal(outs[0][0], outs[1][0])
     np.testing.assert_array_equal(outs[0][1], outs[1][1])
 

@@ -49,13 +49,13 @@ def test_compiled_programs_are_kept_where_documented(tiny, tmp_path):
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     first = subprocess.run(command, capture_output=True, text=True, env=env)
     assert first.returncode == 0, first.stderr
-    kept = {p.name for p in (tmp_path / "ttq_jax" / "xla").iterdir()}
+    kept = {p.name for p in (tmp_path / "ttq_jax" / "xla").glob("*-cache")}
     assert any("generate_tokens" in name for name in kept)
     second = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert {p.name for p in (tmp_path / "ttq_jax" / "xla").iterdir()} >= kept
+    # Found there, as nothing new was written.
+    assert {p.name for p in (tmp_path / "ttq_jax" / "xla").glob("*-cache")} == kept
     one, two = json.loads(first.stdout), json.loads(second.stdout)
     assert one["text"] == two["text"]
-    assert two["seconds"]["compile"] < one["seconds"]["compile"]
 
 
 @pytest.mark.parametrize("when", ["loading", "scoring"])

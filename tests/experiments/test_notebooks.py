@@ -36,7 +36,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PATHS = ("experiments/colab_tpu.ipynb", "experiments/colab_gpu.ipynb")
 SMALL = {
-    "WINDOW": 256, "PROMPT_TOKENS": 128, "WINDOWS": 2, "BITS": (3, 4), "NEW_TOKENS": 16, "TURNS": 1,
+    "WINDOW": 256, "PROMPT_TOKENS": 128, "WINDOWS": 2, "BITS": (3, 4), "NEW_TOKENS": 16, "TURNS": 3,
 }  # fmt: skip
 # What a notebook says of its own accelerator.
 OWN = {"title", "install", "device"}
@@ -288,11 +288,9 @@ def test_the_picture_shows_a_line_for_every_recipe(executed):
 
 def test_it_compares_speeds_side_by_side(executed):
     lines = printed(executed["speed"]).splitlines()
-    ratios = {words[0]: words[1] for words in map(str.split, lines[2:5])}
-    assert list(ratios) == ["prefill_and_quantize", "decode", "total"]
-    assert float(ratios["total"]) > 0
-    assert re.fullmatch(r"\d+\.\d\d|inf|nan", ratios["decode"])
-    assert "16 new ones, on cpu" in lines[-1]
+    assert re.fullmatch(r"first token +\d+\.\d\d", lines[2])
+    assert re.fullmatch(r"decode +(\d+\.\d\d|too short to tell)", lines[3])
+    assert "16 new, on cpu" in lines[-1]
 
 
 def test_nothing_went_to_stderr(executed):

@@ -4,7 +4,6 @@ import pytest
 
 from ttq_jax.commands.parsers import build_parser
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import CorpusError
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sweeps.axes import AXES, Options, make_cell, read_sweep
@@ -135,7 +134,7 @@ def test_mistakes_name_the_axis(tmp_path, text, message):
 def test_missing_axes_files_and_changes(tmp_path):
     with pytest.raises(ConfigError, match=r"the axis corpus is missing; give it, as in corpus ="):
         cells_of(tmp_path, 'model = "m"', head="")
-    with pytest.raises(CorpusError, match=r"no such file; check the path$"):
+    with pytest.raises(ConfigError, match=r"no such file; check the path$"):
         read_sweep(str(tmp_path / "none.toml"))
     for bad in ("bits", "=3", "bits="):
         with pytest.raises(ConfigError, match="--axis: expected KEY=VALUE"):
