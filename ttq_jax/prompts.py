@@ -5,6 +5,7 @@ bucket.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +41,34 @@ def token_ids(ids: np.ndarray | Array) -> np.ndarray:
             "returned"
         )
     return ids.astype(np.int32)
+
+
+def check_windows(windows: Any, vocab_size: int) -> np.ndarray:
+    """Windows of text, as int32[n, W] in the host's memory.
+
+    Args:
+      windows: from a user; see `cut_windows`.
+      vocab_size: of the model that reads them.
+
+    Returns:
+      See `token_ids`.
+
+    Raises:
+      PromptError: not a matrix of token ids, or an id that the model does not have: XLA would
+        silently read another row.
+    """
+    ids = token_ids(windows)
+    if ids.ndim != 2:
+        raise PromptError(
+            f"windows: expected token ids of shape [windows, tokens], got {list(ids.shape)}; one "
+            "window is window[None]"
+        )
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise PromptError(
+            f"windows: expected token ids from 0 to {vocab_size - 1}, got {ids.min()} to "
+            f"{ids.max()}; cut the text with this model's tokenizer"
+        )
+    return ids
 
 
 def bucket(n: int, *, smallest: int = SMALLEST_BUCKET) -> int:

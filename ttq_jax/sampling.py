@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import expect
+from ttq_jax.errors import check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        for name in ("temperature", "top_p"):
-            expect(name, getattr(self, name), (int, float), "a number")
-        expect("top_k", self.top_k, int, "a whole number")
+        check_fields(self, ConfigError)
         if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise ConfigError(
                 "sampling: expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1; got "

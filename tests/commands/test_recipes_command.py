@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 
@@ -52,6 +53,11 @@ def test_a_recipe_printed_is_a_recipe_s_file(cli, tmp_path, name):
     code, out, err = cli("recipes", name, "--no-compilation-cache")
     assert (code, err) == (0, "")
     assert from_toml(out) == PRESETS[name].recipe
+    lines = out.splitlines()
+    for before, line in pairwise(lines):
+        if " = " in line and not line.startswith(("#", "rule = ")):
+            assert before.startswith("# "), f"{line} is not explained"
+    assert max(map(len, lines)) <= 100
     path = tmp_path / "edited.toml"
     path.write_text(out.replace("bits = 4", "bits = 3"))
     _, again, _ = cli("recipes", path, "--set", "low_rank.error_rank=0", "--no-compilation-cache")

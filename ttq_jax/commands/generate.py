@@ -48,7 +48,7 @@ def _print_answers(
                 "max_new_tokens": args.max_new_tokens,
                 "stopped": stopped,
                 "sampling": dataclasses.asdict(sampling),
-                "seed": args.seed,
+                "seed": args.seed or 0,
                 "batch_size": len(prompts),
                 # Of the batch, so in its first row alone.
                 "timings": timings.describe() if timings and not i else None,
@@ -68,6 +68,14 @@ def _tell(
     progress.note(describe_method(args.method, recipe, made.effective_bits))
     if timings:
         progress.note(timings.in_words())
+
+
+def _note_unused(args: argparse.Namespace, progress: Progress) -> None:
+    """Notes the options that are not needed here; those that a recipe cannot take are refused."""
+    if args.temperature == 0 and args.seed is not None:
+        progress.note("--seed has no effect at temperature 0: nothing is drawn")
+    if args.per_prompt and args.batch_size == 1:
+        progress.note("--per-prompt has no effect: a batch of one prompt has its own weights")
 
 
 def _check_conversation(
@@ -114,6 +122,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     _check_conversation(args, recipe, progress)
+    _note_unused(args, progress)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
@@ -130,7 +139,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if place is not None and place.exists() and recipe is not None:
         offline = dataclasses.replace(offline, carried=load_conversation(place, model, recipe))
     make: dict[str, Any] = {
-        "max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed,
+        "max_new_tokens": args.max_new_tokens, "sampling": sampling, "seed": args.seed or 0,
     }  # fmt: skip
     with progress.stage("compiling and generating") as update:
         for start in range(0, len(prompts), args.batch_size):

@@ -160,7 +160,7 @@ def _generate_parser(commands: Any) -> None:
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens that together reach probability P "
         "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--seed", type=int, help="seed of the sampling (default: 0)")
     add("--batch-size", type=int, default=1, metavar="B",
         help="read B prompts together; they share one set of quantized weights unless "
         "--per-prompt is given (default: %(default)s)")  # fmt: skip

@@ -6,6 +6,7 @@ from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import low_rank_in_short, moments_in_short, table
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.quant.meanings import explained
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import PRESETS, RULE_NAMES, Recipe, preset
 from ttq_jax.quant.recipe_text import load_recipe, to_toml, with_settings
@@ -70,4 +71,4 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if args.json:
         print_json({"name": name, "recipe": recipe.describe()})
     else:
-        print_text(to_toml(recipe).removesuffix("\n"))
+        print_text(explained(to_toml(recipe), recipe).removesuffix("\n"))

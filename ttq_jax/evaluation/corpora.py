@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ttq_jax.errors import shown
+from ttq_jax.errors import expect, shown
 from ttq_jax.evaluation.hub_text import CorpusError, read_hub
 from ttq_jax.text import read_text
 
@@ -51,6 +51,7 @@ def read_corpus(spec: str) -> str:
     Raises:
       CorpusError: it cannot be read, or there is no text in it.
     """
+    expect("corpus", spec, str, "a string that names one, as in builtin:prose")
     part = _PART.fullmatch(spec)
     text = _read_source(part[1] if part else spec)
     if part:
@@ -147,6 +148,8 @@ def cut_windows(
     Raises:
       CorpusError: the text is shorter than one window, or a number is out of range.
     """
+    expect("text", text, str, "a string")
+    expect("window", window, (int, np.integer), "a whole number of tokens")
     begin = begin_tokens(tokenizer)
     body = window - len(begin)
     if body < 1 or (max_windows is not None and max_windows < 1):

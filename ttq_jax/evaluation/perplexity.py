@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.errors import check_fields, expect
 from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
-from ttq_jax.prompts import pad_prompts, token_ids
+from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
@@ -48,6 +49,7 @@ class Protocol:
     prompt_tokens: int = 256
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if self.kind not in {"causal", "window"}:
             raise ConfigError(f"protocol: expected 'causal' or 'window', got {self.kind!r}")
         if self.window < 2:
@@ -218,8 +220,10 @@ def stream(
 
     Raises:
       ConfigError: windows of another length than the protocol's, or longer than the context.
+      PromptError: no matrix of this model's token ids.
       NotFiniteError: a window's loss is not finite.
     """
+    windows = check_windows(windows, model.config.vocab_size)
     if windows.shape[1] != protocol.window:
         raise ConfigError(
             f"expected windows of {protocol.window} tokens, got {windows.shape[1]}; cut them with "
@@ -233,7 +237,7 @@ def stream(
     shapes = decoded_shapes(model.params, model.config, recipe, offline)
     bits, whole = effective_bits(shapes), model_bits(shapes)
     start, nll = time.perf_counter(), []
-    for window in token_ids(windows):
+    for window in windows:
         one = score_window(
             model.params, jax.device_put(window), offline,
             config=model.config, recipe=recipe, protocol=protocol,
@@ -281,6 +285,9 @@ def perplexity(
       ConfigError: no window, or windows that do not match the protocol or the context.
       NotFiniteError: a window's loss is not finite.
     """
+    expect("model", model, Model, "a model, from load()")
+    expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
+    expect("protocol", protocol, Protocol, "Protocol(…)")
     if not len(windows):
         raise ConfigError("expected at least one window of text, got none")
     if offline is None:

@@ -29,7 +29,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
-from ttq_jax.prompts import pad_prompts, token_ids
+from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.source import Source, blend
@@ -190,7 +190,7 @@ def measure_widths(
     shape = (windows.shape[0], config.n_layers, len(widths))
     errors = {name: np.zeros(shape) for name in dense}
     bits = {name: np.zeros(len(widths)) for name in dense}
-    for i, window in enumerate(token_ids(windows)):
+    for i, window in enumerate(check_windows(windows, config.vocab_size)):
         moments = offline.moments
         if recipe.source.of == "prompt":
             prompt = jax.device_put(window[None, :prompt_tokens])

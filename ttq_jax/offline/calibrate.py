@@ -14,13 +14,14 @@ from jaxtyping import Array, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.errors import expect
 from ttq_jax.finite import check_offline
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.offline.samples import sample_windows
 from ttq_jax.prefill import observing
-from ttq_jax.prompts import token_ids
+from ttq_jax.prompts import check_windows
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
@@ -73,7 +74,7 @@ def calibrate(
     if not len(windows):
         raise ConfigError("calibration: expected at least one window of text, got none")
     total: dict[str, Moments] | None = None
-    for i, window in enumerate(token_ids(windows)):
+    for i, window in enumerate(check_windows(windows, model.config.vocab_size)):
         tokens = jax.device_put(window[None])
         seen = observe_tokens(model.params, tokens, config=model.config, reads=reads)
         total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
@@ -136,6 +137,8 @@ def prepare_unpacked(
       ConfigError: the recipe needs a calibration corpus and none was given.
       NotFiniteError: the moments, factors or packed weights are not finite.
     """
+    expect("model", model, Model, "a model, from load()")
+    expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
     if recipe is None:
         return Offline()
     source, moments = recipe.source, {}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.quant.grid import Grid, decode, encode, fit_range
 
 
@@ -53,6 +54,7 @@ class ClipSearch:
     span: ClassVar[int] = 0
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         shrink_factors(self.steps, self.smallest)
 
     @property

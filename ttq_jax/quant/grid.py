@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import grid as formula
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 
 BITS = (2, 3, 4, 5, 8)
 STORE_DTYPES = ("bfloat16", "float16", "float32")
@@ -18,10 +19,10 @@ class Grid:
     """A quantization grid.
 
     Attributes:
-      bits: width of a code, one of `BITS`.
+      bits: width of a code: 2, 3, 4, 5 or 8.
       group_size: input channels that share a scale: a positive multiple of 8, or -1 for all of
         them.
-      symmetric: no zero point is stored.
+      symmetric: whether no zero point is stored.
       zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
         "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention).
       store_dtype: type of scales, float zero points, channel scales and low-rank factors.
@@ -34,6 +35,7 @@ class Grid:
     store_dtype: str = "bfloat16"
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if self.bits not in BITS:
             raise ConfigError(f"bits: expected one of {', '.join(map(str, BITS))}, got {self.bits}")
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.quant.grid import Grid, decode, encode, fit, split_groups, store
 
 
@@ -39,6 +40,7 @@ class HalfQuadratic:
     span: ClassVar[int] = 0
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         positive = 0 < self.beta < math.inf and 1 <= self.kappa < math.inf
         if not (0 < self.p < 1 and positive and self.steps >= 1):
             raise ConfigError(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.types import LowRank
 
 _STORES = ("float", "int8")
@@ -27,11 +28,11 @@ class LowRankRule:
     """Ranks of the part beside the codes. One above a weight's smaller side keeps all of it.
 
     Attributes:
-      rank: of the static part, >= 0; 0 for none.
+      rank: rank of the static part, >= 0; 0 for none.
       weighted: whether the static part is the best one for inputs with the corpus's (or prior's)
         power per channel, instead of for white noise.
-      error_rank: of the correction of the rounding error, >= 0; 0 for none.
-      iterations: of the subspace iteration that finds it, >= 1.
+      error_rank: rank of the correction of the rounding error, >= 0; 0 for none.
+      iterations: steps of the subspace iteration that finds it, >= 1.
       store: "float" (the grid's store dtype) or "int8" with a scale per rank.
 
     Raises:
@@ -45,6 +46,7 @@ class LowRankRule:
     store: str = "float"
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if self.rank < 0 or self.error_rank < 0 or self.iterations < 1:
             raise ConfigError(
                 "low_rank: expected rank >= 0, error_rank >= 0 and iterations >= 1, got "

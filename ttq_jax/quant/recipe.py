@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields, shown
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Grid, Nearest
 from ttq_jax.quant.half_quadratic import HalfQuadratic
@@ -24,6 +25,15 @@ from ttq_jax.quant.widths import Width, grids_of
 KernelRounding = Nearest | ClipSearch
 Rounding = KernelRounding | SecondOrder | HalfQuadratic
 
+# What makes an object one of a recipe's axes: rules of the user's own have it too.
+_MEMBERS = {
+    "moments": ("of", "prior"), "scale": ("powers", "shared"), "rounding": ("powers", "span"),
+    "low_rank": ("rank", "total"), "grid": ("bits", "rows_per_group"),
+}  # fmt: skip
+_DEFAULTS = {
+    "moments": Source(), "scale": PowerLaw(), "rounding": Nearest(), "low_rank": LowRankRule(),
+    "grid": Grid(),
+}  # fmt: skip
 _CHOICES = {"prefill": ("full", "quantized"), "batch": ("pooled", "per_prompt")}
 
 
@@ -60,8 +70,16 @@ class Recipe:
     select: str = "layers/.*"
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if isinstance(self.moments, str):
             object.__setattr__(self, "moments", Source(of=self.moments))
+        for name, members in _MEMBERS.items():
+            value = getattr(self, name)
+            if missing := [member for member in members if not hasattr(value, member)]:
+                raise ConfigError(
+                    f"{name}: expected an object such as {_DEFAULTS[name]}, which has "
+                    f"{missing[0]!r}; got {shown(value)}"
+                )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -288,7 +306,7 @@ def preset(
     Raises:
       ConfigError: an unknown name, a value outside its range, or `clip` for another rounding.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
     base = PRESETS[name].recipe or Recipe()
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}

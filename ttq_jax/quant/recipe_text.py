@@ -16,6 +16,7 @@ from typing import Any
 import tomli_w
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import expect
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
@@ -73,6 +74,9 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
       ConfigError: an axis, key, rule or value that does not exist, or choices that do not go
         together.
     """
+    expect("recipe", recipe, Recipe, 'a recipe, as in preset("fast")')
+    if isinstance(settings, str):
+        raise ConfigError(f"settings: expected a list of them, got the string {settings!r}")
     given: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")

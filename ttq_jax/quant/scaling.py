@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.quant.moments import p_mean
 from ttq_jax.types import Moments
 
@@ -70,9 +71,9 @@ class PowerLaw:
     and its own mean, so that D depends neither on the prompt's length nor on the unit of x.
 
     Attributes:
-      alpha: α, in [0, 2].
-      lam: λ >= 0, relative to the mean of m.
-      p: exponent of the moment, in `POWERS`.
+      alpha: α, exponent of the channel scale, in [0, 2].
+      lam: λ >= 0, added to m, which is relative to its mean.
+      p: exponent of the activation moment, in [0.1, 8].
     """
 
     alpha: float = 0.5
@@ -81,6 +82,7 @@ class PowerLaw:
     shared: ClassVar[bool] = True  # D follows from the moments alone
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if not (0 <= self.alpha <= 2 and 0 <= self.lam < math.inf):
             raise ConfigError(
                 f"power-law scale: expected 0 <= alpha <= 2 and a finite lam >= 0; "
@@ -110,7 +112,7 @@ class SearchedAlpha:
 
     Attributes:
       steps: candidates, >= 1.
-      p: exponent of the moment, in `POWERS`.
+      p: exponent of the activation moment, in [0.1, 8].
       shared: whether projections that read one input get one α, by the sum of their errors.
     """
 
@@ -119,6 +121,7 @@ class SearchedAlpha:
     shared: bool = False
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         if self.steps < 1:
             raise ConfigError(f"searched scale: expected steps >= 1, got {self.steps}")
         _check_power(self.p)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.quant.clip import search_ranges, shrink_factors
 from ttq_jax.quant.grid import Grid, decode, encode, split_groups
 
@@ -54,6 +55,7 @@ class SecondOrder:
     powers: ClassVar[tuple[float, ...]] = ()  # the Gram matrix has the second on its diagonal
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         shrink_factors(self.steps, self.smallest)
         if not (0 < self.damping < math.inf and 0 <= self.shrinkage <= 1):
             raise ConfigError(

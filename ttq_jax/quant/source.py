@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import check_fields
 from ttq_jax.types import Moments
 
 _OF = ("none", "corpus", "prompt")
@@ -44,6 +45,7 @@ class Source:
     refresh: int = 0
 
     def __post_init__(self):
+        check_fields(self, ConfigError)
         for name, allowed in (("of", _OF), ("prior", _PRIORS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
