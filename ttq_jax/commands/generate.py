@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ttq_jax.checkpoint.store import load_conversation, save_conversation
-from ttq_jax.commands.options import needs_of, prompts_of, recipe_of
+from ttq_jax.checkpoint.store import check_destination, load_conversation, save_conversation
+from ttq_jax.commands.options import check_file, needs_of, prompts_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
@@ -97,6 +97,7 @@ def _check_conversation(
         raise ConfigError(
             f"--conversation: expected --batch-size 1, one turn at a time, got {args.batch_size}"
         )
+    check_destination(Path(args.conversation).expanduser())
 
 
 def run(args: argparse.Namespace, progress: Progress) -> None:
@@ -117,6 +118,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     _check_conversation(args, recipe, progress)
+    check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
     model, load_seconds = load_model(args.model, args.dtype, progress)
@@ -140,10 +142,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
                 model, batch, recipe=recipe, offline=offline, sampling=sampling, seed=args.seed,
                 max_new_tokens=args.max_new_tokens, measure=True,
             )  # fmt: skip
+            progress.clear()
+            _print_generation(args, recipe, made, batch, before)
             if place is not None and recipe is not None:
                 offline = dataclasses.replace(offline, carried=made.moments)
                 save_conversation(place, model, recipe, made.moments)
-            progress.clear()
-            _print_generation(args, recipe, made, batch, before)
             if len(prompts) > 1:
                 update(start + len(batch), len(prompts))

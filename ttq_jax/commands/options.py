@@ -7,6 +7,7 @@ from pathlib import Path
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import read_file
 from ttq_jax.evaluation.preparation import Needs
+from ttq_jax.files import check_destination
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
@@ -32,6 +33,22 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+def check_file(path: str | None) -> None:
+    """Refuses, before any work, a file that could not be written after it.
+
+    Args:
+      path: of an option; None for none.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    if path is not None:
+        try:
+            check_destination(path)
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+
+
 def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
     """The sources of what the recipe needs besides the prompt.
 
@@ -52,10 +69,12 @@ def _read_prompts(path: str) -> str:
     """The text of a prompts file, "-" being standard input.
 
     Raises:
-      PromptError: it is not UTF-8.
+      PromptError: it is closed, or not UTF-8.
     """
     if path != "-":
         return read_file(Path(path).expanduser())
+    if sys.stdin is None:
+        raise PromptError("standard input: expected prompts, but it is closed; give a file")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as e:

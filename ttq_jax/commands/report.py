@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ttq_jax.commands.options import check_file
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.progress import Progress
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
                 f"FILE.toml --out {directory} makes them"
             )
         rows |= found
+    check_file(str(directories[0] / "report.html"))
     with progress.stage(f"drawing {len(rows)} cells"):
         title = f"ttq sweep: {directories[0].resolve().name}"
         page, text = write(directories[0], title, parts_of(list(rows.values())))

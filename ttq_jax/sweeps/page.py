@@ -9,6 +9,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from ttq_jax.files import write_files
+
 
 @dataclasses.dataclass(frozen=True)
 class Heading:
@@ -157,7 +159,7 @@ def to_markdown(title: str, parts: Sequence[Part], pictures: str) -> str:
 
 
 def write(directory: Path, title: str, parts: Sequence[Part]) -> list[Path]:
-    """Writes `report.html`, `report.md` and the latter's pictures; each file in one step.
+    """Writes `report.html`, `report.md` and the latter's pictures; all of them or none.
 
     Args:
       directory: an existing one; pictures of an earlier report in it are removed.
@@ -168,16 +170,12 @@ def write(directory: Path, title: str, parts: Sequence[Part]) -> list[Path]:
       The two files.
     """
     pictures = directory / "report"
-    pictures.mkdir(exist_ok=True)
     made = {part.name: part.png for part in parts if isinstance(part, Picture)}
+    contents: dict[Path, bytes] = {pictures / name: png for name, png in made.items()}
+    contents[directory / "report.md"] = to_markdown(title, parts, pictures.name).encode()
+    contents[directory / "report.html"] = to_html(title, parts).encode()
+    write_files(contents, parents=True)
     for old in pictures.glob("*.png"):
         if old.name not in made:
             old.unlink()
-    texts: dict[Path, bytes] = {pictures / name: png for name, png in made.items()}
-    texts[directory / "report.md"] = to_markdown(title, parts, pictures.name).encode()
-    texts[directory / "report.html"] = to_html(title, parts).encode()
-    for path, data in texts.items():
-        new = path.with_name(f".{path.name}.new")
-        new.write_bytes(data)
-        new.replace(path)
     return [directory / "report.html", directory / "report.md"]
