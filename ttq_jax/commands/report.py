@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: no rows, or no matplotlib to draw them with.
+      ConfigError: no rows, no matplotlib to draw them with, or a directory that cannot be written.
     """
     try:
         import matplotlib  # noqa: F401
@@ -41,7 +41,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_file(str(directories[0] / "report.html"))
     with progress.stage(f"drawing {len(rows)} cells"):
         title = f"ttq sweep: {directories[0].resolve().name}"
-        page, text = write(directories[0], title, parts_of(list(rows.values())))
+        parts = parts_of(list(rows.values()))
+        try:
+            page, text = write(directories[0], title, parts)
+        except OSError as e:
+            raise ConfigError(f"{directories[0]}: cannot be written: {e.strerror}") from e
     if args.json:
         print_json({"cells": len(rows), "html": str(page), "markdown": str(text)})
     else:
