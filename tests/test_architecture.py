@@ -18,7 +18,7 @@ MODULES = {
 ORDER = [
     {"pallas_kernels"},
     {"_version", "errors"},
-    {"config", "text", "types"},
+    {"config", "files", "text", "types"},
     {"linear", "prompts", "sampling"},
     {"models", "quant"},
     {"checkpoint", "prefill"},

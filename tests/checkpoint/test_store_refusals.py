@@ -25,6 +25,7 @@ from stores import (
     same_bits,
 )
 
+from ttq_jax import files
 from ttq_jax.checkpoint import store_files
 from ttq_jax.checkpoint.store import (
     fingerprint,
@@ -261,7 +262,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", ["_write_arrays", "_file_digest", "_move"])
+@pytest.mark.parametrize("at", ["_write_arrays", "_file_digest", "replace_folder"])
 @pytest.mark.parametrize("cleaned", [True, False], ids=["interrupted", "killed"])
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, chat, monkeypatch, at, cleaned):
     before = load_conversation(chat, MODEL, CHAT)
@@ -269,7 +270,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, chat, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(store_files, at, interrupt)
         if not cleaned:  # a killed process tidies nothing up
-            patch.setattr(store_files.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
         for place in (chat, tmp_path / "fresh"):
             with pytest.raises(KeyboardInterrupt):
                 save_conversation(place, MODEL, CHAT, later)
@@ -278,11 +279,14 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, chat, monkeypatch, 
     drafts = sorted(p.name for p in tmp_path.iterdir() if p != chat)
     assert len(drafts) == (0 if cleaned else 2)
     assert all(name.startswith(".") for name in drafts)
-    if at != "_move":
+    if at != "replace_folder":
         for name in drafts:
             refused("has no ttq.json", load_conversation, tmp_path / name, MODEL, CHAT)
-    save_conversation(chat, MODEL, CHAT, later)
-    assert same_bits(load_conversation(chat, MODEL, CHAT), later)
+    for place in (chat, tmp_path / "fresh"):
+        save_conversation(place, MODEL, CHAT, later)
+        assert same_bits(load_conversation(place, MODEL, CHAT), later)
+    # What the killed ones left is removed.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "fresh"]
 
 
 def test_a_rename_that_fails_puts_the_old_store_back(tmp_path, chat, monkeypatch):
@@ -290,7 +294,7 @@ def test_a_rename_that_fails_puts_the_old_store_back(tmp_path, chat, monkeypatch
     rename = Path.rename
 
     def no_draft(self, target):
-        if self.suffix == ".saving":
+        if self.suffix == ".draft":
             raise PermissionError("not here")
         return rename(self, target)
 

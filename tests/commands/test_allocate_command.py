@@ -2,7 +2,11 @@
 
 import pytest
 
-from ttq_jax.quant.recipe_text import load_recipe
+from ttq_jax.checkpoint import load
+from ttq_jax.commands import allocate
+from ttq_jax.config import ConfigError
+from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.recipe_text import from_toml, load_recipe
 
 # Nearly all the time here is XLA's: few projections, two widths.
 FEW = ["--select", "layers/(o|down)", "--widths", 2, 4, "--group-size", 16]
@@ -33,7 +37,10 @@ def test_the_recipe_keeps_the_budget_and_scores(cli, cli_json, tiny, text_file, 
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        (["--budget", "2.0"], "expected a budget of at least"),
+        (["--budget", "2.0"], "more than the 2 bits of the narrowest codes"),
+        (["--budget", "nan"], "more than the 2 bits of the narrowest codes"),
+        (["--budget", "2.1"], "expected 3.000 to 5.000 stored bits per weight, the sizes at 2 and"),
+        (["--budget", "5.1"], "at 4 bits everywhere, got 5.1"),
         (["--budget", "4", "--widths", "4"], "--widths: expected at least two of 2, 3, 4, 5, 8"),
         (["--budget", "4", "--widths", "4", "6"], "got 4 6"),
         (["--budget", "4", "--recipe", "none"], "recipe none quantizes nothing"),
@@ -42,8 +49,10 @@ def test_the_recipe_keeps_the_budget_and_scores(cli, cli_json, tiny, text_file, 
     ],
 )
 def test_what_cannot_be_allocated_is_refused_and_nothing_written(
-    cli, tiny, text_file, tmp_path, options, pattern
+    cli, tiny, text_file, tmp_path, monkeypatch, options, pattern
 ):
+    if "--prompt-tokens" not in options:
+        monkeypatch.setattr(allocate, "prepare_unpacked", None)  # nothing is measured
     out = tmp_path / "mine.toml"
     code, printed, err = cli(
         "allocate", "--model", tiny, "--corpus", text_file, "--recipe", "rtn", *SMALL,
@@ -51,6 +60,34 @@ def test_what_cannot_be_allocated_is_refused_and_nothing_written(
     )  # fmt: skip
     assert (code, printed) == (2, "")
     assert pattern in err
+    assert not out.exists()
+
+
+def test_the_sizes_are_those_of_quantized_weights(cli_json, tiny, text_file, tmp_path):
+    options = ["--group-size", 16, "--select", "layers/(o|down)", "--recipe", "ttq", "--rank", 2]
+    common = ["--model", tiny, "--corpus", text_file, *SMALL, *options, "--widths", 2, 4]
+    recipe = preset("ttq", group_size=16, select="layers/(o|down)", rank=2)
+    low, high = allocate.sizes(load(tiny), recipe, (2, 4))
+    out = tmp_path / "mine.toml"
+    for budget in (low, high):
+        (made,) = cli_json("allocate", *common, "--budget", budget, "--out", out)
+        assert made["stored_bits"] == pytest.approx(budget)
+
+
+def test_a_recipe_that_cannot_be_saved_is_printed(cli, tiny, text_file, tmp_path, monkeypatch):
+    def full(*_):
+        raise ConfigError("mine.toml: cannot be written: No space left on device")
+
+    monkeypatch.setattr(allocate, "save_recipe", full)
+    out = tmp_path / "mine.toml"
+    code, printed, err = cli(
+        "allocate", "--model", tiny, "--corpus", text_file, *SMALL, *FEW, "--recipe", "rtn",
+        "--budget", 5, "--out", out, "--no-compilation-cache",
+    )  # fmt: skip
+    assert code == 2 and err.endswith("No space left on device\n")
+    summary, toml = printed.split("\n\n", 2)[1:]
+    assert "stored bits per quantized weight" in summary and "saved to" not in printed
+    assert from_toml(toml).widths
     assert not out.exists()
 
 

@@ -8,6 +8,7 @@ import stat
 import pytest
 
 import ttq_jax
+from ttq_jax import files
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import BITS, STORE_DTYPES, Grid, Nearest
@@ -268,11 +269,10 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "mine.toml"
     save_recipe(path, GPTQ)
 
-    def full(self, *args):
-        self.write_bytes(b"[gr")
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(path), "write_text", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(ConfigError, match=r"mine.toml: cannot be written: No space"):
         save_recipe(path, Recipe())
     assert [p.name for p in tmp_path.iterdir()] == ["mine.toml"]

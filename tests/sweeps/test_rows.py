@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -70,6 +71,35 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file: cannot be written: "):
         Rows(tmp_path / "file")
+
+
+def test_a_short_write_goes_on(tmp_path, monkeypatch):
+    rows, write = Rows(tmp_path), os.write
+    monkeypatch.setattr(os, "write", lambda at, data: write(at, data[:3]))
+    rows.append(row(1))
+    assert list(rows.read().values()) == [row(1)]
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_a_line_that_cannot_be_written_is_taken_back(tmp_path, monkeypatch, fails):
+    rows, notes, write = Rows(tmp_path, note=print), [], os.write
+    rows.append(row(1))
+    whole = rows.path.read_bytes()
+
+    def full(at, data=b""):
+        if len(data) > 3:
+            return write(at, data[:3])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fails, full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*rows.jsonl'"):
+            rows.append(row(2))
+    assert rows.path.read_bytes() == whole
+    rows.note = notes.append
+    rows.append(row(3))
+    assert list(rows.read().values()) == [row(1), row(3)]
+    assert not notes, "there was nothing to repair"
 
 
 HOLD = """

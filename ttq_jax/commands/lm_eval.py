@@ -1,37 +1,47 @@
 """`ttq lm-eval`: EleutherAI's own command line, with "ttq" among its models."""
 
+import logging
 import sys
 from collections.abc import Sequence
 
-from ttq_jax.checkpoint import CheckpointError
 from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
-from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import CorpusError
-from ttq_jax.evaluation.harness import MissingExtra, model_class
+from ttq_jax.commands.platform import choose_platform
+from ttq_jax.evaluation.harness import model_class
 from ttq_jax.evaluation.progress import Progress
-from ttq_jax.prompts import PromptError
 
 
-def run(words: Sequence[str]) -> int:
+class _Unsaved(logging.Handler):
+    """Keeps the errors of results that lm_eval could not write: it only warns of them."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.errors: list[BaseException | None] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Could not save"):
+            self.errors.append(sys.exc_info()[1])
+
+
+def run(words: Sequence[str]) -> None:
     """Runs lm_eval's command line.
 
     Args:
       words: its arguments.
 
-    Returns:
-      The exit code: 0; 2 for input that cannot be used, with one line that says why; 130 after
-      Ctrl-C.
+    Raises:
+      OSError: its results are printed, but could not be written.
     """
-    try:
-        model_class()
-        from lm_eval.__main__ import cli_evaluate
+    choose_platform()
+    model_class()
+    from lm_eval.__main__ import cli_evaluate
 
-        keep_compiled_programs(cache_directory(None), Progress())
-        sys.argv = ["ttq lm-eval", *words]  # lm_eval reads no other arguments
+    keep_compiled_programs(cache_directory(None), Progress())
+    sys.argv = ["ttq lm-eval", *words]  # lm_eval reads no other arguments
+    tracker, unsaved = logging.getLogger("lm_eval.loggers.evaluation_tracker"), _Unsaved()
+    tracker.addHandler(unsaved)
+    try:
         cli_evaluate()
-    except (MissingExtra, ConfigError, PromptError, CheckpointError, CorpusError) as e:
-        print(f"ttq: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    finally:
+        tracker.removeHandler(unsaved)
+    for e in unsaved.errors:
+        raise OSError(f"lm_eval could not save its results: {e}") from e

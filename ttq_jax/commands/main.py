@@ -3,41 +3,42 @@
 The options are in `parsers`; each command is the `run` of the file of its name. jax is imported
 only after the options are read.
 
-Exit codes: 0; 2 for input that cannot be used (one line on stderr says why and what to change);
-130 after Ctrl-C; 141 when the reader of stdout is gone.
+Exit codes: 0; 1 for a mistake in this package; 2 for input or surroundings that cannot be used (one
+line on stderr says why and what to change); 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP;
+141 when the reader of stdout is gone. No exception leaves `main`: `--debug` shows its trace.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from ttq_jax.commands.parsers import build_parser
+from ttq_jax.commands.failures import UNUSABLE, explain
+from ttq_jax.commands.output import write
+from ttq_jax.files import abandon
 
 
-class BadInput(Exception):
-    """Input that cannot be used; its message is all that the user sees."""
+class _Stopped(BaseException):
+    """A signal that ends the process; its number is the argument."""
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Runs one command.
-
-    Raises:
-      BadInput: input that cannot be used.
-    """
+    """Runs one command."""
     from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
-    from ttq_jax.errors import Error
+    from ttq_jax.commands.platform import choose_platform
     from ttq_jax.evaluation.progress import Progress
 
+    choose_platform()
     progress = Progress(enabled=not args.quiet)
     if not args.no_compilation_cache:
         keep_compiled_programs(cache_directory(args.cache_dir), progress)
-    try:
-        importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
-    except Error as e:
-        raise BadInput(str(e)) from e
+    importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
 
 
 def _interruptible(args: argparse.Namespace) -> None:
@@ -47,6 +48,7 @@ def _interruptible(args: argparse.Namespace) -> None:
 
     Raises:
       KeyboardInterrupt: Ctrl-C, when the command had just ended.
+      _Stopped: another signal, likewise.
     """
     failure: list[BaseException] = []
     # Not Thread.join: interrupted, it forgets that the thread still runs (bpo-45274).
@@ -63,14 +65,113 @@ def _interruptible(args: argparse.Namespace) -> None:
     threading.Thread(target=work, daemon=True).start()
     try:
         ended.wait()
-    except KeyboardInterrupt:
-        print("\nttq: interrupted", file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, _Stopped) as e:
+        if ended.is_set():
+            raise
+        # A second Ctrl-C would stop the tidying up.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = _stopped(e)
+        abandon()
         # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
-        if not ended.is_set():
-            os._exit(130)
-        raise
+        os._exit(code)
     if failure:
         raise failure[0]
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, unless the caller handles them."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    # nohup has SIGHUP ignored.
+    changed = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if main_thread and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in changed:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _tell(text: str) -> None:
+    """Prints a line on stderr, if there is one that takes it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _stopped(e: KeyboardInterrupt | _Stopped) -> int:
+    """Says that a signal ended the command; returns the exit code."""
+    number = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.Signals(e.args[0])
+    _tell("\nttq: interrupted" if number == signal.SIGINT else f"\nttq: ended by {number.name}")
+    return 128 + number
+
+
+def _open_streams() -> None:
+    """Gives 0, 1 and 2 to the null device where they are closed.
+
+    Else the next file that is opened gets such a number, and libraries write their messages there.
+
+    Raises:
+      OSError: stdout is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        raise OSError("standard output: it is closed; redirect it to a file or to /dev/null")
+
+
+def _flushed(stream: object) -> None:
+    """Flushes stdout or stderr; what it refuses is dropped, as Python tries again when it exits."""
+    try:
+        stream.flush()  # type: ignore[attr-defined]
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
+
+
+def _command(words: Sequence[str]) -> int:
+    """Reads the arguments and runs the command; returns the exit code.
+
+    Raises:
+      OSError: an argument is not UTF-8, or a result cannot be written.
+    """
+    _open_streams()
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as e:
+            raise OSError(f"expected arguments in UTF-8, got {word!a}") from e
+    try:
+        if words[:1] == ["lm-eval"]:
+            # lm_eval has a parser of its own, and runs in the main thread.
+            from ttq_jax.commands import lm_eval
+
+            lm_eval.run([word for word in words[1:] if word != "--debug"])
+        else:
+            from ttq_jax.commands.parsers import build_parser
+
+            _interruptible(build_parser().parse_args(words))
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else UNUSABLE if e.code else 0
+        if isinstance(e.code, str):
+            _tell(e.code)
+    write("")  # what others printed
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,25 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code; see the module's docstring.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["lm-eval"]:
-        # lm_eval has a parser of its own, and runs in the main thread.
-        from ttq_jax.commands import lm_eval
-
-        return lm_eval.run(words[1:])
     try:
-        args = build_parser().parse_args(words)
-    except SystemExit as e:
-        return int(e.code or 0)
-    try:
-        _interruptible(args)
-        sys.stdout.flush()
-    except BadInput as e:
-        print(f"ttq: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        with _signals():
+            return _command(words)
+    except (KeyboardInterrupt, _Stopped) as e:
+        return _stopped(e)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit: give it something that accepts.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    except BaseException as e:
+        if "--debug" in words:
+            with contextlib.suppress(OSError, ValueError):
+                traceback.print_exception(e)
+        code, text = explain(e)
+        _tell(f"ttq: error: {text}")
+        return code
+    finally:
+        _flushed(sys.stdout)
+        _flushed(sys.stderr)

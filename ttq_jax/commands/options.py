@@ -5,6 +5,7 @@ import sys
 
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.preparation import Needs
+from ttq_jax.files import check_destination
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
@@ -31,6 +32,22 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     return recipe
 
 
+def check_file(path: str | None) -> None:
+    """Refuses, before any work, a file that could not be written after it.
+
+    Args:
+      path: of an option; None for none.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    if path is not None:
+        try:
+            check_destination(path)
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+
+
 def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
     """The sources of what the recipe needs besides the prompt.
 
@@ -48,10 +65,16 @@ def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
 
 
 def _read_prompts(path: str) -> str:
-    """The text of a prompts file, "-" being standard input."""
-    if path == "-":
-        return decode(sys.stdin.buffer.read(), "standard input", PromptError)
-    return read_text(path, PromptError)
+    """The text of a prompts file, "-" being standard input.
+
+    Raises:
+      PromptError: standard input is closed.
+    """
+    if path != "-":
+        return read_text(path, PromptError)
+    if sys.stdin is None:
+        raise PromptError("standard input: expected prompts, but it is closed; give a file")
+    return decode(sys.stdin.buffer.read(), "standard input", PromptError)
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:

@@ -15,13 +15,30 @@ def _finite(data: Any) -> Any:
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
+def write(text: str) -> None:
+    """Writes to stdout, at once.
+
+    Args:
+      text: with its line ends; stdout can encode it.
+
+    Raises:
+      OSError: stdout is full or broken; the error names it.
+    """
+    try:
+        print(text, end="", flush=True)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, "standard output") from e
+
+
 def print_json(data: dict[str, Any]) -> None:
     """Prints one object on one line of stdout.
 
     Args:
       data: JSON data; infinities and NaN become null.
     """
-    print(json.dumps(_finite(data), ensure_ascii=False, allow_nan=False), flush=True)
+    encoding = (sys.stdout.encoding or "utf-8").lower()
+    plain = encoding not in {"utf-8", "utf8"}
+    write(json.dumps(_finite(data), ensure_ascii=plain, allow_nan=False) + "\n")
 
 
 def print_text(text: str) -> None:
@@ -31,4 +48,4 @@ def print_text(text: str) -> None:
       text: without the last line end.
     """
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    write(text.encode(encoding, "replace").decode(encoding) + "\n")

@@ -4,9 +4,11 @@ Nothing here imports jax, so that `--help` and a mistyped option answer at once.
 """
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
+from ttq_jax.commands.output import write
 from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
 
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
@@ -18,7 +20,8 @@ Test-time quantization of language models: each prompt calibrates the low-bit we
 it (TTQ, arXiv:2603.19296)."""
 
 _EPILOG = """\
-Results go to stdout, progress to stderr. Exit codes: 0 done, 2 unusable input, 130 interrupted.
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a mistake in ttq, 2 unusable input
+or surroundings, 130 interrupted. --debug shows the Python trace of an error.
 
 Compiled programs are cached, so that a second start is faster: in $JAX_COMPILATION_CACHE_DIR, else
 in $XDG_CACHE_HOME/ttq_jax/xla, else in ~/.cache/ttq_jax/xla. --cache-dir changes the place,
@@ -31,11 +34,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ttq: error: {message} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own says nothing of a help that could not be written.
+        if file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
+
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output and environment")
     group.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
     group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
+    group.add_argument("--debug", action="store_true", help="show the Python trace of an error")
     group.add_argument("--cache-dir", metavar="DIR", help="cache compiled programs here")
     group.add_argument(
         "--no-compilation-cache", action="store_true", help="do not cache compiled programs"

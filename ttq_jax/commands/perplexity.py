@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.commands.options import needs_of, recipe_of
+from ttq_jax.commands.options import check_file, needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.evaluation.corpora import begin_tokens, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import describe_method, head
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe = recipe_of(args)
     protocol = Protocol(kind=args.protocol, window=args.window, prompt_tokens=args.prompt_tokens)
+    check_file(args.save_recipe)
     with progress.stage(f"reading {args.corpus}"):
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ttq_jax.checkpoint.store import save_offline
+from ttq_jax.checkpoint.store import check_destination, save_offline
 from ttq_jax.commands.options import needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
@@ -41,13 +41,15 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         raise ConfigError(
             f"recipe {args.method} needs nothing besides the prompt, so there is nothing to prepare"
         )
+    place = Path(args.out).expanduser()
+    check_destination(place)
     text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress)
     check_selection(model.params, recipe)
     offline, seconds = prepare_offline(needs, model, text, progress)
     found = parts(offline)
     with progress.stage(f"writing {args.out}"):
-        save_offline(Path(args.out).expanduser(), model, recipe, offline)
+        save_offline(place, model, recipe, offline)
     if args.json:
         print_json({
             "model": args.model, "method": args.method, "recipe": recipe.describe(),

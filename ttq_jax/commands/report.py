@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ttq_jax.commands.options import check_file
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.progress import Progress
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
 
     Raises:
-      ConfigError: no rows, rows that contradict themselves, or no matplotlib to draw them with.
+      ConfigError: no rows, rows that contradict themselves, no matplotlib to draw them with, or a
+        directory that cannot be written.
     """
     try:
         import matplotlib  # noqa: F401
@@ -39,9 +41,14 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             )
         rows |= found
     made = checked(rows.values(), ", ".join(map(str, directories)))
+    check_file(str(directories[0] / "report.html"))
     with progress.stage(f"drawing {len(rows)} cells"):
         title = f"ttq sweep: {directories[0].resolve().name}"
-        page, text = write(directories[0], title, parts_of(made))
+        parts = parts_of(made)
+        try:
+            page, text = write(directories[0], title, parts)
+        except OSError as e:
+            raise ConfigError(f"{directories[0]}: cannot be written: {e.strerror}") from e
     if args.json:
         print_json({"cells": len(rows), "html": str(page), "markdown": str(text)})
     else:

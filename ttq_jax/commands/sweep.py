@@ -74,7 +74,11 @@ class _Bar:
 
 
 def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progress) -> Row:
-    """Runs a cell and writes its row; an error is a result too."""
+    """Runs a cell and writes its row; an error is a result too.
+
+    Raises:
+      ConfigError: the row cannot be written.
+    """
     start = time.perf_counter()
     with progress.stage(bar.line(cell)) as update:
 
@@ -85,7 +89,13 @@ def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progre
             row = runner.run(cell, tell)
         except Exception as e:
             row = head_of(cell, git_commit()) | {"error": f"{type(e).__name__}: {e}"}
-    rows.append(row)
+    try:
+        rows.append(row)
+    except OSError as e:
+        raise ConfigError(
+            f"{rows.path}: cannot be written: {e.strerror}; {bar.done} of {bar.total} cells are "
+            "kept; make room, or mend what is wrong there, and run the same command again"
+        ) from e
     bar.finish(row, time.perf_counter() - start)
     return row
 
@@ -138,31 +148,50 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     left = [cell for cell in cells if pending(cell, done)]
     bar = _Bar(cells, len(cells) - len(left))
     progress.note(f"{bar.done} of {bar.total} cells are done")
-    for cell in left:
-        with rows.claim(cell.key) as ours:
-            # Another process may have finished it since, or be running it.
-            if not ours or not pending(cell, rows.read()):
-                bar.done += 1
-                continue
-            row = _run_one(cell, runner, rows, bar, progress)
-        if args.json:
-            print_json(row)
-    _finish(args, cells, rows.read())
+
+    def run_all(cells: list[Cell]) -> list[Cell]:
+        """Runs what is pending; those that another process has claimed are returned."""
+        claimed = []
+        for cell in cells:
+            with rows.claim(cell.key) as ours:
+                if not ours:
+                    claimed.append(cell)
+                    continue
+                # Another process may have finished it since.
+                if not pending(cell, rows.read()):
+                    bar.done += 1
+                    continue
+                row = _run_one(cell, runner, rows, bar, progress)
+            if args.json:
+                print_json(row)
+        return claimed
+
+    # Once more: the process that had claimed a cell may have been killed.
+    claimed = run_all(run_all(left))
+    _finish(args, cells, rows.read(), claimed)
 
 
-def _finish(args: argparse.Namespace, cells: list[Cell], done: dict[str, Row]) -> None:
+def _finish(
+    args: argparse.Namespace, cells: list[Cell], done: dict[str, Row], claimed: list[Cell]
+) -> None:
     """Prints how many cells are done.
 
     Raises:
-      ConfigError: cells failed.
+      ConfigError: cells failed, or their rows are gone.
     """
     failed = [cell for cell in cells if "error" in done.get(cell.key, {})]
-    elsewhere = sum(cell.key not in done for cell in cells)
+    missing = sum(cell.key not in done for cell in cells)
+    elsewhere = sum(cell.key not in done for cell in claimed)
     if not args.json:
         also = f"; other processes run {elsewhere}" if elsewhere else ""
         print_text(
-            f"{len(cells) - elsewhere - len(failed)} of {len(cells)} cells in {args.out}{also}; "
+            f"{len(cells) - missing - len(failed)} of {len(cells)} cells in {args.out}{also}; "
             f"ttq report {args.out} makes tables and pictures of them"
+        )
+    if missing > elsewhere:
+        raise ConfigError(
+            f"{args.out}: expected the rows of {len(cells) - elsewhere} cells, found "
+            f"{len(cells) - missing}: something else removed them; run the same command again"
         )
     if failed:
         first = done[failed[0].key]["error"]

@@ -22,6 +22,12 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def _write(text: str) -> None:
+    """Writes to stderr; one that is closed or full does not stop the work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end="", file=sys.stderr, flush=True)
+
+
 class _Stage:
     """How far one stage is."""
 
@@ -78,12 +84,12 @@ class Progress:
         """
         if self.enabled:
             with self._lock:
-                print(f"{self._clear()}ttq: {text}", file=sys.stderr, flush=True)
+                _write(f"{self._clear()}ttq: {text}\n")
 
     def clear(self) -> None:
         """Removes the line being redrawn, so that something else can be printed."""
         with self._lock:
-            print(self._clear(), end="", file=sys.stderr, flush=True)
+            _write(self._clear())
 
     def _clear(self) -> str:
         blank, self._width = " " * self._width, 0
@@ -95,7 +101,7 @@ class Progress:
         with self._lock:
             padded = line.ljust(self._width)
             self._width = len(line)
-            print(f"\r{padded}", end="", file=sys.stderr, flush=True)
+            _write(f"\r{padded}")
 
     @contextlib.contextmanager
     def stage(self, text: str) -> Iterator[Callable[..., None]]:

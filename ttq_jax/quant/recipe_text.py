@@ -6,7 +6,6 @@ So a field that is added there can be set and saved without more code.
 
 import dataclasses
 import math
-import os
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ import tomli_w
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import expect
+from ttq_jax.files import write_file
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
@@ -218,13 +218,9 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
     Raises:
       ConfigError: it cannot be written.
     """
-    target = Path(path).expanduser()
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        unfinished.write_text(to_toml(recipe), "utf-8")
-        unfinished.replace(target)
+        write_file(path, to_toml(recipe))
     except OSError as e:
-        unfinished.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
 
 

@@ -6,6 +6,7 @@ All hold the same tables in the same order. The same rows make the same bytes.
 from collections.abc import Sequence
 from pathlib import Path
 
+from ttq_jax.files import write_files
 from ttq_jax.sweeps.html_page import to_html
 from ttq_jax.sweeps.parts import Part, Picture
 from ttq_jax.sweeps.text_page import to_csv, to_markdown, to_tex
@@ -34,7 +35,7 @@ def files_of(title: str, parts: Sequence[Part]) -> dict[str, bytes]:
 
 
 def write(directory: Path, title: str, parts: Sequence[Part]) -> list[Path]:
-    """Writes a report, each file in one step.
+    """Writes a report: all of its files, or none.
 
     Args:
       directory: an existing one; pictures of an earlier report in it are removed.
@@ -45,13 +46,8 @@ def write(directory: Path, title: str, parts: Sequence[Part]) -> list[Path]:
       The page, and the Markdown.
     """
     files = files_of(title, parts)
-    (directory / "report").mkdir(exist_ok=True)
-    for old in (directory / "report").iterdir():
+    write_files({directory / name: data for name, data in files.items()}, parents=True)
+    for old in (directory / "report").glob("*"):
         if old.suffix in {".png", ".svg", ".pdf"} and f"report/{old.name}" not in files:
             old.unlink()
-    for name, data in files.items():
-        path = directory / name
-        new = path.with_name(f".{path.name}.new")
-        new.write_bytes(data)
-        new.replace(path)
     return [directory / "report.html", directory / "report.md"]

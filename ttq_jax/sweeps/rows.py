@@ -1,7 +1,7 @@
 """The file of finished cells: it survives crashes and is shared by processes.
 
-A row is one line of JSON, written by one call and fsynced, so that a process killed at any moment
-leaves whole lines and at most one incomplete line, which the next writer removes. A cell is claimed
+A row is one line of JSON, appended and synced, so that a process killed at any moment leaves whole
+lines and at most one incomplete line, which the next writer removes. A cell is claimed
 by locking one byte of a lock file, at an offset that its key gives. The system releases the lock
 when the process ends, however it ends, so nothing is ever left locked.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ttq_jax.config import ConfigError
+from ttq_jax.files import sync
 
 Row = dict[str, Any]
 
@@ -50,9 +51,9 @@ class Rows:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            sync(directory)
         except OSError as e:
             raise ConfigError(f"{directory}: cannot be written: {e.strerror}") from e
-        _sync_directory(directory)
 
     @contextlib.contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -67,7 +68,7 @@ class Rows:
         at = 1 + int(key[:15], 16)
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, at)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # POSIX allows a system either
             yield False
             return
         try:
@@ -80,13 +81,29 @@ class Rows:
 
         Args:
           row: JSON data without infinities and NaN.
+
+        Raises:
+          OSError: it cannot be written; what was written of it is taken back.
         """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        with self._locked():
+            self._repair()
+            end = os.fstat(self._file).st_size
+            try:
+                # A nearly full disk takes a part of a line, and refuses the next part.
+                while line:
+                    line = line[os.write(self._file, line) :]
+                os.fsync(self._file)
+            except OSError as e:
+                os.ftruncate(self._file, end)
+                raise OSError(e.errno, e.strerror, str(self.path)) from e
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps other processes from writing for the time of the block."""
         fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WRITING)
         try:
-            self._repair()
-            os.write(self._file, line.encode())
-            os.fsync(self._file)
+            yield
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WRITING)
 
@@ -101,11 +118,8 @@ class Rows:
 
     def repair(self) -> None:
         """Removes an incomplete last line, if there is one, and notes it."""
-        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _WRITING)
-        try:
+        with self._locked():
             self._repair()
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _WRITING)
 
     def read(self) -> dict[str, Row]:
         """The rows of this directory, its shards' too, by key; see `read_rows`."""
@@ -115,15 +129,6 @@ class Rows:
         """Closes the files and releases every claim."""
         os.close(self._file)
         os.close(self._lock)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a new file's name survive a power cut, too."""
-    at = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
 
 
 def read_rows(directory: Path) -> dict[str, Row]:
