@@ -29,8 +29,8 @@ Expect    a row per recipe and corpus; `report` prints gaps with intervals from 
 The protocol is the causal one: weights from the first P tokens, the rest of the window scored.
 The gap is perplexity over the unquantized one, minus 1; its mean is over corpora, and its 95 %
 interval takes windows as independent (Student's t). The interval of a ratio of gaps is a bootstrap
-over windows, drawn alike for all recipes. Corpora are given by path, NAME=FILE: UTF-8
-text, or JSON lines of which every string field is read; `python` is the standard library's source.
+over windows, drawn alike for all recipes. Corpora are given by path, NAME=FILE: UTF-8 text, or
+JSON lines, as in gsm8k=FILE.jsonl:question,answer; `python` is the standard library's source.
 """
 
 import argparse

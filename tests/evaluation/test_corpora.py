@@ -123,6 +123,7 @@ def test_one_field_of_json_lines_is_read(tmp_path):
     assert read_corpus(str(path)) == "q\u2028r\n\nx"
     path.write_text(f"{lines[0]}\n", "utf-8")
     assert read_corpus(f"{path}:turns") == "a\nb"
+    assert read_corpus(f"{path}:turns,url") == "a\nb\nx.example"
     assert read_corpus(f"{path}:url[:100%]") == "x.example"
     for field in ("body", "year"):
         with pytest.raises(CorpusError, match=rf"line 1: .*{field}.* text, url, turns, year\."):

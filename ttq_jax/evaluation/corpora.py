@@ -1,7 +1,7 @@
 """Text -> evaluation and calibration windows.
 
 A corpus is named by one string, `SOURCE[A%:B%]`. SOURCE is a UTF-8 text file, a `.jsonl` file (the
-field "text" of each line is read, or another one: `FILE.jsonl:FIELD`), `hf:NAME[:CONFIG][:SPLIT]`
+field "text" of each line is read, or others: `FILE.jsonl:FIELD,FIELD`), `hf:NAME[:CONFIG][:SPLIT]`
 for a Hugging Face dataset (NAME may be a local directory in the hub's layout), or `builtin:NAME`
 for a text that comes with every installation. The optional percentages take a part of the text:
 `[:50%]` to calibrate and `[50%:]` to score.
@@ -87,17 +87,17 @@ def _read_source(source: str) -> str:
     kinds = "a corpus is a text file, hf:NAME or builtin:NAME"
     file, is_lines, field = source.rpartition(".jsonl")
     if is_lines and (not field or field[0] == ":"):
-        return _field_of(f"{file}.jsonl", read_text(f"{file}.jsonl", CorpusError), field[1:])
+        return _fields_of(f"{file}.jsonl", read_text(f"{file}.jsonl", CorpusError), field[1:])
     return read_text(source, CorpusError, missing=kinds)
 
 
-def _field_of(source: str, text: str, field: str) -> str:
-    """One field of JSON lines, with an empty line between them; blank lines are skipped.
+def _fields_of(source: str, text: str, fields: str) -> str:
+    """Some fields of JSON lines, with an empty line between lines; blank lines are skipped.
 
     Raises:
-      CorpusError: a line is no JSON object, or lacks the field, or it is no string.
+      CorpusError: a line is no JSON object, or lacks a field, or that is no string.
     """
-    rows, name = [], field or "text"
+    rows, names = [], (fields or "text").split(",")
     # Not splitlines: JSON strings may hold U+2028, which is no line end there.
     for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -108,15 +108,18 @@ def _field_of(source: str, text: str, field: str) -> str:
             raise CorpusError(f"{source}, line {i}: expected a JSON object: {e}") from e
         if not isinstance(row, dict):
             raise CorpusError(f"{source}, line {i}: expected a JSON object, got {shown(row)}")
-        value = row.get(name)
-        texts: list[Any] = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, str) for one in texts):
-            raise CorpusError(
-                f"{source}, line {i}: expected a string, or a list of them, in the field {name!r}, "
-                f"got {shown(value)}; its fields are {', '.join(row) or 'none'}. Name one after a "
-                f"colon, as in {source}:FIELD"
-            )
-        rows.append("\n".join(texts))
+        parts: list[str] = []
+        for name in names:
+            value = row.get(name)
+            texts: list[Any] = value if isinstance(value, list) else [value]
+            if not all(isinstance(one, str) for one in texts):
+                raise CorpusError(
+                    f"{source}, line {i}: expected a string, or a list of them, in the field "
+                    f"{name!r}, got {shown(value)}; its fields are {', '.join(row) or 'none'}. "
+                    f"Name those to read after a colon, as in {source}:FIELD or :FIELD,FIELD"
+                )
+            parts += texts
+        rows.append("\n".join(parts))
     return "\n\n".join(rows)
 
 
