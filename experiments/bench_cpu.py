@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ttq_jax as ttq
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.prefill import prefill
@@ -193,6 +194,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3-270m"],
                         help="for start-up and memory (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
+    if args.out:
+        check_destination(args.out)
     from ttq_jax.checkpoint.packaged import ALIASES
 
     results = {
@@ -212,7 +215,7 @@ def main() -> None:
     text = json.dumps(results, indent=1)
     print(text)
     if args.out:
-        args.out.write_text(text + "\n")
+        write_file(args.out, text + "\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pallas_kernels import PLANES, tiles
 from pallas_kernels.choice import current_target, refusal
 from ttq_jax.chips.comparison import Case, sweep
 from ttq_jax.chips.device_times import measure
+from ttq_jax.files import check_destination, write_file
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "numpy")
 
@@ -179,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="seconds in all (default: %(default)s)")  # fmt: skip
     parser.add_argument("--checks-only", action="store_true", help="measure nothing")
     args = parser.parse_args(arguments)
+    if args.out:
+        check_destination(args.out)
     start = time.monotonic()
     try:
         device = jax.devices("gpu")[0]
@@ -192,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def save() -> None:
         if args.out:
-            args.out.write_text(json.dumps(results, indent=1) + "\n")
+            write_file(args.out, json.dumps(results, indent=1) + "\n")
 
     with jax.default_device(device):
         todo = device_checks()

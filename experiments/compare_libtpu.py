@@ -25,6 +25,8 @@ import collections
 import json
 from pathlib import Path
 
+from ttq_jax.files import write_file
+
 RESULTS = Path(__file__).parent / "results"
 CASE = ("kernel", "m", "bits", "group_size", "chip")
 APART = 1.05
@@ -84,7 +86,7 @@ def main() -> None:
     text = markdown([json.loads(line) for p in files for line in p.read_text().splitlines()])
     print(text, end="")
     if args.out:
-        args.out.write_text(text)
+        write_file(args.out, text)
 
 
 if __name__ == "__main__":

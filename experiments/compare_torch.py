@@ -47,6 +47,7 @@ from ttq_jax.checkpoint import ALIASES
 from ttq_jax.evaluation.corpora import calibration_windows, sha256
 from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.prefill import prefill
@@ -119,7 +120,7 @@ def options(about: str) -> argparse.ArgumentParser:
 
 def write(path: Path | None, data: dict[str, Any]) -> None:
     if path:
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        write_file(path, json.dumps(data, indent=1) + "\n")
 
 
 def rule_of(name: str, recipe: Recipe) -> "Rule":
@@ -281,6 +282,8 @@ def compare(sides: Sides, protocol: Protocol, windows: np.ndarray) -> dict[str, 
 
 def quality(args: argparse.Namespace) -> int:
     """Perplexities of both sides; status 1 if any two differ by more than `LIMIT`, but for ties."""
+    if args.out:
+        check_destination(args.out)
     recipes = recipes_of(args.method, args.bits)
     texts = dict(map(corpus_text, args.corpus))
     calibration = dict(map(corpus_text, args.calibration))

@@ -39,6 +39,7 @@ import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import table
 from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.files import check_destination
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import add_bias
 from ttq_jax.models.cache import empty_cache
@@ -291,6 +292,8 @@ def line_up(race: Race) -> tuple[dict[str, Contender], dict[str, str]]:
 
 def speed(args: argparse.Namespace) -> int:
     """Tokens per second of each contender, with its bits and its perplexity on the same text."""
+    if args.out:
+        check_destination(args.out)
     if os.getloadavg()[0] > 1:
         log(f"load average {os.getloadavg()[0]:.1f}: whatever else runs slows some libraries more "
             "than others; these ratios will mean little")  # fmt: skip

@@ -26,6 +26,7 @@ from ttq_jax.chips.absent import CHIPS
 from ttq_jax.chips.programs import compile_generate, memory_of
 from ttq_jax.chips.released import RELEASED, params_shapes, released_config
 from ttq_jax.evaluation.describe import versions
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.types import Offline, effective_bits, kernels, stored_bytes
 
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 32], metavar="N",
                         help="default: 128 32")  # fmt: skip
     args = parser.parse_args()
+    if args.out:
+        check_destination(args.out)
     if (args.model is None) != (args.chip is None):
         parser.error("--model and --chip go together")
     # Nothing runs on a device; the compilers are asked for by name.
@@ -79,7 +82,7 @@ def main() -> None:
     text = json.dumps(results, indent=1)
     print(text)
     if args.out:
-        args.out.write_text(text + "\n")
+        write_file(args.out, text + "\n")
 
 
 if __name__ == "__main__":

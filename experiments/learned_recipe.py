@@ -47,6 +47,7 @@ quality.py.
 
 import argparse
 import dataclasses
+import io
 import json
 import sys
 import time
@@ -68,6 +69,7 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.evaluation.corpora import CorpusError, sha256
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Protocol
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.quant.grid import Grid
 from ttq_jax.types import Params, kernels
 
@@ -108,11 +110,9 @@ class Checkpoint:
     path: Path
 
     def save(self, made_for: dict, tree: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        with part.open("wb") as f:
-            np.savez(f, json.dumps(made_for), *jax.tree.leaves(tree))
-        part.replace(self.path)
+        data = io.BytesIO()
+        np.savez(data, json.dumps(made_for), *jax.tree.leaves(tree))
+        write_file(self.path, data.getvalue(), parents=True)
 
     def load(self, made_for: dict, like: Any) -> Any:
         """What was saved; `like` itself if nothing was."""
@@ -196,6 +196,7 @@ def train(args: argparse.Namespace) -> None:
         score = partial(loss_of, theta, model.params, setting=setting, kind=args.loss)
         return float(np.mean([float(score(jnp.asarray(w))) for w in watch]))
 
+    check_destination(args.out, parents=True)
     kept = Checkpoint(args.out.with_suffix(".npz"))
     fresh = {
         "theta": theta, "adam": training.optimizer.init(theta), "step": np.zeros((), int),
@@ -234,8 +235,7 @@ def train(args: argparse.Namespace) -> None:
         "seconds_per_step": round(float(now["seconds"]) / args.steps, 2),
         "device": device(), "versions": versions("optax"),
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found) + "\n")
+    write_file(args.out, json.dumps(found) + "\n", parents=True)
     kept.path.unlink(missing_ok=True)
 
 

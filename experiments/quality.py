@@ -54,6 +54,7 @@ from ttq_jax.evaluation.corpora import calibration_windows, sha256
 from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.evaluation.intervals import interval95
 from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
@@ -130,10 +131,8 @@ class Results:
 
     def write(self, rows: dict[tuple[str, str], dict]) -> None:
         """Replaces the file in one step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".part")
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-        new.replace(self.path)
+        text = "".join(json.dumps(row) + "\n" for row in rows.values())
+        write_file(self.path, text, parents=True)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -147,6 +146,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def measure(args: argparse.Namespace) -> None:
     """Scores every recipe on every corpus and writes the rows as they come."""
+    check_destination(args.out, parents=True)
     model = ttq.load(args.model)
     protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
     texts = dict(map(corpus_text, args.corpus))
@@ -196,6 +196,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def measure_times(args: argparse.Namespace) -> None:
     """Times the prefill of every recipe, quantization included, in turns on the same prompts."""
+    check_destination(args.out)
     model = ttq.load(args.model)
     tokens = ttq.cut_windows(model.tokenizer, corpus_text("python")[1], args.prompt_tokens)
     runs, seconds = {}, {}
@@ -218,7 +219,7 @@ def measure_times(args: argparse.Namespace) -> None:
         "over_plain_prefill": {n: round(v / median["none"], 3) for n, v in median.items()},
         "device": device(), "versions": versions(),
     }  # fmt: skip
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_file(args.out, json.dumps(found, indent=1) + "\n")
     print(table([["recipe", "prefill over plain"], *(
         [name, f"{ratio:.2f}"] for name, ratio in found["over_plain_prefill"].items()
     )]))  # fmt: skip

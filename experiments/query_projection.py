@@ -61,6 +61,7 @@ from ttq_jax.chips.absent import chip as chip_named
 from ttq_jax.chips.comparison import Case, cycles_of, dense_product, dense_shapes, kernel_cycles
 from ttq_jax.chips.device_times import Contender, device_of, over_copies, over_stack, take_turns
 from ttq_jax.evaluation.describe import device, table, versions
+from ttq_jax.files import check_destination, write_file
 from ttq_jax.linear import linear
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.moments import observe
@@ -346,6 +347,8 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     parser = options()
     args = parser.parse_args()
+    if "out" in args:
+        check_destination(args.out)
     for name in ("m", "answer_tokens", "prompt_tokens", "turns"):
         if (value := getattr(args, name)) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected 1 or more, got {value}")
@@ -358,7 +361,7 @@ def main() -> None:
             raise SystemExit(str(e)) from e
     print("\n\n".join(map(text_of, results)))
     if "out" in args:
-        args.out.write_text(json.dumps(results[0], indent=1) + "\n")
+        write_file(args.out, json.dumps(results[0], indent=1) + "\n")
     if "picture" in args:
         draw(results, {f"Qwen3-{n}": b for n, (b, _, _) in SIZES.items()}, args.picture)
 

@@ -194,16 +194,17 @@ def target_of(path: str | Path) -> Path:
     return place
 
 
-def check_destination(path: str | Path) -> None:
+def check_destination(path: str | Path, *, parents: bool = False) -> None:
     """Finds out whether a file can be written, and changes nothing.
 
     Args:
       path: of the file.
+      parents: whether missing directories above it will be made.
 
     Raises:
       OSError: it cannot.
     """
-    with draft(target_of(path)):
+    with draft(target_of(path), parents=parents):
         pass
 
 

@@ -289,6 +289,19 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, chat, monkeypatch, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "fresh"]
 
 
+def test_a_store_that_a_killed_writer_had_set_aside_is_read(tmp_path, chat):
+    before = load_conversation(chat, MODEL, CHAT)
+    chat.rename(tmp_path / ".c.01234567.replaced")
+    (tmp_path / ".c.01234567.draft").mkdir()
+    assert same_bits(load_conversation(chat, MODEL, CHAT), before)
+    # A writer that lives is between its two renames: it will finish.
+    with files.draft(chat, folder=True) as new:
+        chat.rename(new.with_suffix(".replaced"))
+        refused("no such directory", load_conversation, chat, MODEL, CHAT)
+        new.with_suffix(".replaced").rename(chat)
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_rename_that_fails_puts_the_old_store_back(tmp_path, chat, monkeypatch):
     before = load_conversation(chat, MODEL, CHAT)
     rename = Path.rename

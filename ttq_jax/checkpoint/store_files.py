@@ -270,6 +270,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
       StoreError: not a store, another version of the format, or damaged.
     """
     place = Path(path).expanduser()
+    if not place.exists():  # a writer may have been killed while it had the store set aside
+        clear(place.resolve())
     header = _parsed(place)
     if header.get("format") != _MARK:
         raise StoreError(
