@@ -17,7 +17,7 @@ MODULES = {
 # from the rows above its own, so there is no circle between rooms.
 ORDER = [
     {"pallas_kernels"},
-    {"_version", "config", "types"},
+    {"_version", "config", "foreign", "types"},
     {"linear", "prompts", "sampling"},
     {"models", "quant"},
     {"checkpoint", "prefill"},
