@@ -18,7 +18,7 @@ MODULES = {
 ORDER = [
     {"pallas_kernels"},
     {"_version", "errors"},
-    {"config", "files", "text", "types"},
+    {"config", "files", "foreign", "text", "types"},
     {"linear", "prompts", "sampling"},
     {"models", "quant"},
     {"checkpoint", "prefill"},

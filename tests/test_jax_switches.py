@@ -47,6 +47,7 @@ from ttq_jax.sampling import Sampling, make_key
 CONFIG = small_config(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=48, embed_dim=32)
 LETTERS = SimpleNamespace(
     vocab_size=97,
+    bos_id=None,
     encode=lambda text, add_bos=True: [ord(letter) % 97 for letter in text],
     decode=lambda ids: "".join(chr(200 + i) for i in ids),
 )

@@ -43,6 +43,11 @@ class Rope:
                 f"rope: expected theta > 1 and factor >= 1, got theta={self.theta}, "
                 f"factor={self.factor}; correct the model's config.json"
             )
+        if self.scaling == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"rope: expected 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}"
+                f" and {self.high_freq_factor}; correct the model's config.json"
+            )
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angular frequency of each pair of channels.

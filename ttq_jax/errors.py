@@ -21,7 +21,10 @@ class NotFiniteError(Error):
 
 def shown(value: Any) -> str:
     """A value for a message, at most 80 characters of it on one line."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an integer of thousands of digits; a deep tree
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 

@@ -19,9 +19,8 @@ from ttq_jax.types import Offline
 
 CONFIG = small_config()
 PARAMS = small_params(CONFIG)
-MODEL = Model(
-    config=CONFIG, params=PARAMS, tokenizer=SimpleNamespace(vocab_size=97), name="small", eos_ids=()
-)
+LETTERS = SimpleNamespace(vocab_size=97, bos_id=None)
+MODEL = Model(config=CONFIG, params=PARAMS, tokenizer=LETTERS, name="small", eos_ids=())
 WINDOWS = np.random.default_rng(0).integers(1, 97, (3, 48)).astype(np.int32)
 CAUSAL = Protocol(kind="causal", window=48, prompt_tokens=20)
 WINDOW = Protocol(kind="window", window=48)

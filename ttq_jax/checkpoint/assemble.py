@@ -20,6 +20,7 @@ import numpy as np
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.source import Source
 from ttq_jax.config import ModelConfig
+from ttq_jax.foreign import named
 from ttq_jax.models.decoder import init_params
 from ttq_jax.models.family import Edit
 from ttq_jax.types import Params
@@ -73,9 +74,28 @@ def _leaves(
     return leaves
 
 
-def _some(names: list[str]) -> str:
-    """A few names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _check_sizes(config: ModelConfig, source: Source) -> None:
+    """Compares the configuration's sizes with what the file holds, before anything is built.
+
+    Raises:
+      CheckpointError: the file cannot hold a model of that size.
+    """
+    longest = max(
+        (n for shape in source.shapes.values() if 0 not in shape for n in shape), default=0
+    )
+    heads = config.n_heads * config.head_dim
+    for what, size, most in (
+        ("layers", config.n_layers, len(source.shapes)),
+        ("tokens in the vocabulary", config.vocab_size, longest),
+        ("channels", max(config.d_model, config.embed_dim, heads), longest),
+        ("channels in the feed-forward layer", config.d_ff, longest),
+        ("positions", 1 if config.rope else config.max_positions, longest),
+    ):
+        if size > most:
+            raise CheckpointError(
+                f"{source.label}: the configuration has {size} {what}, but the weights are of at "
+                f"most {most}. Check that {_TOGETHER}"
+            )
 
 
 def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> None:
@@ -89,7 +109,7 @@ def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> Non
     if missing:
         n = missing[0]
         raise CheckpointError(
-            f"{source.label}: missing tensor{'s' if len(missing) > 1 else ''} {_some(missing)} "
+            f"{source.label}: missing tensor{'s' if len(missing) > 1 else ''} {named(missing)} "
             f"(expected {n} with shape {expected[n]}). Check that the checkpoint is complete and "
             f"that {_TOGETHER}"
         )
@@ -105,7 +125,7 @@ def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> Non
     )  # fmt: skip
     if unknown:
         raise CheckpointError(
-            f"{source.label}: unknown tensor{'s' if len(unknown) > 1 else ''} {_some(unknown)}: "
+            f"{source.label}: unknown tensor{'s' if len(unknown) > 1 else ''} {named(unknown)}: "
             "the model code does not use it, so its results might be wrong. Check that "
             f"{_TOGETHER}"
         )
@@ -187,6 +207,7 @@ def assemble(
     Raises:
       CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
     """
+    _check_sizes(config, source)
     leaves = _leaves(config, modules, edits)
     _check(source, leaves, ignored)
     total = sum(int(np.prod(leaf.shape)) * len(leaf.names) for leaf in leaves)

@@ -14,6 +14,7 @@ from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
+from ttq_jax.foreign import shown
 from ttq_jax.models.family import Family, Settings
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -27,10 +28,10 @@ def _family(file: GgufFile) -> Family:
     """
     arch = file.metadata.get("general.architecture")
     known = {f.gguf_arch: f for f in FAMILIES if f.gguf_arch}
-    if arch not in known:
+    if not isinstance(arch, str) or arch not in known:
         raise CheckpointError(
-            f"{file.label}: architecture {arch!r} is not supported in GGUF files; expected one of "
-            f"{', '.join(sorted(known))}"
+            f"{file.label}: architecture {shown(arch)} is not supported in GGUF files; expected "
+            f"one of {', '.join(sorted(known))}"
         )
     return known[arch]
 
@@ -42,7 +43,8 @@ def _llama3_rope(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
       ConfigError: the divisors are not those of a released Llama 3.
     """
     plain = rope.inverse_frequencies(head_dim)
-    if rope.scaling == "none" and factors.shape == plain.shape and factors.max() >= 1:
+    finite = np.isfinite(factors).all() and factors.min() >= 1
+    if rope.scaling == "none" and factors.shape == plain.shape and finite:
         scaled = dataclasses.replace(
             rope, scaling="llama3", factor=float(factors.max()), low_freq_factor=1.0,
             high_freq_factor=4.0, original_positions=8192,
@@ -80,8 +82,7 @@ def read_config(file: GgufFile, family: Family) -> ModelConfig:
     settings.finish()
     if _ROPE_FACTORS in file.shapes:
         assert config.rope is not None
-        (size,) = file.shapes[_ROPE_FACTORS]
-        factors = file.read(_ROPE_FACTORS, 0, size)
+        factors = file.read(_ROPE_FACTORS, 0, file.shapes[_ROPE_FACTORS][0])
         config = dataclasses.replace(
             config, rope=_llama3_rope(config.rope, config.head_dim, factors)
         )

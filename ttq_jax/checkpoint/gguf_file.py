@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.source import RandomAccess, check_size
+from ttq_jax.foreign import shown
 
 SUPPORTED_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
@@ -27,6 +28,8 @@ _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4"
             10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _DAMAGED = "The file is damaged; download it again"
+# As many as ggml has.
+_MOST_AXES = 4
 
 
 class _Cursor:
@@ -118,7 +121,7 @@ def _check_type(path: Path, name: str, code: int) -> str:
     kind = known.get(code, f"type {code}")
     if kind not in SUPPORTED_TYPES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} is stored as {kind}; expected one of "
+            f"{path}: tensor {shown(name)} is stored as {kind}; expected one of "
             f"{', '.join(SUPPORTED_TYPES)}. Choose a file of another quantization"
         )
     return kind
@@ -173,10 +176,13 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         for _ in range(n_keys):
             key = cursor.string()
+            if key in self.metadata:
+                raise CheckpointError(f"{path}: the key {shown(key)} occurs twice. {_DAMAGED}")
             self.metadata[key] = cursor.value(cursor.integer(4))
-        if self.metadata.get("split.count", 1) > 1:
+        parts = self.metadata.get("split.count", 1)
+        if type(parts) is not int or parts > 1:
             raise CheckpointError(
-                f"{path}: expected a whole file, got one of {self.metadata['split.count']} parts. "
+                f"{path}: expected a whole file, got one of {shown(parts)} parts. "
                 "Join them with `llama-gguf-split --merge`"
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -194,32 +200,50 @@ class GgufFile:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         path, name = self._file.path, cursor.string()
-        shape = tuple(cursor.integer(8) for _ in range(cursor.integer(4)))[::-1]
+        axes = cursor.integer(4)
+        if not 1 <= axes <= _MOST_AXES:
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)}: expected 1 to {_MOST_AXES} axes, got {axes}. "
+                f"{_DAMAGED}"
+            )
+        shape = tuple(cursor.integer(8) for _ in range(axes))[::-1]
         kind = _check_type(path, name, cursor.integer(4))
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-        if not shape or shape[-1] % block:
+        if 0 in shape or shape[-1] % block:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {shape}; {kind} needs rows of a multiple of "
-                f"{block}. {_DAMAGED}"
+                f"{path}: tensor {shown(name)} has shape {shape}; {kind} needs rows of a multiple "
+                f"of {block}. {_DAMAGED}"
             )
         if name in self.shapes:
-            raise CheckpointError(f"{path}: tensor {name!r} occurs twice. {_DAMAGED}")
+            raise CheckpointError(f"{path}: tensor {shown(name)} occurs twice. {_DAMAGED}")
         self.shapes[name] = shape
         self._tensors[name] = _Tensor(kind, cursor.integer(8), shape[-1] // block * size)
 
     def _place(self, header_end: int) -> None:
         """Makes the tensors' offsets absolute and checks that the file reaches that far.
 
+        As in llama.cpp, each tensor follows the one before it at the next aligned place.
+
         Raises:
-          CheckpointError: the file ends before its last tensor.
+          CheckpointError: another alignment or offset, or the file ends before its last tensor.
         """
-        align = self.metadata.get("general.alignment") or 32
-        base = -(-header_end // align) * align
+        path, align = self._file.path, self.metadata.get("general.alignment", 32)
+        if type(align) is not int or align < 1 or align & (align - 1):
+            raise CheckpointError(
+                f"{path}: general.alignment: expected a power of two, got {shown(align)}. "
+                f"{_DAMAGED}"
+            )
+        base, expected = -(-header_end // align) * align, 0
         for name, tensor in self._tensors.items():
-            start = base + tensor.offset
-            stop = start + math.prod(self.shapes[name][:-1]) * tensor.row_bytes
-            check_size(self._file.path, stop, self._file.size)
-            self._tensors[name] = dataclasses.replace(tensor, offset=start)
+            if tensor.offset != expected:
+                raise CheckpointError(
+                    f"{path}: tensor {shown(name)}: expected it {expected} bytes into the data, "
+                    f"found {tensor.offset}. {_DAMAGED}"
+                )
+            size = math.prod(self.shapes[name][:-1]) * tensor.row_bytes
+            check_size(path, base + expected + size, self._file.size)
+            self._tensors[name] = dataclasses.replace(tensor, offset=base + expected)
+            expected += -(-size // align) * align
 
     @property
     def quantization(self) -> str:

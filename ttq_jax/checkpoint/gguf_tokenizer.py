@@ -8,8 +8,11 @@ better-ranked union first.
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.tokenizer import Tokenizer
+from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
+from ttq_jax.foreign import shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -24,6 +27,20 @@ _QWEN2 = (
 )
 _LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe", "llama3", "llama-v3")
+
+# Key -> the type of its value, as the header's reader gives it; "i" and "f" are arrays.
+_TYPES: dict[str, Any] = {
+    "model": str, "pre": str, "tokens": list, "merges": list, "token_type": "i", "scores": "f",
+    "bos_token_id": int, "eos_token_id": int, "eot_token_id": int, "unknown_token_id": int,
+    "add_bos_token": bool, "add_eos_token": bool, "add_space_prefix": bool,
+    "remove_extra_whitespaces": bool,
+}  # fmt: skip
+_WORDS = {
+    str: "a string", list: "strings", int: "the id of a token", bool: "true or false",
+    "i": "an integer for each token", "f": "a finite number for each token",
+}  # fmt: skip
+# Merges that follow from a token take time that grows with the square of its length.
+_LONGEST = 1024
 
 _NOT_IMPLEMENTED = {
     "add_eos_token": "an end-of-text token after every prompt",
@@ -59,23 +76,64 @@ def _byte_level(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer":
     pre = meta.get(_KEY + "pre")
     if pre not in _PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{label}: {_KEY}pre = {pre!r} is not implemented; expected one of "
+            f"{label}: {_KEY}pre = {shown(pre)} is not implemented; expected one of "
             f"{', '.join(_PRE_TOKENIZERS)}. Load the model from a Hugging Face directory instead"
         )
     if _KEY + "merges" not in meta:
         raise CheckpointError(f"{label}: expected {_KEY}merges, found none; convert it again")
     vocab = {token: i for i, token in enumerate(meta[_KEY + "tokens"])}
+    _check_distinct(vocab, meta[_KEY + "tokens"], label)
     merges = [tuple(m.split(" ", 1)) for m in meta[_KEY + "merges"]]
     llama3 = pre in ("llama-bpe", "llama3", "llama-v3")
-    try:
+    with refused(f"{label}: its vocabulary and merges disagree"):
         backend = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=llama3))
-    except Exception as error:
-        raise CheckpointError(f"{label}: its vocabulary and merges disagree ({error})") from error
     backend.pre_tokenizer = _pre_tokenizer(pre)
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _fits(value: Any, kind: Any, tokens: int) -> bool:
+    """Whether a value of the header is of its kind, and as long as the list of tokens."""
+    if kind is list:
+        texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        return texts and all(len(one) <= _LONGEST for one in value)
+    if isinstance(kind, str):
+        array = isinstance(value, np.ndarray) and value.shape == (tokens,)
+        number = array and value.dtype.kind in ("iu" if kind == "i" else "iuf")
+        return number and bool(np.isfinite(value).all())
+    return type(value) is kind and (kind is not int or 0 <= value < tokens)
+
+
+def _check_types(meta: Mapping[str, Any], label: str) -> None:
+    """Checks every value that is used.
+
+    Raises:
+      CheckpointError: one is of another type or length, or an id is no token's.
+    """
+    tokens = meta[_KEY + "tokens"]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    for key, kind in _TYPES.items():
+        value = meta.get(_KEY + key)
+        if value is not None and not _fits(value, kind, count):
+            what = f"{_WORDS[kind]} of at most {_LONGEST}" if kind is list else _WORDS[kind]
+            raise CheckpointError(
+                f"{label}: {_KEY}{key}: expected {what}, got {shown(value)}. The file is damaged; "
+                "download it again"
+            )
+
+
+def _check_distinct(vocab: Collection[str], tokens: Collection[str], label: str) -> None:
+    """Checks that no token has two ids.
+
+    Raises:
+      CheckpointError: one has.
+    """
+    if len(vocab) < len(tokens):
+        raise CheckpointError(
+            f"{label}: a token is in the vocabulary twice. The file is damaged; download it again"
+        )
 
 
 def _implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
@@ -109,6 +167,7 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     # Files spell runs of spaces as such; after normalization they are runs of "▁".
     tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
+    _check_distinct(vocab, tokens, label)
     joins = {_NORMAL, _USER_DEFINED, _UNUSED}
     mergeable = {
         t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in joins
@@ -116,7 +175,7 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     # Gemma's scores do not follow its merge order; its token order does.
     ranked = list(mergeable) if gemma else sorted(mergeable, key=lambda t: -scores[mergeable[t]])
     unknown = meta.get(_KEY + "unknown_token_id")
-    try:
+    with refused(f"{label}: its vocabulary is inconsistent"):
         model = models.BPE(
             vocab,
             _implied_merges(mergeable, ranked),
@@ -124,8 +183,6 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
             fuse_unk=True,
             byte_fallback=True,
         )
-    except Exception as error:
-        raise CheckpointError(f"{label}: its vocabulary is inconsistent ({error})") from error
     backend = Tokenizer(model)
     prefix = bool(meta.get(_KEY + "add_space_prefix", True))
     replace = normalizers.Replace(" ", "▁")
@@ -169,15 +226,16 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
     """
     kind = meta.get(_KEY + "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise CheckpointError(
-            f"{label}: {_KEY}model = {kind!r} is not implemented; expected "
+            f"{label}: {_KEY}model = {shown(kind)} is not implemented; expected "
             f"{' or '.join(builders)}. Load the model from a Hugging Face directory instead"
         )
     needed = ("tokens", "token_type", "scores") if kind == "llama" else ("tokens",)
     for key in needed:
         if _KEY + key not in meta:
             raise CheckpointError(f"{label}: expected {_KEY}{key}, found none; convert it again")
+    _check_types(meta, label)
     for key, what in _NOT_IMPLEMENTED.items():
         if meta.get(_KEY + key) not in (None, False):
             raise CheckpointError(

@@ -8,10 +8,16 @@ import numpy as np
 from ttq_jax.checkpoint.assemble import Progress, assemble
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.model import FAMILIES, Model
-from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors, read_json
+from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.tokenizer import load_tokenizer
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.foreign import COUNT, read_json, shown
 from ttq_jax.models.family import Family, Settings
+
+_IDS = (None, COUNT, [COUNT])
+# The settings have their own schema, `Settings`, which knows every key.
+_ENDS = {"bos_token_id?": _IDS, "eos_token_id?": _IDS}
+_CONFIG = _ENDS | {"text_config?": (None, _ENDS)}
 
 
 def _family(directory: Path, raw: dict[str, Any]) -> Family:
@@ -24,8 +30,8 @@ def _family(directory: Path, raw: dict[str, Any]) -> Family:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
-            f"{directory}: architecture {kind!r} (model_type in config.json) is not supported; "
-            f"expected one of {', '.join(sorted(known))}"
+            f"{directory}: architecture {shown(kind)} (model_type in config.json) is not "
+            f"supported; expected one of {', '.join(sorted(known))}"
         )
     return known[kind]
 
@@ -42,7 +48,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     Raises:
       CheckpointError: an unknown architecture or key, a missing key, a value not implemented.
     """
-    raw = read_json(directory / "config.json")
+    raw = read_json(directory / "config.json", CheckpointError, _CONFIG)
     family = _family(directory, raw)
     settings = Settings(raw)
     try:
@@ -54,23 +60,16 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
-    """An id, a list of them or null, as a tuple.
-
-    Raises:
-      CheckpointError: it is none of these.
-    """
-    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"bos_token_id, eos_token_id: expected token ids, got {value!r}")
-    return ids
+    """An id, a list of them or null, as a tuple."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:
     """(begin-of-text token, end-of-text tokens); generation_config.json takes precedence."""
-    raw = read_json(directory / "config.json")
-    raw = {**raw, **{k: v for k, v in raw.get("text_config", {}).items() if k not in raw}}
+    raw = read_json(directory / "config.json", CheckpointError, _CONFIG)
+    raw = {**(raw.get("text_config") or {}), **raw}
     path = directory / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
+    generation = read_json(path, CheckpointError, _ENDS) if path.exists() else {}
     bos = _as_ids(generation.get("bos_token_id", raw.get("bos_token_id")))
     eos = generation.get("eos_token_id")
     return (bos[0] if bos else None), _as_ids(raw.get("eos_token_id") if eos is None else eos)

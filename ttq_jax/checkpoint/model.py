@@ -51,3 +51,11 @@ class Model:
                 f"{self.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding "
                 f"only {self.config.vocab_size} rows. Use the tokenizer of this model"
             )
+        for what, ids in (("begins", [self.tokenizer.bos_id]), ("ends", self.eos_ids)):
+            for i in ids:
+                if i is not None and not 0 <= i < self.config.vocab_size:
+                    raise CheckpointError(
+                        f"{self.name}: expected a token below {self.config.vocab_size}, the rows "
+                        f"of the embedding, as the one that {what} a text, got {i}. Correct the "
+                        "model's configuration"
+                    )

@@ -1,7 +1,6 @@
 """A directory's safetensors files, one or sharded, read by rows."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,11 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.source import RandomAccess
+from ttq_jax.foreign import is_file, is_inside, named, parse_json, read_json, shown, why
 
 _DTYPES = ("F32", "F16", "BF16")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Args:
-      path: of the file.
-
-    Returns:
-      The object.
-
-    Raises:
-      CheckpointError: no such file, not valid JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: expected this file, found none") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: expected valid JSON: {error}. Download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+_INDEX = {"weight_map": {"*": str}, "metadata?": (None, dict)}
 
 
 class Safetensors:
@@ -64,11 +43,13 @@ class Safetensors:
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
                     raise CheckpointError(
-                        f"{path}: tensor {name!r} is stored as {part.get_dtype()}; expected "
+                        f"{path}: tensor {shown(name)} is stored as {part.get_dtype()}; expected "
                         f"{', '.join(_DTYPES)}. Convert the checkpoint to one of these"
                     )
                 if name in self.shapes:
-                    raise CheckpointError(f"{path}: tensor {name!r} is in two files; remove one")
+                    raise CheckpointError(
+                        f"{path}: tensor {shown(name)} is in two files; remove one"
+                    )
                 self.shapes[name] = tuple(part.get_shape())
                 self._slices[name] = part
 
@@ -92,12 +73,17 @@ def _open(path: Path) -> Any:
     Raises:
       CheckpointError: the file is truncated, or not a safetensors file.
     """
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({error}). Download it again"
-        ) from error
+    with RandomAccess(path) as raw:
+        try:
+            file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file ({why(error)}). Download it again"
+            ) from error
+        # Of two tensors of one name the library takes the last.
+        size = int.from_bytes(raw.at(0, 8).tobytes(), "little")
+        parse_json(raw.at(8, size).tobytes(), f"{path}: its header", CheckpointError)
+    return file
 
 
 def _shards(directory: Path) -> list[Path]:
@@ -108,21 +94,27 @@ def _shards(directory: Path) -> list[Path]:
     """
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{index}: expected a 'weight_map' object, found none")
-        paths = [directory / name for name in sorted(set(names.values()))]
-        missing = [p.name for p in paths if not p.exists()]
+        names = sorted(set(read_json(index, CheckpointError, _INDEX)["weight_map"].values()))
+        if not names:
+            raise CheckpointError(f"{index}: expected a weight_map with tensors, found none")
+        outside = [shown(name) for name in names if not is_inside(name)]
+        if outside:
+            raise CheckpointError(
+                f"{index}: expected names of files beside it, got {named(outside)}. "
+                "Download the index again"
+            )
+        paths = [directory / name for name in names]
+        missing = [path.name for path in paths if not is_file(path)]
         if missing:
             raise CheckpointError(
-                f"{directory}: {index.name} lists {', '.join(missing)}, found no such file. "
+                f"{directory}: {index.name} lists {named(missing)}, found no such file. "
                 "Download the missing shards"
             )
         return paths
     if single.exists():
         return [single]
     pickled = sorted(p.name for p in directory.glob("*.bin"))
-    found = f"only {', '.join(pickled)}, which is a pickle" if pickled else "none"
+    found = f"only {named(pickled)}, which is a pickle" if pickled else "none"
     raise CheckpointError(
         f"{directory}: expected model.safetensors (or its .index.json), found {found}. Pickled "
         "weights are not loaded, because reading them can run any code; convert them with "

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.foreign import is_file
 
 
 class Source(Protocol):
@@ -43,6 +44,8 @@ class RandomAccess:
           CheckpointError: it cannot be opened.
         """
         self.path = path
+        if path.exists() and not is_file(path):
+            raise CheckpointError(f"{path}: expected a file, found a directory, pipe or device")
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:

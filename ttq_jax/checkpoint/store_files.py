@@ -20,7 +20,9 @@ import numpy as np
 
 from ttq_jax._version import __version__
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.store_schema import HEADER, TREES
 from ttq_jax.files import clear, draft, replace_folder
+from ttq_jax.foreign import check, is_inside, parse_json, read_bytes, shown
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
@@ -109,7 +111,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _first_line(e: BaseException) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
@@ -240,18 +242,15 @@ def _parsed(place: Path) -> dict[str, Any]:
     Raises:
       StoreError: there is none, or it is not a JSON object.
     """
-    try:
-        header = json.loads((place / _HEADER).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
+    if not (place / _HEADER).exists():
         what = f"has no {_HEADER}" if place.exists() else "no such directory"
+        what = "Not a directory" if place.is_file() else what
         raise StoreError(
             f"{place}: {what}; expected a directory that ttq-jax saved (an interrupted save leaves "
             "none)"
-        ) from e
-    except OSError as e:
-        raise StoreError(f"{place}: expected a directory that ttq-jax saved: {e}") from e
-    except ValueError as e:
-        raise StoreError(f"{place}: {_HEADER} is damaged ({_first_line(e)}); {_REMEDY}") from e
+        )
+    text = read_bytes(place / _HEADER, StoreError)
+    header = parse_json(text, f"{place}: {_HEADER} is damaged", StoreError)
     if not isinstance(header, dict):
         raise StoreError(f"{place}: {_HEADER} is damaged (expected an object); {_REMEDY}")
     return header
@@ -276,21 +275,24 @@ def read_header(path: str | Path) -> dict[str, Any]:
     if header.get("format") != _MARK:
         raise StoreError(
             f"{place}: {_HEADER} is not ttq-jax's: expected format {_MARK!r}, got "
-            f"{header.get('format')!r}; choose a directory that ttq-jax saved"
+            f"{shown(header.get('format'))}; choose a directory that ttq-jax saved"
         )
-    version, by = header.get("version"), header.get("ttq_jax", "an unknown version")
+    version, by = header.get("version"), header.get("ttq_jax")
+    by = by if isinstance(by, str) and len(by) < 80 else "an unknown version"
     if isinstance(version, int) and version > VERSION:
         raise StoreError(
-            f"{place}: format version {version}, written by ttq-jax {by}, is newer than version "
-            f"{VERSION}, which this ttq-jax {__version__} reads; upgrade ttq-jax, or save it again"
+            f"{place}: format version {shown(version)}, written by ttq-jax {by}, is newer than "
+            f"version {VERSION}, which this ttq-jax {__version__} reads; upgrade ttq-jax, or save "
+            "it again"
         )
     if version != VERSION:
         raise StoreError(
-            f"{place}: format version {version}, written by ttq-jax {by}, is older than version "
-            f"{VERSION}, the only one that this ttq-jax {__version__} reads; save it again"
+            f"{place}: format version {shown(version)}, written by ttq-jax {by}, is older than "
+            f"version {VERSION}, the only one that this ttq-jax {__version__} reads; save it again"
         )
     if header.get("sha256") != _digest_of(header):
         raise StoreError(f"{place}: {_HEADER} is damaged (wrong checksum); {_REMEDY}")
+    check(header, HEADER, f"{place}: {_HEADER} is damaged", StoreError)
     return header
 
 
@@ -307,13 +309,12 @@ def shapes(path: str | Path, header: dict[str, Any]) -> Any:
     Raises:
       StoreError: the description makes no sense.
     """
+    unknown = f"{path}: {_HEADER} describes a tree that this ttq-jax does not know"
+    check(header["tree"], TREES[header["kind"]], unknown, StoreError)
     try:
         return _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise StoreError(
-            f"{path}: {_HEADER} describes a tree that this ttq-jax does not know "
-            f"({type(e).__name__}: {_first_line(e)}); {_REMEDY}"
-        ) from e
+        raise StoreError(f"{unknown} ({type(e).__name__}: {_first_line(e)}); {_REMEDY}") from e
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
@@ -383,6 +384,8 @@ def _check_files(place: Path, files: dict[str, dict[str, Any]]) -> None:
       StoreError: one is missing, cut short, or changed.
     """
     for name, expected in files.items():
+        if not is_inside(name):
+            raise StoreError(f"{place}: expected files in it, got {shown(name)}; {_REMEDY}")
         file = place / name
         try:
             size = file.stat().st_size

@@ -1,14 +1,47 @@
 """Text to token ids and back, for every form in which checkpoints store their tokenizer."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.safetensors import read_json
+from ttq_jax.foreign import COUNT, check, is_file, parse_json, read_bytes, read_json, shown, why
 
 if TYPE_CHECKING:
     import tokenizers
+
+# The largest published tokenizer.json has 33 MB.
+_BYTES = 2**26
+_FILE = {
+    "model": {"vocab": ({"*": COUNT}, list)},
+    "added_tokens?": (None, [{"id": COUNT, "content": str}]),
+}
+_SETTINGS = {
+    "bos_token?": (None, str, {"content": str}), "add_bos_token?": (None, bool),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into one error.
+
+    Args:
+      what: the file and what is wrong with it, if anything is.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      CheckpointError: the library could not do it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic of its Rust code is no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({why(error)}). Download it again") from error
 
 
 class Tokenizer:
@@ -57,7 +90,8 @@ class Tokenizer:
         Returns:
           The ids.
         """
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        with refused(f"the model's tokenizer cannot read {shown(text)}"):
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -84,6 +118,33 @@ def _leading_special(backend: "tokenizers.Tokenizer") -> int | None:
     return full[0] if full and bare and full[0] != bare[0] else None
 
 
+def _fast_backend(path: Path) -> "tokenizers.Tokenizer":
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+      CheckpointError: it cannot be read, or gives one id to two tokens or two ids to one.
+    """
+    import tokenizers
+
+    raw = read_bytes(path, CheckpointError, _BYTES)
+    data = parse_json(raw, str(path), CheckpointError)
+    check(data, _FILE, str(path), CheckpointError)
+    vocab = data["model"]["vocab"]
+    if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
+        raise CheckpointError(f"{path}: two tokens have the same id. Download it again")
+    with refused(f"{path}: cannot be read"):
+        backend = tokenizers.Tokenizer.from_str(raw.decode("utf-8-sig"))
+    # The library counts on where a written id does not follow from the vocabulary.
+    for token in data.get("added_tokens") or ():
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise CheckpointError(
+                f"{path}: the added token {shown(token['content'])} has id {token['id']}, but by "
+                f"the vocabulary it is {found}. Download it again"
+            )
+    return backend
+
+
 def _hub_backend(directory: Path) -> "tokenizers.Tokenizer":
     """The tokenizer of a directory without tokenizer.json, by way of transformers.
 
@@ -91,20 +152,16 @@ def _hub_backend(directory: Path) -> "tokenizers.Tokenizer":
       CheckpointError: there is none, or transformers cannot build it.
     """
     names = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((directory / name).exists() for name in names):
+    if not any(is_file(directory / name) for name in names):
         raise CheckpointError(
             f"{directory}: expected tokenizer.json (or {' or '.join(names)}), found none. Copy the "
             "model's tokenizer files there"
         )
     import transformers  # takes seconds to import; most directories do without
 
-    try:
+    with refused(f"{directory}: has no tokenizer.json, and transformers cannot build one"):
         slow = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         return slow.backend_tokenizer
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: transformers cannot build the tokenizer ({error}). Add a tokenizer.json"
-        ) from error
 
 
 def load_tokenizer(
@@ -126,24 +183,18 @@ def load_tokenizer(
     Raises:
       CheckpointError: there is none, or it is unreadable.
     """
-    import tokenizers
-
     path = directory / "tokenizer.json"
-    if path.exists():
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}). Download it again") from error
-    else:
-        backend = _hub_backend(directory)
+    backend = _fast_backend(path) if path.exists() else _hub_backend(directory)
     # A tokenizer.json may ask for truncation or padding, as its author's training script left it.
     backend.no_truncation()
     backend.no_padding()
     settings_path = directory / "tokenizer_config.json"
-    settings = read_json(settings_path) if settings_path.exists() else {}
+    absent = not settings_path.exists()
+    settings = {} if absent else read_json(settings_path, CheckpointError, _SETTINGS)
     name = _content(settings.get("bos_token"))
     named = backend.token_to_id(name) if name else None
-    leading = _leading_special(backend)
+    with refused(f"{directory}: its tokenizer cannot read a text"):
+        leading = _leading_special(backend)
     adds = settings.get("add_bos_token")
     if adds is None:
         adds, named = leading is not None, leading if leading is not None else named

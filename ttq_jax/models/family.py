@@ -5,13 +5,18 @@ tree to the checkpoint's names; which leaves a module has follows from the confi
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
+from ttq_jax.foreign import named, shown
 
 _REQUIRED: Any = object()
+
+# What float32 holds at full precision.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+# Lists are made of that many before the weights, which tell the true number, are looked at.
+_MOST_LAYERS = 10_000
 
 # What is done to a tensor's rows on the way in: undo llama.cpp's reordering of the rotated
 # channels; undo its +1 on Gemma's norms; leave out OPT's two unused leading positions.
@@ -68,21 +73,27 @@ class Settings:
         """
         value = self.take(name, default)
         if name in self and not fits(value):
-            raise ConfigError(f"{self._prefix + name}: expected {what}, got {value!r}")
+            raise ConfigError(f"{self._prefix + name}: expected {what}, got {shown(value)}")
         return value
 
-    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> Any:
-        """An integer of at least `least`. Other arguments as for `take`."""
-        fits = lambda v: type(v) is int and v >= least  # noqa: E731
-        return self._typed(name, default, fits, f"an integer >= {least}")
+    def integer(
+        self, name: str, default: Any = _REQUIRED, least: int = 1, most: int = 2**31 - 1
+    ) -> Any:
+        """An integer from `least` to `most`. Other arguments as for `take`."""
+        fits = lambda v: type(v) is int and least <= v <= most  # noqa: E731
+        return self._typed(name, default, fits, f"an integer from {least} to {most}")
+
+    def layers(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A number of layers. Arguments as for `take`."""
+        return self.integer(name, default, most=_MOST_LAYERS)
 
     def number(self, name: str, default: Any = _REQUIRED, zero: bool = False) -> Any:
-        """A finite number above 0, or 0 too if `zero`. Other arguments as for `take`."""
+        """A number above 0 that float32 holds, or 0 if `zero`. Other arguments as for `take`."""
 
         def fits(v: Any) -> bool:
-            return type(v) in {int, float} and (0 < v < math.inf or (zero and v == 0))
+            return type(v) in {int, float} and (_SMALLEST <= v <= _LARGEST or (zero and v == 0))
 
-        value = self._typed(name, default, fits, "a number above 0")
+        value = self._typed(name, default, fits, "a number above 0 that float32 holds")
         return float(value) if name in self else value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -112,9 +123,11 @@ class Settings:
           ConfigError: another value.
         """
         value = self.take(name, None)
-        if value is not None and value not in allowed:
+        # An array of a GGUF header has no truth value when it is compared.
+        plain = isinstance(value, bool | int | float | str | list | dict)
+        if value is not None and not (plain and value in allowed):
             raise ConfigError(
-                f"{self._prefix + name} = {value!r} is not implemented; expected "
+                f"{self._prefix + name} = {shown(value)} is not implemented; expected "
                 f"{' or '.join(map(repr, allowed)) or 'no such key'}. Use a checkpoint without it"
             )
 
@@ -127,7 +140,7 @@ class Settings:
         unread = sorted(self._prefix + n for n in set(self._values) - self._read)
         if unread:
             raise ConfigError(
-                f"unknown key{'s' if len(unread) > 1 else ''} {', '.join(unread)}: the model code "
+                f"unknown key{'s' if len(unread) > 1 else ''} {named(unread)}: the model code "
                 "neither uses nor knowingly ignores it, so its results might be wrong. If it does "
                 "not change inference, remove it from the configuration or report it"
             )
@@ -229,8 +242,26 @@ def activation(settings: Settings, key: str, default: str) -> Any:
     """
     name = settings.take(key, default)
     if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ConfigError(f"{key}: expected one of {sorted(_ACTIVATIONS)}, got {name!r}")
+        raise ConfigError(f"{key}: expected one of {sorted(_ACTIVATIONS)}, got {shown(name)}")
     return _ACTIVATIONS[name]
+
+
+def head_width(width: int, heads: int) -> int:
+    """Channels per head of a model that does not say it.
+
+    Args:
+      width: of the model.
+      heads: how many.
+
+    Returns:
+      Their quotient, rounded down.
+
+    Raises:
+      ConfigError: there are more heads than channels.
+    """
+    if heads > width:
+        raise ConfigError(f"expected at least as many channels as heads, got {width} and {heads}")
+    return width // heads
 
 
 def ignore_common(settings: Settings) -> None:
@@ -306,7 +337,7 @@ def make_rope(values: Mapping[str, Any], default_theta: float | None = None) -> 
         )
     else:
         raise ConfigError(
-            f"rope scaling {kind!r} is not implemented; expected default, linear or llama3. "
+            f"rope scaling {shown(kind)} is not implemented; expected default, linear or llama3. "
             "Use a checkpoint without it"
         )
     s.finish()
@@ -349,10 +380,10 @@ def gguf_rope(settings: Settings, arch: str, default_theta: float = 10000.0) -> 
     factor = older if factor is None else factor
     settings.ignore(f"{arch}.rope.scaling.original_context_length")
     settings.ignore(f"{arch}.rope.scaling.finetuned")
-    if kind not in ("none", "linear"):
+    if not isinstance(kind, str) or kind not in {"none", "linear"}:
         raise ConfigError(
-            f"{arch}.rope.scaling.type = {kind!r} is not implemented; expected none or linear. "
-            "Use a checkpoint without it"
+            f"{arch}.rope.scaling.type = {shown(kind)} is not implemented; expected none or "
+            "linear. Use a checkpoint without it"
         )
     if kind == "none" or factor in (0, 1):
         return Rope(theta=theta)

@@ -4,7 +4,10 @@ Five of six layers attend within a sliding window and rotate with a small theta;
 to everything and rotates with a large one.
 """
 
-from ttq_jax.config import ModelConfig, Rope
+import numpy as np
+
+from ttq_jax.config import ConfigError, ModelConfig, Rope
+from ttq_jax.foreign import shown
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
@@ -12,6 +15,7 @@ from ttq_jax.models.family import (
     Settings,
     activation,
     gguf_rope,
+    head_width,
     ignore_common,
     make_rope,
 )
@@ -65,7 +69,7 @@ def hf_config(s: Settings) -> ModelConfig:
     outer, s = s, _text_settings(s)
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
-    n_layers, width = s.integer("num_hidden_layers", 26), s.integer("hidden_size", 2304)
+    n_layers, width = s.layers("num_hidden_layers", 26), s.integer("hidden_size", 2304)
     pattern = s.integer("sliding_window_pattern", s.integer("_sliding_window_pattern", _PATTERN))
     types = s.take("layer_types", None)
     full, local = _ropes(s)
@@ -106,10 +110,17 @@ def hf_config(s: Settings) -> ModelConfig:
 
 
 def _gguf_sliding(s: Settings, n_layers: int) -> tuple[bool, ...]:
-    """Which layers slide: a flag per layer, a period, or Gemma3's own period."""
-    pattern = s.take("gemma3.attention.sliding_window_pattern", _PATTERN)
-    if isinstance(pattern, int):
-        return _every(pattern, n_layers)
+    """Which layers slide: a flag per layer, a period, or Gemma3's own period.
+
+    Raises:
+      ConfigError: none of these.
+    """
+    key = "gemma3.attention.sliding_window_pattern"
+    pattern = s.take(key, _PATTERN)
+    if not isinstance(pattern, np.ndarray):
+        return _every(s.integer(key, _PATTERN), n_layers)
+    if pattern.dtype.kind == "f" or len(pattern) != n_layers:
+        raise ConfigError(f"{key}: expected {n_layers} flags, got {shown(pattern)}")
     return tuple(bool(p) for p in pattern)
 
 
@@ -125,13 +136,13 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
       Its config.
     """
     width, heads = s.integer("gemma3.embedding_length"), s.integer("gemma3.attention.head_count")
-    n_layers = s.integer("gemma3.block_count")
+    n_layers = s.layers("gemma3.block_count")
     head_dim = s.integer("gemma3.attention.key_length", 256)
     s.require("gemma3.attention.value_length", head_dim)
     s.require("gemma3.rope.dimension_count", head_dim)
     s.ignore("gemma3.mm.tokens_per_image")
     # The header has no query_pre_attn_scalar; only the 27B, known by its 62 layers, sets it apart.
-    scalar = width // heads if n_layers == 62 else head_dim
+    scalar = head_width(width, heads) if n_layers == 62 else head_dim
     return ModelConfig(
         family="gemma3",
         vocab_size=vocab_size,

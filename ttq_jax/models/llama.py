@@ -8,6 +8,7 @@ from ttq_jax.models.family import (
     Settings,
     activation,
     gguf_rope,
+    head_width,
     hf_rope,
     ignore_common,
 )
@@ -24,14 +25,14 @@ def hf_config(s: Settings) -> ModelConfig:
     """
     ignore_common(s)
     width, heads = s.integer("hidden_size"), s.integer("num_attention_heads")
-    head_dim = s.integer("head_dim", width // heads)
+    head_dim = s.integer("head_dim", head_width(width, heads))
     attention_bias = s.flag("attention_bias", False)
     return ModelConfig(
         family="llama",
         vocab_size=s.integer("vocab_size"),
         d_model=width,
         embed_dim=width,
-        n_layers=s.integer("num_hidden_layers"),
+        n_layers=s.layers("num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=s.integer("num_key_value_heads", heads),
         head_dim=head_dim,
@@ -60,7 +61,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
       Its config; biases are switched on by the loader where the file has them.
     """
     width, heads = s.integer("llama.embedding_length"), s.integer("llama.attention.head_count")
-    head_dim = s.integer("llama.attention.key_length", width // heads)
+    head_dim = s.integer("llama.attention.key_length", head_width(width, heads))
     s.require("llama.attention.value_length", head_dim)
     s.require("llama.rope.dimension_count", head_dim)
     s.require("llama.expert_count", 0)
@@ -70,7 +71,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         vocab_size=vocab_size,
         d_model=width,
         embed_dim=width,
-        n_layers=s.integer("llama.block_count"),
+        n_layers=s.layers("llama.block_count"),
         n_heads=heads,
         n_kv_heads=s.integer("llama.attention.head_count_kv", heads),
         head_dim=head_dim,

@@ -30,7 +30,7 @@ def hf_config(s: Settings) -> ModelConfig:
         vocab_size=s.integer("vocab_size"),
         d_model=width,
         embed_dim=s.integer("word_embed_proj_dim", width),
-        n_layers=s.integer("num_hidden_layers"),
+        n_layers=s.layers("num_hidden_layers"),
         n_heads=heads,
         n_kv_heads=heads,
         head_dim=width // heads,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.foreign import named, shown
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
@@ -10,6 +11,7 @@ from ttq_jax.models.family import (
     Settings,
     activation,
     gguf_rope,
+    head_width,
     hf_rope,
     ignore_common,
 )
@@ -29,11 +31,11 @@ def sliding_layers(types: Any, n_layers: int) -> tuple[bool, ...]:
       ConfigError: another kind of layer, or another number of them.
     """
     if not isinstance(types, list) or len(types) != n_layers:
-        raise ConfigError(f"layer_types: expected a list of {n_layers} entries, got {types!r}")
+        raise ConfigError(f"layer_types: expected a list of {n_layers} entries, got {shown(types)}")
     known = {"full_attention": False, "sliding_attention": True}
     other = sorted({str(t) for t in types} - set(known))
     if other:
-        raise ConfigError(f"layer_types: expected {' or '.join(known)}, got {', '.join(other)}")
+        raise ConfigError(f"layer_types: expected {' or '.join(known)}, got {named(other)}")
     flags = tuple(known[t] for t in types)
     return flags if any(flags) else ()
 
@@ -63,7 +65,7 @@ def hf_config(s: Settings) -> ModelConfig:
     """
     ignore_common(s)
     head_dim = s.integer("head_dim", 128)
-    heads, n_layers = s.integer("num_attention_heads"), s.integer("num_hidden_layers")
+    heads, n_layers = s.integer("num_attention_heads"), s.layers("num_hidden_layers")
     attention_bias = s.flag("attention_bias", False)
     window, sliding = _layers(s, n_layers)
     return ModelConfig(
@@ -102,7 +104,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
       Its config.
     """
     width, heads = s.integer("qwen3.embedding_length"), s.integer("qwen3.attention.head_count")
-    head_dim = s.integer("qwen3.attention.key_length", width // heads)
+    head_dim = s.integer("qwen3.attention.key_length", head_width(width, heads))
     s.require("qwen3.attention.value_length", head_dim)
     s.require("qwen3.rope.dimension_count", head_dim)
     return ModelConfig(
@@ -110,7 +112,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         vocab_size=vocab_size,
         d_model=width,
         embed_dim=width,
-        n_layers=s.integer("qwen3.block_count"),
+        n_layers=s.layers("qwen3.block_count"),
         n_heads=heads,
         n_kv_heads=s.integer("qwen3.attention.head_count_kv", heads),
         head_dim=head_dim,

@@ -20,7 +20,7 @@ from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.scaling import NoScale, PowerLaw, ScaleRule, SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
-from ttq_jax.quant.widths import Width, grids_of
+from ttq_jax.quant.widths import Width, check_pattern, grids_of
 
 KernelRounding = Nearest | ClipSearch
 Rounding = KernelRounding | SecondOrder | HalfQuadratic
@@ -86,10 +86,7 @@ class Recipe:
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         self._check_moments()
-        try:
-            re.compile(self.select)
-        except re.error as e:
-            raise ConfigError(f"select: not a regular expression: {self.select!r} ({e})") from e
+        check_pattern("select", self.select)
 
     def _check_moments(self) -> None:
         """Refuses choices that read moments which this recipe does not have.

@@ -6,7 +6,6 @@ So a field that is added there can be set and saved without more code.
 
 import dataclasses
 import math
-import tomllib
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import tomli_w
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import expect
 from ttq_jax.files import write_file
+from ttq_jax.foreign import parse_toml, shown
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
@@ -160,7 +160,7 @@ def from_toml(text: str) -> Recipe:
         _check_name("recipe", name, _FIELDS)
     for name in _TABLES:
         if not isinstance(given.get(name, {}), dict):
-            raise ConfigError(f"{name}: expected a table ([{name}]), got {given[name]!r}")
+            raise ConfigError(f"{name}: expected a table ([{name}]), got {shown(given[name])}")
     return _changed(Recipe(), given)
 
 
@@ -229,17 +229,8 @@ class _Text(str):
 
 
 def _parsed(text: str, what: str) -> dict[str, Any]:
-    """TOML data.
-
-    Raises:
-      ConfigError: not TOML; the parser's message names the line.
-    """
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as e:
-        at_end = f"at line {len(text.splitlines())}, its end"
-        said = str(e).replace("at end of document", at_end)
-        raise ConfigError(f"{what}: not TOML: {said}") from e
+    """TOML data."""
+    return parse_toml(text, what, ConfigError)
 
 
 def _check_name(where: str, name: str, legal: Iterable[str]) -> None:
@@ -249,7 +240,7 @@ def _check_name(where: str, name: str, legal: Iterable[str]) -> None:
       ConfigError: it does not.
     """
     if name not in legal:
-        raise ConfigError(f"{where}: expected one of {', '.join(legal)}, got {name!r}")
+        raise ConfigError(f"{where}: expected one of {', '.join(legal)}, got {shown(name)}")
 
 
 def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
@@ -290,13 +281,13 @@ def _no_such_key(axis: str, current: Any, key: str) -> str:
     names = ", ".join(field.name for field in dataclasses.fields(current))
     keys = f"the keys {names}" if names else "no keys"
     if axis not in RULES:
-        return f"{axis}.{key}: no such key; {axis} has {keys}"
+        return f"{axis}.{key[:80]}: no such key; {axis} has {keys}"
     owners = [
         name
         for name, rule in RULES[axis].items()
         if key in {field.name for field in dataclasses.fields(rule)}
     ]
-    text = f"{axis}.{key}: no such key; {axis} rule {RULE_NAMES[type(current)]} has {keys}"
+    text = f"{axis}.{key[:80]}: no such key; {axis} rule {RULE_NAMES[type(current)]} has {keys}"
     return f"{text}; {key} belongs to rule {' and '.join(owners)}" if owners else text
 
 
@@ -309,7 +300,7 @@ def _widths(given: Any) -> tuple[Width, ...]:
     if not isinstance(given, list) or not all(isinstance(rule, dict) for rule in given):
         raise ConfigError(
             'widths: expected tables like {select = "layers/down", bits = 5}, or [[widths]] in a '
-            f"file, got {given!r}"
+            f"file, got {shown(given)}"
         )
     kinds = {"select": str, "bits": int, "group_size": int}
     rules = []
@@ -333,7 +324,7 @@ def _value(where: str, value: Any, kind: type) -> Any:
     if kind is float and type(read) is int and abs(read) < 2**53:
         read = float(read)
     if type(read) is not kind or (isinstance(read, float) and math.isnan(read)):
-        raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {value!r}")
+        raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
     return read
 
 

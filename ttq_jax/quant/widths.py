@@ -4,7 +4,27 @@ import dataclasses
 import re
 
 from ttq_jax.config import ConfigError
+from ttq_jax.foreign import shown, why
 from ttq_jax.quant.grid import Grid
+
+
+def check_pattern(what: str, pattern: str) -> None:
+    """Refuses what is no regular expression of a path.
+
+    Args:
+      what: the setting that it is the value of.
+      pattern: to check.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as e:
+        raise ConfigError(
+            f"{what}: not a regular expression: {shown(pattern)} ({why(e)}); paths look like "
+            "layers/down or, in widths, layers/3/down"
+        ) from e
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,16 +46,10 @@ class Width:
     group_size: int | None = None
 
     def __post_init__(self):
-        try:
-            re.compile(self.select)
-        except re.error as e:
-            raise ConfigError(
-                f"widths: not a regular expression: {self.select!r} ({e}); paths look like "
-                "layers/down or layers/3/down"
-            ) from e
+        check_pattern("widths", self.select)
         if self.bits is None and self.group_size is None:
             raise ConfigError(
-                f"widths: expected bits or group_size for {self.select!r}, got neither"
+                f"widths: expected bits or group_size for {shown(self.select)}, got neither"
             )
         self.applied(Grid())
 

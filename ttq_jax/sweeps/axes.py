@@ -13,12 +13,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import tomllib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.perplexity import Protocol
+from ttq_jax.foreign import parse_toml, shown
 from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
@@ -49,6 +50,9 @@ _OF_NONE = {
 _ORDER = ("model", "dtype", "seed", "protocol", "window", "prompt_tokens", "calibration",
           "calibration_tokens", "recipe")  # fmt: skip
 _LAST = ("max_windows", "corpus")
+
+# More than anybody's computer measures.
+_MOST_CELLS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,18 +132,18 @@ def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
       ConfigError: not TOML, a key that is not an axis, or a value that its option does not take.
       CorpusError: the file cannot be read.
     """
-    try:
-        data = tomllib.loads(read_text(path, ConfigError))
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{path}: not TOML: {e}") from e
+    data = parse_toml(read_text(path, ConfigError), path, ConfigError)
     given = dict(map(_change, changes))
     parts = data.pop("part", [{}])
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise ConfigError(f"{path}: part: expected tables, [[part]], got {parts!r}")
+        raise ConfigError(f"{path}: part: expected tables, [[part]], got {shown(parts)}")
     cells: dict[str, Cell] = {}
     try:
         for part in parts:
             axes = _axes(data) | _axes(part) | given
+            product = math.prod(map(len, axes.values()))
+            if product > _MOST_CELLS:
+                raise ConfigError(f"expected at most {_MOST_CELLS} cells in a part, got {product}")
             for point in itertools.product(*axes.values()):
                 cell = make_cell(dict(zip(axes, point, strict=True)))
                 cells.setdefault(cell.key, cell)
@@ -195,8 +199,9 @@ def _axes(table: dict[str, Any], inside: str = "") -> dict[str, list[Any]]:
             axes |= _axes(value, f"{name}.")
             continue
         values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(v, str | int | float | bool) for v in values):
-            raise ConfigError(f"{name}: expected a value or a list of values, got {value!r}")
+        large = any(isinstance(v, int) and abs(v) >= 2**63 for v in values)
+        if not values or large or not all(isinstance(v, str | int | float) for v in values):
+            raise ConfigError(f"{name}: expected a value or a list of values, got {shown(value)}")
         axes[name] = values
     return axes
 
@@ -253,8 +258,8 @@ def _read(point: dict[str, Any]) -> dict[str, Any]:
         field, dot, _ = axis.partition(".")
         if axis not in AXES and field not in fields:
             raise ConfigError(
-                f"{axis} is not an axis; expected one of {', '.join(sorted(AXES))}, or a field of "
-                f"a recipe, as in {'rounding.damping' if dot else 'scale'}"
+                f"{axis[:80]} is not an axis; expected one of {', '.join(sorted(AXES))}, or a "
+                f"field of a recipe, as in {'rounding.damping' if dot else 'scale'}"
             )
         if point.get("recipe") == "none" and axis not in _OF_NONE:
             continue
@@ -278,12 +283,12 @@ def _value(axis: str, value: Any) -> Any:
         return text
     if isinstance(kind, tuple):
         if text not in kind:
-            raise ConfigError(f"{axis}: expected one of {', '.join(kind)}, got {value!r}")
+            raise ConfigError(f"{axis}: expected one of {', '.join(kind)}, got {shown(value)}")
         return text
     try:
         found = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError) as e:
-        raise ConfigError(f"{axis}: expected {_KINDS[kind]}, got {value!r}") from e
+        raise ConfigError(f"{axis}: expected {_KINDS[kind]}, got {shown(value)}") from e
     if axis == "seed" and found < 0:
         raise ConfigError(f"seed: expected an integer >= 0, got {value!r}")
     return found

@@ -16,11 +16,15 @@ from typing import Any
 
 from ttq_jax.config import ConfigError
 from ttq_jax.files import sync
+from ttq_jax.foreign import check, parse_json, read_bytes
 
 Row = dict[str, Any]
 
 # The byte that is locked while rows are written; cells are at the offsets above it.
 _WRITING = 0
+
+# Of a file that is read; a row has a few thousand.
+_BYTES = 2**30
 
 
 class Rows:
@@ -146,14 +150,15 @@ def read_rows(directory: Path) -> dict[str, Row]:
     """
     rows: dict[str, Row] = {}
     for path in sorted(directory.glob("rows*.jsonl")):
-        *lines, _ = path.read_bytes().split(b"\n")
+        *lines, _ = read_bytes(path, ConfigError, _BYTES).split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-                rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError) as e:
+                row = parse_json(line, "JSON", ConfigError)
+                check(row, {"key": str}, "JSON", ConfigError)
+            except ConfigError as e:
                 raise ConfigError(
                     f"{path}, line {number}: expected a row that ttq sweep wrote, got "
                     f"{line[:40]!r}; remove that line"
                 ) from e
+            rows[row["key"]] = row
     return rows

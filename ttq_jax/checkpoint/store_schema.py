@@ -1,0 +1,57 @@
+"""What `ttq.json` may say: the schema of a store's header and of the trees in it."""
+
+from ttq_jax.foreign import COUNT, Schema
+
+_ARRAY = {"array": str, "shape": [COUNT], "dtype": str}
+_MAYBE = (None, _ARRAY)
+
+
+def _node(name: str, fields: dict[str, Schema], static: dict[str, Schema]) -> Schema:
+    """The description of a node of `ttq_jax.types`."""
+    return {"node": frozenset({name}), "fields": fields, "static": static}
+
+
+def _named(schema: Schema) -> Schema:
+    return {"dict": {"*": schema}}
+
+
+_MOMENTS = _named(
+    _node("Moments", {"sums": _ARRAY, "count": _ARRAY, "gram": _MAYBE}, {"powers": [float]})
+)
+_LOW_RANK = _node(
+    "LowRank", {"down": _ARRAY, "up": _ARRAY, "down_scale": _MAYBE, "up_scale": _MAYBE}, {}
+)
+_QUANTIZED = _node(
+    "QuantizedLinear",
+    {
+        "planes": {"tuple": [_ARRAY]}, "scales": _ARRAY, "zeros": _MAYBE, "channel_scale": _MAYBE,
+        "low_rank": (None, _LOW_RANK), "layer": None,
+    },
+    dict.fromkeys(("bits", "group_size", "d_in", "d_out"), COUNT),
+)  # fmt: skip
+_MIXED = _node(
+    "MixedLinear",
+    {"stacks": {"tuple": [_QUANTIZED]}, "which": _ARRAY, "slot": _ARRAY, "layer": None},
+    {},
+)
+
+TREES: dict[str, Schema] = {
+    "offline": _node(
+        "Offline",
+        {
+            "moments": _MOMENTS, "carried": _MOMENTS, "low_rank": _named(_LOW_RANK),
+            "packed": (None, _named((_QUANTIZED, _MIXED))),
+        },
+        {},
+    ),
+    "conversation": _MOMENTS,
+}  # fmt: skip
+"""By the kind of store."""
+
+HEADER: Schema = {
+    "kind": frozenset(TREES),
+    "model": {"name": str, "dtype": str, "fingerprint": str},
+    "recipe": {"moments": {"of": str, "prior": str}},
+    "tree": dict,
+    "files": {"*": {"bytes": range(2**63), "sha256": str}},
+}
