@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilers import QUICK
+from tiny_files import write_model
 
 from ttq_jax import cut_windows, load, prepare
 from ttq_jax.commands.main import main
@@ -320,3 +321,26 @@ def test_a_row_s_commit_says_whether_code_differs_from_it(tmp_path, monkeypatch)
     assert run.git_commit() == clean
     (tmp_path / "run.py").write_text("2\n")
     assert run.git_commit() == clean + "+"
+
+
+def test_another_model_under_the_same_label_is_refused(place, tmp_path, sweep):
+    for name, seed in (("one", 0), ("two", 1)):
+        write_model(tmp_path / name, seed=seed)
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        f'model = "tiny={tmp_path}/one"\ncorpus = "{place}/sums.txt"\nwindow = 32\n'
+        'prompt_tokens = 16\nmax_windows = 1\nrecipe = "none"\n'
+    )
+    out = tmp_path / "out"
+    code, _, err = sweep(file, "--out", out)
+    assert code == 0, err
+    (row,) = read_rows(out).values()
+    assert set(row["model"]) == {"file", "revision", "fingerprint", "format"}
+    code, text, _ = sweep(file, "--out", out)
+    assert code == 0
+    assert "1 of 1 cells" in text
+    (tmp_path / "one").rename(tmp_path / "gone")
+    (tmp_path / "two").rename(tmp_path / "one")
+    code, _, err = sweep(file, "--out", out)
+    assert code == 2
+    assert "model tiny: expected the model of the rows in --out (one" in err
