@@ -31,6 +31,7 @@ CALLS = {
     "ttq.preset('ttq', group_size=32.0)": "Grid.group_size: expected a whole number, got float",
     "ttq.preset('ttq', scale='searched')": "scale: expected an object such as PowerLaw",
     "ttq.preset('ttq', rounding=ttq.NoScale)": "rounding: expected an object such as Nearest",
+    "ttq.preset('none', bits=4)": "recipe none quantizes nothing, so bits has no effect",
     "ttq.PowerLaw(alpha='0.5')": "PowerLaw.alpha: expected a number, got str '0.5'",
     "ttq.PowerLaw(p=16.0)": "scale.p: expected 0.1 to 8",
     "ttq.Sampling(temperature=float('nan'))": "sampling: expected a finite temperature",

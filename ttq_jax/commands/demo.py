@@ -80,6 +80,8 @@ class Plan:
 
     def recipe(self, method: str) -> Recipe | None:
         """A method's recipe; all of them read the prompt in the same way."""
+        if method == "none":
+            return None
         if method == DEFAULT:
             return preset(method, prefill=self.prefill)
         return preset(method, bits=self.bits, group_size=self.group_size, prefill=self.prefill)

@@ -17,6 +17,7 @@ from ttq_jax.quant.grid import Grid, Nearest
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import Reads
+from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.scaling import NoScale, PowerLaw, ScaleRule, SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
@@ -301,12 +302,19 @@ def preset(
       The recipe; None for "none", which quantizes nothing.
 
     Raises:
-      ConfigError: an unknown name, a value outside its range, or `clip` for another rounding.
+      ConfigError: an unknown name, a value outside its range, `clip` for another rounding, or any
+        setting for "none".
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
-    base = PRESETS[name].recipe or Recipe()
+    base = PRESETS[name].recipe
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    if base is None:
+        asked = {k for k, v in (given | choices | {"rank": rank}).items() if v is not None}
+        if asked or clip:
+            useless = min(asked, default="clip")
+            raise ConfigError(quantizes_nothing(name, f"{useless} has no effect"))
+        return None
     of_grid = {f.name for f in dataclasses.fields(Grid)}
     given |= {k: choices.pop(k) for k in list(choices) if k in of_grid}
     given = {k: v for k, v in given.items() if v is not None}
@@ -317,8 +325,7 @@ def preset(
         check_clip(name, base)
         choices.setdefault("rounding", ClipSearch())
     grid = dataclasses.replace(base.grid, **given)
-    made = dataclasses.replace(base, grid=grid, low_rank=low_rank, **choices)
-    return None if PRESETS[name].recipe is None else made
+    return dataclasses.replace(base, grid=grid, low_rank=low_rank, **choices)
 
 
 def check_clip(name: str, base: Recipe) -> None:
