@@ -162,6 +162,22 @@ def test_the_command_line(directory, tasks, tmp_path, quiet_datasets, monkeypatc
     assert str(directory) not in json.dumps(config)
 
 
+def test_results_that_lm_eval_cannot_save_are_an_error(
+    directory, tasks, tmp_path, quiet_datasets, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    code, said = command_line(
+        monkeypatch, capsys, "--model", "ttq", "--tasks", "choices", "--include_path", tasks[0],
+        "--model_args", f"model={directory},recipe=fast,bits=3", f"select={SOME}", "--limit", 1,
+        "--output_path", tmp_path / "file" / "results.json", "--debug",
+    )  # fmt: skip
+    assert code == 2
+    assert "|choices" in said.out, "lm_eval has printed them"
+    last = said.err.splitlines()[-1]
+    assert last.startswith("ttq: error: lm_eval could not save its results: [Errno 17] File exists")
+    assert "Traceback" in said.err, "as --debug asks"
+
+
 def test_unusable_input_is_one_line(tasks, monkeypatch, capsys):
     code, said = command_line(
         monkeypatch, capsys, "--model", "ttq", "--tasks", "choices", "--include_path", tasks[0],
