@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -132,3 +133,32 @@ def test_a_process_that_is_about_to_end_takes_its_drafts_along(tmp_path):
         files.abandon()
         assert not one.exists() and not two.exists()
     assert names(tmp_path) == ["old"]
+
+
+def test_room_is_found_and_given_back(tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        files.reserve(tmp_path, 0)
+        files.reserve(tmp_path, 20_000)
+        with pytest.raises(OSError, match=r"File too large \(0.1 MB are needed\)"):
+            files.reserve(tmp_path, 50_001)
+        # A limit of one file is none of all of them.
+        monkeypatch.setattr(files, "_PIECE", 20_000)
+        files.reserve(tmp_path, 50_001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC, errno.EDQUOT])
+def test_a_file_system_that_cannot_reserve_is_not_full(tmp_path, monkeypatch, code):
+    def fails(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", fails)
+    if code in {errno.EINVAL, errno.EOPNOTSUPP}:
+        files.reserve(tmp_path, 1)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            files.reserve(tmp_path, 1)

@@ -10,11 +10,14 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 _DRAFT, _ASIDE = ".draft", ".replaced"
+# File systems limit the size of one file: room is reserved in pieces.
+_PIECE = 2**30
 
 # The drafts of this process, by the descriptor that locks them: `abandon` has to know them.
 _OPEN: dict[int, Path] = {}
@@ -173,6 +176,32 @@ def sync(path: Path) -> None:
         os.fsync(at)
     finally:
         os.close(at)
+
+
+def reserve(folder: Path, size: int) -> None:
+    """Finds out whether a directory has room, and gives the room back.
+
+    For what a library is to write that fails in its own way: it may do so in threads, with a trace
+    from each.
+
+    Args:
+      folder: an existing one.
+      size: bytes.
+
+    Raises:
+      OSError: the disk, a quota or the process's own limit leaves less.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with contextlib.ExitStack() as stack:
+            for start in range(0, size, _PIECE):
+                piece = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                os.posix_fallocate(piece.fileno(), 0, min(_PIECE, size - start))
+    except OSError as e:
+        # Some file systems cannot reserve.
+        if e.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+            raise OSError(e.errno, f"{e.strerror} ({size / 1e6:.1f} MB are needed)") from e
 
 
 def target_of(path: str | Path) -> Path:

@@ -258,6 +258,19 @@ def test_what_is_not_ours_is_not_replaced(tmp_path, chat):
     assert load_offline(tmp_path / "empty", MODEL, RTN).packed is not None
 
 
+def test_a_disk_without_room_is_found_out_before_orbax_writes(tmp_path, chat, monkeypatch):
+    def full(_, size):
+        raise OSError(28, f"No space left on device ({size} B)")
+
+    moments = load_conversation(chat, MODEL, CHAT)
+    size = 2**16 + sum(a.nbytes for a in jax.tree.leaves(moments))
+    monkeypatch.setattr(store_files, "reserve", full)
+    monkeypatch.setattr(store_files, "_orbax", interrupt)
+    pattern = rf"cannot be written: No space left on device \({size} B\)"
+    refused(pattern, save_conversation, tmp_path / "new", MODEL, CHAT, moments)
+    assert not (tmp_path / "new").exists()
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 

@@ -2,10 +2,12 @@
 
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 
 from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
 from ttq_jax.commands.platform import choose_platform
+from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.harness import model_class
 from ttq_jax.evaluation.progress import Progress
 
@@ -22,6 +24,12 @@ class _Unsaved(logging.Handler):
             self.errors.append(sys.exc_info()[1])
 
 
+def _raised_within_lm_eval(e: Exception) -> bool:
+    """Whether lm_eval itself raised it, as for a task that it does not know."""
+    *_, (frame, _) = traceback.walk_tb(e.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] == "lm_eval"
+
+
 def run(words: Sequence[str]) -> None:
     """Runs lm_eval's command line.
 
@@ -29,6 +37,7 @@ def run(words: Sequence[str]) -> None:
       words: its arguments.
 
     Raises:
+      ConfigError: lm_eval cannot use its arguments.
       OSError: its results are printed, but could not be written.
     """
     choose_platform()
@@ -41,7 +50,11 @@ def run(words: Sequence[str]) -> None:
     tracker.addHandler(unsaved)
     try:
         cli_evaluate()
+    except Exception as e:
+        if _raised_within_lm_eval(e):
+            raise ConfigError(f"lm_eval: {type(e).__name__}: {e}") from e
+        raise
     finally:
         tracker.removeHandler(unsaved)
-    for e in unsaved.errors:
-        raise OSError(f"lm_eval could not save its results: {e}") from e
+    for cause in unsaved.errors:
+        raise OSError(f"lm_eval could not save its results: {cause}") from cause

@@ -188,6 +188,16 @@ def test_unusable_input_is_one_line(tasks, monkeypatch, capsys):
     assert "Traceback" not in said.err
 
 
+def test_what_lm_eval_refuses_is_no_mistake_of_ours(directory, tasks, monkeypatch, capsys):
+    code, said = command_line(
+        monkeypatch, capsys, "--model", "ttq", "--tasks", "chioces", "--include_path", tasks[0],
+        "--model_args", f"model={directory}",
+    )  # fmt: skip
+    last = said.err.splitlines()[-1]
+    assert code == 2 and "chioces" in last
+    assert last.startswith("ttq: error: lm_eval: ValueError: ") and "mistake" not in last
+
+
 def test_a_calibration_text_is_named_by_its_hash(directory, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("Some prose to calibrate on. " * 20)
