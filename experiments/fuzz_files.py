@@ -4,7 +4,8 @@ Claim     a damaged file is refused by an error of the package's own, in one sho
           read as if nothing had happened; or it says something else, and exactly that is read.
           There is no other outcome: no other exception, no end of the process, no wrong weights,
           no case of more than 20 seconds or 2 GB.
-Command   python experiments/fuzz_files.py --cases 20000 --seed 0 --out experiments/results/fuzz_files.md
+Command   python experiments/fuzz_files.py --cases 20000 --seed 0
+              --out experiments/results/fuzz_files.md
 Cost      about 15 minutes on one CPU core.
 Expect    exit status 0 and a table without other outcomes. With status 1 the table is followed by
           each of them: --kind NAME --case NUMBER --keep FILE writes the damaged file again.
@@ -194,7 +195,8 @@ def table(found: dict[str, list[Outcome]], args: argparse.Namespace) -> str:
     lines = [
         "# Damaged files", "",
         f"Made by `python experiments/fuzz_files.py --cases {args.cases} --seed {args.seed}`, with "
-        f"Python {platform.python_version()}, {versions}. {total} cases, {len(bad)} other outcomes.",
+        f"Python {platform.python_version()}, {versions}. {total} cases, "
+        f"{len(bad)} other outcomes.",
         "", "| file | cases | " + " | ".join(GOOD) + " | other |", "| --- " + "| ---: " * 5 + "|",
     ]  # fmt: skip
     for kind, all_ in [*found.items(), ("all", [one for each in found.values() for one in each])]:
