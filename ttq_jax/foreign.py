@@ -208,12 +208,18 @@ def _misfit(value: Any, schema: Schema, at: str) -> str:
     """What does not fit, "" if all does."""
     if _fits_itself(value, schema):
         return ""
+    wrongs = []
     for one in schema if isinstance(schema, tuple) else (schema,):
         if isinstance(one, dict) and isinstance(value, dict):
-            return _misfit_inside(value, one, at)
-        if isinstance(one, list) and isinstance(value, list):
+            wrongs.append(_misfit_inside(value, one, at))
+        elif isinstance(one, list) and isinstance(value, list):
             found = (_misfit(each, one[0], f"{at}[{i}]") for i, each in enumerate(value))
-            return next(filter(None, found), "")
+            wrongs.append(next(filter(None, found), ""))
+    if wrongs:
+        # Of several alternatives the one that fits furthest was meant.
+        return (
+            "" if "" in wrongs else max(wrongs, key=lambda text: text.partition(":")[0].count("."))
+        )
     return f"{at or 'its content'}: expected {_said(schema)}, got {shown(value)}"
 
 
