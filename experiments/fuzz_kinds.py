@@ -127,7 +127,8 @@ def _tensors_of_gguf(data: bytes) -> dict[str, Any]:
         if place != -(-end // reader.alignment) * reader.alignment:
             raise ValueError("a tensor is in another place")
         end = place + tensor.n_bytes
-        said[tensor.name] = gguf.dequantize(tensor.data, tensor.tensor_type)
+        # A copy: the reader maps the file.
+        said[tensor.name] = np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
     return said
 
 

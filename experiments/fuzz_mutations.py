@@ -84,7 +84,7 @@ def damaged_data(rng: random.Random, value: Any) -> Any:
             other = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
             holder[last], holder[other] = holder[other], holder[last]
         elif kind == 3 and type(there) in {int, float}:
-            change = (there + 1, there - 1, -there, there * 1000, there / 2, there * 2, str(there))
+            change = (there + 1, there - 1, -there, there * 1000, there // 2, there * 2, str(there))
             holder[last] = rng.choice(change)
         elif kind == 4:
             deep: Any = there

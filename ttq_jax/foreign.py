@@ -223,6 +223,11 @@ def _misfit(value: Any, schema: Schema, at: str) -> str:
     return f"{at or 'its content'}: expected {_said(schema)}, got {shown(value)}"
 
 
+def _depth(wrong: str) -> int:
+    """How deep the place lies that a complaint names."""
+    return wrong.partition(":")[0].count(".")
+
+
 def _misfit_inside(value: dict[str, Any], schema: dict[str, Schema], at: str) -> str:
     """What does not fit inside an object, "" if all does."""
     if "*" in schema:

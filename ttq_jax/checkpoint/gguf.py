@@ -14,7 +14,7 @@ from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
-from ttq_jax.foreign import shown
+from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
 
 _ROPE_FACTORS = "rope_freqs.weight"

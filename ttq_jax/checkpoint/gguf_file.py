@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.source import RandomAccess, check_size
-from ttq_jax.foreign import shown
+from ttq_jax.errors import shown
 
 SUPPORTED_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",

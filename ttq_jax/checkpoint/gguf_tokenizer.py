@@ -12,7 +12,7 @@ import numpy as np
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
-from ttq_jax.foreign import shown
+from ttq_jax.errors import shown
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,7 +11,8 @@ from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.tokenizer import load_tokenizer
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.foreign import COUNT, read_json, shown
+from ttq_jax.errors import shown
+from ttq_jax.foreign import COUNT, read_json
 from ttq_jax.models.family import Family, Settings
 
 _IDS = (None, COUNT, [COUNT])

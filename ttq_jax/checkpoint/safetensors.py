@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.source import RandomAccess
-from ttq_jax.foreign import is_file, is_inside, named, parse_json, read_json, shown, why
+from ttq_jax.errors import shown
+from ttq_jax.foreign import is_file, is_inside, named, parse_json, read_json, why
 
 _DTYPES = ("F32", "F16", "BF16")
 _INDEX = {"weight_map": {"*": str}, "metadata?": (None, dict)}

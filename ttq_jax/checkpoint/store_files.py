@@ -21,8 +21,9 @@ import numpy as np
 from ttq_jax._version import __version__
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.store_schema import HEADER, TREES
+from ttq_jax.errors import shown
 from ttq_jax.files import clear, draft, replace_folder, reserve
-from ttq_jax.foreign import check, is_inside, parse_json, read_bytes, shown
+from ttq_jax.foreign import check, is_inside, parse_json, read_bytes
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1

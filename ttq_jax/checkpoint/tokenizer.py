@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.foreign import COUNT, check, is_file, parse_json, read_bytes, read_json, shown, why
+from ttq_jax.errors import shown
+from ttq_jax.foreign import COUNT, check, is_file, parse_json, read_bytes, read_json, why
 
 if TYPE_CHECKING:
     import tokenizers

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
-from ttq_jax.foreign import named, shown
+from ttq_jax.errors import shown
+from ttq_jax.foreign import named
 
 _REQUIRED: Any = object()
 

@@ -7,7 +7,7 @@ to everything and rotates with a large one.
 import numpy as np
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
-from ttq_jax.foreign import shown
+from ttq_jax.errors import shown
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,

@@ -3,7 +3,8 @@
 from typing import Any
 
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.foreign import named, shown
+from ttq_jax.errors import shown
+from ttq_jax.foreign import named
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,

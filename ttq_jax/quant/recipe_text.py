@@ -14,9 +14,9 @@ from typing import Any
 import tomli_w
 
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import expect
+from ttq_jax.errors import expect, shown
 from ttq_jax.files import write_file
-from ttq_jax.foreign import parse_toml, shown
+from ttq_jax.foreign import parse_toml
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
 from ttq_jax.quant.scaling import PowerLaw
@@ -323,7 +323,9 @@ def _value(where: str, value: Any, kind: type) -> Any:
     read: Any = _read(value, kind) if isinstance(value, _Text) else value
     if kind is float and type(read) is int and abs(read) < 2**53:
         read = float(read)
-    if type(read) is not kind or (isinstance(read, float) and math.isnan(read)):
+    # TOML's integers have 64 bits; NaN is no number.
+    unfit = isinstance(read, int | float) and not (abs(read) < 2**63 or read == math.inf)
+    if type(read) is not kind or unfit:
         raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
     return read
 

@@ -4,7 +4,8 @@ import dataclasses
 import re
 
 from ttq_jax.config import ConfigError
-from ttq_jax.foreign import shown, why
+from ttq_jax.errors import shown
+from ttq_jax.foreign import why
 from ttq_jax.quant.grid import Grid
 
 

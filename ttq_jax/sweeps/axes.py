@@ -18,8 +18,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import shown
 from ttq_jax.evaluation.perplexity import Protocol
-from ttq_jax.foreign import parse_toml, shown
+from ttq_jax.foreign import parse_toml
 from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
