@@ -18,7 +18,7 @@ from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.checkpoint.tokenizer import Tokenizer
-from ttq_jax.errors import expect
+from ttq_jax.errors import expect, shown
 
 __all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
 
@@ -50,7 +50,7 @@ def load(
       Formats: huggingface.co/docs/safetensors; github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     if dtype not in _DTYPES:
-        raise CheckpointError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
+        raise CheckpointError(f"dtype: expected float32 or bfloat16, got {shown(dtype)}")
     expect("model", model, (str, Path), "a path, a hub id or an alias")
     path = find(model)
     read = load_directory if path.is_dir() else load_gguf

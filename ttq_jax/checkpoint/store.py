@@ -308,7 +308,9 @@ def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held
     if pairs:
         # Of two rules only the names are given, not the settings of each.
         shared = {key: pair for key, pair in pairs.items() if absent not in pair} or pairs
-        different = [f"{key}: saved {a}, now {b}" for key, (a, b) in shared.items()]
+        different = [
+            f"{key}: saved {str(a)[:80]}, now {str(b)[:80]}" for key, (a, b) in shared.items()
+        ]
         raise StoreError(
             f"{path}: made for another recipe: {'; '.join(different)}. Use the recipe it was made "
             "for, or prepare again for this one"

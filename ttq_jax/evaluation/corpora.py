@@ -82,7 +82,9 @@ def _read_source(source: str) -> str:
     if source.startswith("builtin:"):
         known = {domain.name: domain for domain in DOMAINS}
         if source[8:] not in known:
-            raise CorpusError(f"corpus: expected builtin:{{{','.join(known)}}}, got {source!r}")
+            raise CorpusError(
+                f"corpus: expected builtin:{{{','.join(known)}}}, got {shown(source)}"
+            )
         return known[source[8:]].read()
     kinds = "a corpus is a text file, hf:NAME or builtin:NAME"
     file, is_lines, field = source.rpartition(".jsonl")

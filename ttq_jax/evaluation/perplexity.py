@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.errors import check_fields, expect
+from ttq_jax.errors import check_fields, expect, shown
 from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
@@ -51,7 +51,7 @@ class Protocol:
     def __post_init__(self):
         check_fields(self, ConfigError)
         if self.kind not in {"causal", "window"}:
-            raise ConfigError(f"protocol: expected 'causal' or 'window', got {self.kind!r}")
+            raise ConfigError(f"protocol: expected 'causal' or 'window', got {shown(self.kind)}")
         if self.window < 2:
             raise ConfigError(f"window: expected at least 2 tokens, got {self.window}")
         if self.kind == "causal" and not 1 <= self.prompt_tokens < self.window:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import grid as formula
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import check_fields
+from ttq_jax.errors import check_fields, shown
 
 BITS = (2, 3, 4, 5, 8)
 STORE_DTYPES = ("bfloat16", "float16", "float32")
@@ -44,10 +44,13 @@ class Grid:
                 f"got {self.group_size}"
             )
         if self.zero_point not in {"integer", "float"}:
-            raise ConfigError(f"zero point: expected 'integer' or 'float', got {self.zero_point!r}")
+            raise ConfigError(
+                f"zero point: expected 'integer' or 'float', got {shown(self.zero_point)}"
+            )
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(
-                f"store dtype: expected one of {', '.join(STORE_DTYPES)}, got {self.store_dtype!r}"
+                f"store dtype: expected one of {', '.join(STORE_DTYPES)}, got "
+                f"{shown(self.store_dtype)}"
             )
 
     def rows_per_group(self, d_in: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import check_fields
+from ttq_jax.errors import check_fields, shown
 from ttq_jax.types import LowRank
 
 _STORES = ("float", "int8")
@@ -54,7 +54,7 @@ class LowRankRule:
             )
         if self.store not in _STORES:
             raise ConfigError(
-                f"low_rank.store: expected one of {', '.join(_STORES)}, got {self.store!r}"
+                f"low_rank.store: expected one of {', '.join(_STORES)}, got {shown(self.store)}"
             )
         if self.weighted and not self.rank:
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 import difflib
 
+from ttq_jax.errors import shown
+
 METHODS = ("none", "rtn", "hqq", "awq", "gptq", "paper", "ttq", "fast", "best")
 DEFAULT = "fast"
 
@@ -19,7 +21,7 @@ def misnamed(name: str) -> str:
         return ""
     close = difflib.get_close_matches(name, METHODS, 1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    return f"expected one of {', '.join(METHODS)}, or a FILE.toml, got {name!r}{meant}"
+    return f"expected one of {', '.join(METHODS)}, or a FILE.toml, got {shown(name)}{meant}"
 
 
 def quantizes_nothing(name: str, so: str) -> str:

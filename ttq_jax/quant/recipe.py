@@ -84,7 +84,8 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {', '.join(allowed)}, got "
+                    f"{shown(getattr(self, name))}"
                 )
         self._check_moments()
         check_pattern("select", self.select)
@@ -155,7 +156,9 @@ class Recipe:
         found = [name for name in names if self.selects(name)]
         if not found:
             paths = ", ".join(f"layers/{name}" for name in names)
-            raise ConfigError(f"select: expected a match with one of {paths}, got {self.select!r}")
+            raise ConfigError(
+                f"select: expected a match with one of {paths}, got {shown(self.select)}"
+            )
         return found
 
     def grids(self, projection: str, n_layers: int) -> tuple[Grid, ...]:
@@ -306,7 +309,7 @@ def preset(
         setting for "none".
     """
     if not isinstance(name, str) or name not in PRESETS:
-        raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {name!r}")
+        raise ConfigError(f"recipe: expected one of {', '.join(PRESETS)}, got {shown(name)}")
     base = PRESETS[name].recipe
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if base is None:

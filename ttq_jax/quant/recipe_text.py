@@ -5,7 +5,6 @@ So a field that is added there can be set and saved without more code.
 """
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,14 +75,14 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """
     expect("recipe", recipe, Recipe, 'a recipe, as in preset("fast")')
     if isinstance(settings, str):
-        raise ConfigError(f"settings: expected a list of them, got the string {settings!r}")
+        raise ConfigError(f"settings: expected a list of them, got the string {shown(settings)}")
     given: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         axis, dot, key = (part.strip() for part in name.partition("."))
         if not equals or (dot and not key):
             raise ConfigError(
-                f"settings: expected AXIS.KEY=VALUE, AXIS=RULE or FIELD=VALUE, got {setting!r}"
+                f"settings: expected AXIS.KEY=VALUE, AXIS=RULE or FIELD=VALUE, got {shown(setting)}"
             )
         _check_name("settings", axis, _FIELDS)
         text = text.strip()
@@ -324,7 +323,7 @@ def _value(where: str, value: Any, kind: type) -> Any:
     if kind is float and type(read) is int and abs(read) < 2**53:
         read = float(read)
     # TOML's integers have 64 bits; NaN is no number.
-    unfit = isinstance(read, int | float) and not (abs(read) < 2**63 or read == math.inf)
+    unfit = abs(read) >= 2**63 if type(read) is int else read != read
     if type(read) is not kind or unfit:
         raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
     return read

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import check_fields
+from ttq_jax.errors import check_fields, shown
 from ttq_jax.types import Moments
 
 _OF = ("none", "corpus", "prompt")
@@ -50,7 +50,7 @@ class Source:
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"moments.{name}: expected one of {', '.join(allowed)}, "
-                    f"got {getattr(self, name)!r}"
+                    f"got {shown(getattr(self, name))}"
                 )
         if not self.prior_tokens >= 0 or not 0 <= self.decay <= 1 or self.refresh < 0:
             raise ConfigError(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import shown
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -139,7 +140,7 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
         if not any(rule.matches(n, i) for n in names for i in range(stacks[n].shape[0])):
             raise ConfigError(
                 f"widths: expected a match with layers/{names[0]} or layers/0/{names[0]} (or "
-                f"another of {', '.join(names)}), got {rule.select!r}"
+                f"another of {', '.join(names)}), got {shown(rule.select)}"
             )
     widest = max(stacks[name].shape[-2] for name in names)
     for grid in {grid for name in names for grid in recipe.grids(name, len(stacks[name]))}:

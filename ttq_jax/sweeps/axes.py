@@ -177,7 +177,7 @@ def _change(text: str) -> tuple[str, list[Any]]:
     """
     key, equals, values = text.partition("=")
     if not equals or not key.strip() or not values:
-        raise ConfigError(f"--axis: expected KEY=VALUE,VALUE,…, got {text!r}")
+        raise ConfigError(f"--axis: expected KEY=VALUE,VALUE,…, got {shown(text)}")
     return _axis_name(key.strip()), values.split(",")
 
 
@@ -291,7 +291,7 @@ def _value(axis: str, value: Any) -> Any:
     except (KeyError, ValueError) as e:
         raise ConfigError(f"{axis}: expected {_KINDS[kind]}, got {shown(value)}") from e
     if axis == "seed" and found < 0:
-        raise ConfigError(f"seed: expected an integer >= 0, got {value!r}")
+        raise ConfigError(f"seed: expected an integer >= 0, got {shown(value)}")
     return found
 
 
