@@ -226,6 +226,7 @@ def main() -> int:
         os.close(pipe)
         if os.waitpid(child, 0)[1]:
             return 2
+        args.out = args.out and args.out.resolve()
         os.chdir(folder)
         if args.keep:
             data = damaged_file(kinds[0], args.seed, args.case, root / kinds[0].folder)[2]
