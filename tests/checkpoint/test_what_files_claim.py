@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from fuzz_inputs import CONFIGS, write_inputs
+from fuzz_inputs import CHAT, CONFIGS, write_inputs
 from fuzz_mutations import gguf_of, parts_of_gguf
 
 from ttq_jax.checkpoint import CheckpointError, load
+from ttq_jax.checkpoint.store import load_conversation
+from ttq_jax.checkpoint.store_files import _digest_of
 
 ARCHS = ("llama", "qwen3", "gemma3")
 
@@ -163,6 +165,18 @@ def edited(inputs, change):
 def test_a_tokenizer_contradicts_itself(inputs, changed, change, said):
     changed("llama/tokenizer.json", edited(inputs, change))
     refused(inputs / "llama", "tokenizer" if "embedding" in said else "tokenizer.json", said)
+
+
+def test_moments_of_other_axes_are_no_moments(inputs, changed):
+    model, name = load(inputs / "llama"), "conversation/ttq.json"
+    header = json.loads((inputs / name).read_text())
+    sums = header["tree"]["dict"]["attn_in"]["fields"]["sums"]
+    assert len(sums["shape"]) == 3
+    for shape in ([], [32]):
+        sums["shape"] = shape
+        changed(name, header | {"sha256": _digest_of(header)})
+        with pytest.raises(CheckpointError, match="attn_in are no power sums"):
+            load_conversation(inputs / "conversation", model, CHAT)
 
 
 def parts(inputs, arch="llama"):
