@@ -85,7 +85,7 @@ def read_bytes(path: Path, error: type[ValueError], most: int = _BYTES) -> bytes
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise error(f"{path}: expected at most {most} bytes, found {size}")
-            return file.read(most)
+            return file.read(size)
     except FileNotFoundError as e:
         raise error(f"{path}: expected this file, found none") from e
     except OSError as e:

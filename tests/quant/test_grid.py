@@ -238,3 +238,9 @@ def test_recipes_are_values():
     assert described["scale"] == {"rule": "power_law", "alpha": 0.5, "lam": 0.4, "p": 2.0}
     assert described["grid"]["bits"] == 3
     assert described["low_rank"]["rank"] == 16
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10_001, 20_000_000, 10**18])
+def test_a_search_has_a_number_of_steps_that_can_be_listed(steps):
+    with pytest.raises(ConfigError, match="steps >= 1, at most 10000"):
+        ClipSearch(steps=steps)

@@ -87,7 +87,8 @@ def _check_sizes(config: ModelConfig, source: Source) -> None:
     for what, size, most in (
         ("layers", config.n_layers, len(source.shapes)),
         ("tokens in the vocabulary", config.vocab_size, longest),
-        ("channels", max(config.d_model, config.embed_dim, heads), longest),
+        ("channels", max(config.d_model, config.embed_dim), longest),
+        ("channels in all its heads", heads, longest),
         ("channels in the feed-forward layer", config.d_ff, longest),
         ("positions", 1 if config.rope else config.max_positions, longest),
     ):

@@ -235,6 +235,8 @@ def _check_moments(
     """
     reads = recipe.reads
     for site, one in moments.items():
+        if one.sums.ndim < 2 or (one.gram is not None and one.gram.ndim < 3):
+            raise StoreError(f"{what}: the moments of {site} are no power sums; save them again")
         block = 0 if one.gram is None else one.gram.shape[-1]
         wanted = reads.block(one.sums.shape[-1])
         wanted = min(wanted, 1) if diagonal else wanted

@@ -17,12 +17,15 @@ from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
 from ttq_jax.quant.grid import Grid, decode, encode, fit_range
 
+# One factor is tried after the other, and all are listed before.
+_MOST_STEPS = 10_000
+
 
 def shrink_factors(steps: int, smallest: float) -> tuple[float, ...]:
     """Evenly spaced factors on a group's range, from 1 down.
 
     Args:
-      steps: how many, >= 1.
+      steps: how many, 1 to 10000.
       smallest: the last one, in (0, 1].
 
     Returns:
@@ -31,9 +34,10 @@ def shrink_factors(steps: int, smallest: float) -> tuple[float, ...]:
     Raises:
       ConfigError: a value outside its range.
     """
-    if steps < 1 or not 0 < smallest <= 1:
+    if not 1 <= steps <= _MOST_STEPS or not 0 < smallest <= 1:
         raise ConfigError(
-            f"clip search: expected steps >= 1 and 0 < smallest <= 1, got {steps} and {smallest}"
+            f"clip search: expected steps >= 1, at most {_MOST_STEPS}, and 0 < smallest <= 1, got "
+            f"{steps} and {smallest}"
         )
     step = (1.0 - smallest) / max(steps - 1, 1)
     return tuple(1.0 - i * step for i in range(steps))
