@@ -27,6 +27,8 @@ from ttq_jax.checkpoint.store import load_conversation, load_offline
 from ttq_jax.config import ModelConfig
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, to_toml
 from ttq_jax.sweeps.axes import read_sweep
+from ttq_jax.sweeps.checked import checked
+from ttq_jax.sweeps.findings import parts_of
 from ttq_jax.sweeps.rows import read_rows
 
 _TEXT = "hello, <s> déjà 123"
@@ -171,6 +173,13 @@ def _sealed(rng: random.Random, data: bytes) -> bytes:
     return json.dumps(header).encode()
 
 
+def _reported(place: Path) -> Any:
+    """Rows of which a report can be made."""
+    rows = read_rows(place)
+    parts_of(checked(rows.values(), "rows"))
+    return rows
+
+
 def _recipe_agrees(found: Any, said: Any) -> bool:
     return from_toml(to_toml(found)) == found
 
@@ -229,7 +238,7 @@ KINDS: tuple[Kind, ...] = (
         for name, read in _STORES.items()
     ),
     Kind(
-        name="rows", folder="rows", files=("rows.jsonl",), read=read_rows,
+        name="rows", folder="rows", files=("rows.jsonl",), read=_reported,
         changes=(damage.damaged_lines,) * 2,
         says=lambda data: [_strict(line) for line in data.split(b"\n")[:-1]],
     ),

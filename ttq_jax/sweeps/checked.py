@@ -5,6 +5,7 @@ guessed: `model` and `model_bits` are such, and whatever else is optional below.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,11 +16,12 @@ Check = Callable[[Any], bool]
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer of hundreds of digits is no float.
+    return type(value) in {int, float} and abs(value) <= sys.float_info.max
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _whole(value) and value > 0
 
 
 def _text(value: Any) -> bool:
@@ -31,7 +33,7 @@ def _some(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return type(value) is int and abs(value) < 2**63
 
 
 def _flat(value: Any) -> bool:
