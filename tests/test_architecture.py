@@ -18,7 +18,8 @@ MODULES = {
 ORDER = [
     {"pallas_kernels"},
     {"_version", "errors"},
-    {"config", "files", "foreign", "text", "types"},
+    {"foreign"},
+    {"config", "files", "text", "types"},
     {"linear", "prompts", "sampling"},
     {"models", "quant"},
     {"checkpoint", "prefill"},

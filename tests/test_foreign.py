@@ -15,6 +15,7 @@ EITHER = ({"node": frozenset({"A"}), "v": {"k": int}}, {"node": frozenset({"B"})
         ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
         ('{"a": NaN}', "NaN is no number"),
         ('{"a": -Infinity}', "Infinity is no number"),
+        ('{"a": [-1e999]}', "no computer holds the number '-1e999'"),
         ('{"a": "\\ud800"}', "expected valid JSON"),
         ("[" * 100 + "]" * 100, "at most 64 levels"),
         ("[" * 100_000, "expected valid JSON"),

@@ -8,6 +8,7 @@ ignored.
 """
 
 import json
+import math
 import os
 import stat
 import sys
@@ -118,9 +119,17 @@ def parse_json(text: bytes | str, where: str, error: type[ValueError]) -> Any:
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is no number in JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise ValueError(f"no computer holds the number {shown(digits)}")
+        return number
+
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+        value = json.loads(
+            text, object_pairs_hook=once, parse_constant=no_number, parse_float=finite
+        )
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ttq_jax.errors import Error
+from ttq_jax.errors import Error, shown
+from ttq_jax.foreign import is_file
 
 
 def decode(data: bytes, where: str, error: type[Error] = Error) -> str:
@@ -42,13 +43,21 @@ def read_text(
       See `decode`.
 
     Raises:
-      Error: as `error`; there is no such file, or it cannot be read or is not UTF-8.
+      Error: as `error`; there is no such file, or it cannot be read or is not UTF-8. A pipe or a
+        device, which may never end, is no file.
     """
     try:
-        data = Path(path).expanduser().read_bytes()
+        place = Path(path).expanduser()
+        if place.exists() and not place.is_dir() and not is_file(place):
+            raise error(f"{path}: cannot be read: expected a file, found a pipe or a device")
+        data = place.read_bytes()
     except FileNotFoundError as e:
         raise error(f"{path}: no such file; {missing}") from e
-    except (OSError, RuntimeError) as e:  # no home directory is a RuntimeError
+    except Error:
+        raise
+    except (OSError, RuntimeError, ValueError) as e:  # no home directory; a name with a null byte
         reason = e.strerror if isinstance(e, OSError) else e
-        raise error(f"{path}: cannot be read ({reason})") from e
+        # A sweep may name a text by anything.
+        plain = len(str(path)) <= 1000 and str(path).isprintable()
+        raise error(f"{path if plain else shown(path)}: cannot be read ({reason})") from e
     return decode(data, str(path), error)

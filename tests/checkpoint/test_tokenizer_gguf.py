@@ -184,6 +184,8 @@ def test_sentencepiece_falls_back_to_bytes_and_back():
         ({}, "model = None"),
         (gpt2_header("gpt-2", add_eos_token=True), "end-of-text token after every prompt"),
         (spm_header(precompiled_charsmap=b"x"), "character map"),
+        (spm_header(precompiled_charsmap=np.zeros(2, np.uint8)), "character map"),
+        (spm_header(precompiled_charsmap=np.zeros(0, np.uint8)), "character map"),
         (gpt2_header("gpt-2", [], ["a zz"]), "disagree"),
     ],
 )

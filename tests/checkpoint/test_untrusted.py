@@ -66,3 +66,17 @@ def test_a_pipe_is_no_model(tmp_path):
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(CheckpointError, match=r"pipe|expected|file"):
         load(tmp_path / "pipe.gguf")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "a\0b"])
+def test_a_name_that_no_model_has(name):
+    with pytest.raises(CheckpointError) as e:
+        load(name)
+    assert len(str(e.value)) < 300
+
+
+def test_files_that_are_not_read_may_be_anything(model):
+    os.mkfifo(model / "other.json")
+    (model / "folder.json").mkdir()
+    (model / "gone.json").symlink_to("nowhere")
+    assert load(model).origin["fingerprint"]

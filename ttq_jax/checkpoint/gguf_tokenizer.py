@@ -237,7 +237,8 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
             raise CheckpointError(f"{label}: expected {_KEY}{key}, found none; convert it again")
     _check_types(meta, label)
     for key, what in _NOT_IMPLEMENTED.items():
-        if meta.get(_KEY + key) not in (None, False):
+        value = meta.get(_KEY + key)
+        if value is not None and value is not False:
             raise CheckpointError(
                 f"{label}: {_KEY}{key} asks for {what}, which is not implemented. Load the model "
                 "from a Hugging Face directory instead"

@@ -6,6 +6,8 @@ from pathlib import Path
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hub import is_hub_id, snapshot
 from ttq_jax.checkpoint.packaged import ALIASES
+from ttq_jax.errors import shown
+from ttq_jax.foreign import is_file
 
 # Bytes of a weight file that the fingerprint looks at: blocks spread evenly, the first and the last
 # among them. Files of other weights differ in nearly every block.
@@ -26,11 +28,16 @@ def find(model: str | Path) -> Path:
     Raises:
       CheckpointError: there is no such model.
     """
-    name, path = str(model), Path(model).expanduser()
+    name = str(model)
     if name in ALIASES:
         return ALIASES[name]()
-    if path.exists():
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as e:  # too long a name; no such home directory
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise CheckpointError(f"{shown(name)}: cannot be looked for ({reason})") from e
     if not is_hub_id(name) or path.suffix == ".gguf":
         raise CheckpointError(
             f"{name}: no such file or directory, and neither an alias ({', '.join(ALIASES)}) "
@@ -55,7 +62,9 @@ def origin(path: Path) -> dict[str, str]:
     """
     from_hub = path.is_dir() and path.parent.name == "snapshots"
     name = path.parent.parent.name.removeprefix("models--") if from_hub else path.resolve().name
-    files = sorted({f for p in _READ for f in path.glob(p)}) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted({f for pattern in _READ for f in path.glob(pattern) if is_file(f)})
     digest = hashlib.sha256()
     try:
         for file in files:

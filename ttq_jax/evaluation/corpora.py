@@ -10,7 +10,6 @@ for a text that comes with every installation. The optional percentages take a p
 import dataclasses
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from ttq_jax.errors import expect, shown
 from ttq_jax.evaluation.hub_text import CorpusError, read_hub
+from ttq_jax.foreign import named, parse_json
 from ttq_jax.text import read_text
 
 # Characters per token that no natural text exceeds on average.
@@ -104,10 +104,7 @@ def _fields_of(source: str, text: str, fields: str) -> str:
     for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise CorpusError(f"{source}, line {i}: expected a JSON object: {e}") from e
+        row = parse_json(line, f"{source}, line {i}", CorpusError)
         if not isinstance(row, dict):
             raise CorpusError(f"{source}, line {i}: expected a JSON object, got {shown(row)}")
         parts: list[str] = []
@@ -117,7 +114,7 @@ def _fields_of(source: str, text: str, fields: str) -> str:
             if not all(isinstance(one, str) for one in texts):
                 raise CorpusError(
                     f"{source}, line {i}: expected a string, or a list of them, in the field "
-                    f"{name!r}, got {shown(value)}; its fields are {', '.join(row) or 'none'}. "
+                    f"{name!r}, got {shown(value)}; its fields are {named(row) or 'none'}. "
                     f"Name those to read after a colon, as in {source}:FIELD or :FIELD,FIELD"
                 )
             parts += texts

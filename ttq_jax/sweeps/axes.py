@@ -144,7 +144,9 @@ def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
             axes = _axes(data) | _axes(part) | given
             product = math.prod(map(len, axes.values()))
             if product > _MOST_CELLS:
-                raise ConfigError(f"expected at most {_MOST_CELLS} cells in a part, got {product}")
+                raise ConfigError(
+                    f"expected at most {_MOST_CELLS} cells in a part, got {shown(product)}"
+                )
             for point in itertools.product(*axes.values()):
                 cell = make_cell(dict(zip(axes, point, strict=True)))
                 cells.setdefault(cell.key, cell)
