@@ -275,7 +275,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("at", ["_write_arrays", "_file_digest", "replace_folder"])
+@pytest.mark.parametrize("at", ["_write_arrays", "file_digest", "replace_folder"])
 @pytest.mark.parametrize("cleaned", [True, False], ids=["interrupted", "killed"])
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, chat, monkeypatch, at, cleaned):
     before = load_conversation(chat, MODEL, CHAT)

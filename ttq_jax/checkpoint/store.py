@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.store_checks import check_packed
 from ttq_jax.checkpoint.store_files import (
     Shardings,
     StoreError,
@@ -25,6 +26,7 @@ from ttq_jax.checkpoint.store_files import (
     shapes,
     write,
 )
+from ttq_jax.foreign import named
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.types import MixedLinear, Moments, Offline, QuantizedLinear, kernels
@@ -154,6 +156,8 @@ def load_offline(
     header, offline = _fitting(path, "offline", model)
     _check_recipe(path, header["recipe"], recipe, offline)
     _check_parts(str(path), offline, recipe)
+    if offline.packed is not None:
+        check_packed(path, offline.packed, model.params, recipe)
     offline = read(path, header, sharding)
     if offline.packed is None:
         return offline
@@ -217,7 +221,7 @@ def _fitting(path: str | Path, kind: str, model: Model) -> tuple[dict[str, Any],
         raise StoreError(f"{path}: expected {_KINDS[kind]}, found {held}")
     stored, ours = header["model"], _identity(model)
     if stored["fingerprint"] != ours["fingerprint"]:
-        names = [f"{of['name']} in {of['dtype']}" for of in (stored, ours)]
+        names = [f"{named([of['name']])} in {of['dtype'][:80]}" for of in (stored, ours)]
         what = f"made for {names[0]}, not for {names[1]}"
         if names[0] == names[1]:
             what = f"made for other weights or another config of {names[0]}"

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttq_jax._version import __version__
-from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.errors import StoreError
+from ttq_jax.checkpoint.store_checks import REMEDY, check_arrays, check_files, file_digest
 from ttq_jax.checkpoint.store_schema import HEADER, TREES
 from ttq_jax.errors import shown
 from ttq_jax.files import clear, draft, replace_folder, reserve
-from ttq_jax.foreign import check, is_inside, parse_json, read_bytes
+from ttq_jax.foreign import check, parse_json, read_bytes
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
@@ -37,11 +38,6 @@ _HEADER, _ARRAYS = "ttq.json", "arrays"
 _NODES: dict[str, type] = {
     node.__name__: node for node in (LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
 }
-_REMEDY = "copy it again, or save it again"
-
-
-class StoreError(CheckpointError):
-    """A store that cannot be read or written; the message says why and what to do."""
 
 
 def plain(value: Any) -> Any:
@@ -106,11 +102,6 @@ def _digest_of(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
@@ -173,7 +164,7 @@ def _write_draft(new: Path, about: dict[str, Any], tree: Any) -> None:
     files = {
         file.relative_to(new).as_posix(): {
             "bytes": file.stat().st_size,
-            "sha256": _file_digest(file),
+            "sha256": file_digest(file),
         }
         for file in sorted(new.rglob("*"))
         if file.is_file()
@@ -255,7 +246,7 @@ def _parsed(place: Path) -> dict[str, Any]:
     text = read_bytes(place / _HEADER, StoreError)
     header = parse_json(text, f"{place}: {_HEADER} is damaged", StoreError)
     if not isinstance(header, dict):
-        raise StoreError(f"{place}: {_HEADER} is damaged (expected an object); {_REMEDY}")
+        raise StoreError(f"{place}: {_HEADER} is damaged (expected an object); {REMEDY}")
     return header
 
 
@@ -291,7 +282,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             "it again"
         )
     if header.get("sha256") != _digest_of(header):
-        raise StoreError(f"{place}: {_HEADER} is damaged (wrong checksum); {_REMEDY}")
+        raise StoreError(f"{place}: {_HEADER} is damaged (wrong checksum); {REMEDY}")
     check(header, HEADER, f"{place}: {_HEADER} is damaged", StoreError)
     return header
 
@@ -314,7 +305,7 @@ def shapes(path: str | Path, header: dict[str, Any]) -> Any:
     try:
         return _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise StoreError(f"{unknown} ({type(e).__name__}: {_first_line(e)}); {_REMEDY}") from e
+        raise StoreError(f"{unknown} ({type(e).__name__}: {_first_line(e)}); {REMEDY}") from e
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
@@ -338,7 +329,7 @@ def read(path: str | Path, header: dict[str, Any], sharding: Shardings = None) -
       StoreError: a file is missing or damaged, or an array does not fit its sharding.
     """
     place = Path(path).expanduser().resolve()
-    _check_files(place, header["files"])
+    check_files(place, header["files"])
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
 
     def want(name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -348,6 +339,8 @@ def read(path: str | Path, header: dict[str, Any], sharding: Shardings = None) -
     _put_together(header["tree"], want)
     try:
         arrays = _read_arrays(place / _ARRAYS, wanted)
+    except StoreError:
+        raise
     except Exception as e:  # Orbax's errors have no common class
         raise StoreError(
             f"{path}: its arrays could not be restored ({type(e).__name__}: {_first_line(e)}); "
@@ -368,6 +361,7 @@ def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
     if targets:
         checkpointer, args = _orbax()
         with checkpointer:
+            check_arrays(folder, checkpointer.metadata(folder).item_metadata, targets)
             found = checkpointer.restore(folder, args=args.StandardRestore(targets))
     for name, a in wanted.items():
         if name not in found:
@@ -375,26 +369,3 @@ def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
         elif a.sharding is None:
             found[name] = jax.device_put(found[name])
     return found
-
-
-def _check_files(place: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Compares every file with what was written.
-
-    Raises:
-      StoreError: one is missing, cut short, or changed.
-    """
-    for name, expected in files.items():
-        if not is_inside(name):
-            raise StoreError(f"{place}: expected files in it, got {shown(name)}; {_REMEDY}")
-        file = place / name
-        try:
-            size = file.stat().st_size
-            fits = size == expected["bytes"] and _file_digest(file) == expected["sha256"]
-        except FileNotFoundError as e:
-            raise StoreError(f"{place}: {name} is missing; {_REMEDY}") from e
-        except OSError as e:
-            raise StoreError(f"{place}: {name} cannot be read: {e}; {_REMEDY}") from e
-        if not fits:
-            other = f": expected {expected['bytes']} bytes, got {size}"
-            why = " (wrong checksum)" if size == expected["bytes"] else other
-            raise StoreError(f"{place}: {name} is damaged{why}; {_REMEDY}")
