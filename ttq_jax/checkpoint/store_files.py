@@ -303,9 +303,13 @@ def shapes(path: str | Path, header: dict[str, Any]) -> Any:
     unknown = f"{path}: {_HEADER} describes a tree that this ttq-jax does not know"
     check(header["tree"], TREES[header["kind"]], unknown, StoreError)
     try:
-        return _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
+        tree = _put_together(header["tree"], lambda _, shape, dtype: _shape(shape, dtype))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise StoreError(f"{unknown} ({type(e).__name__}: {_first_line(e)}); {REMEDY}") from e
+    # An array's name follows from its place: of two of one shape, none may stand for the other.
+    if _taken_apart(tree, "", {}) != header["tree"]:
+        raise StoreError(f"{unknown} (an array has the name of another place); {REMEDY}")
+    return tree
 
 
 def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
