@@ -80,3 +80,15 @@ def test_files_that_are_not_read_may_be_anything(model):
     (model / "folder.json").mkdir()
     (model / "gone.json").symlink_to("nowhere")
     assert load(model).origin["fingerprint"]
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_tokenizer_that_multiplies_a_text(model, part):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    name = {"normalizer": "normalizers", "decoder": "decoders"}[part]
+    changed(model, "tokenizer.json", **{part: {"type": "Sequence", name: [step] * 4}})
+    with pytest.raises(CheckpointError, match="10000 times as long"):
+        load(model)
+    step["content"] = "aa"
+    changed(model, "tokenizer.json", **{part: {"type": "Sequence", name: [step] * 4}})
+    load(model)

@@ -1,6 +1,7 @@
 """Text to token ids and back, for every form in which checkpoints store their tokenizer."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 # The largest published tokenizer.json has 33 MB.
 _BYTES = 2**26
+# Each replacement may follow from the one before. Published ones make a text twice as long.
+_MOST_GROWTH = 10_000
 _FILE = {
     "model": {"vocab": ({"*": COUNT}, list)},
     "added_tokens?": (None, [{"id": COUNT, "content": str}]),
@@ -119,6 +122,14 @@ def _leading_special(backend: "tokenizers.Tokenizer") -> int | None:
     return full[0] if full and bare and full[0] != bare[0] else None
 
 
+def _growth(steps: Any) -> int:
+    """How many times longer a text may become in the steps of a normalizer or decoder."""
+    inside = steps.values() if isinstance(steps, dict) else steps if isinstance(steps, list) else ()
+    here = steps.get("content") if isinstance(steps, dict) else None
+    own = 1 + len(here) if isinstance(here, str) else 1
+    return own * math.prod(map(_growth, inside))
+
+
 def _fast_backend(path: Path) -> "tokenizers.Tokenizer":
     """The tokenizer of a tokenizer.json.
 
@@ -130,6 +141,11 @@ def _fast_backend(path: Path) -> "tokenizers.Tokenizer":
     raw = read_bytes(path, CheckpointError, _BYTES)
     data = parse_json(raw, str(path), CheckpointError)
     check(data, _FILE, str(path), CheckpointError)
+    if max(_growth(data.get(key)) for key in ("normalizer", "decoder")) > _MOST_GROWTH:
+        raise CheckpointError(
+            f"{path}: its normalizer or decoder may make a text more than {_MOST_GROWTH} times as "
+            "long. Download it again"
+        )
     vocab = data["model"]["vocab"]
     if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
         raise CheckpointError(f"{path}: two tokens have the same id. Download it again")
