@@ -187,6 +187,11 @@ def write_inputs(root: Path) -> None:
     (root / "recipe" / "recipe.toml").write_text(to_toml(best) + _WIDTHS)
     (root / "sweep").mkdir()
     (root / "sweep" / "sweep.toml").write_text(SWEEP)
+    (root / "lines").mkdir()
+    rows = [{"text": f"A text, déjà vu, number {i}.", "id": i, "size": 1.5} for i in range(8)]
+    rows[3]["text"] = ["two", "texts\u2028in one"]
+    lines = "\n".join(json.dumps(row, ensure_ascii=i % 2 > 0) for i, row in enumerate(rows))
+    (root / "lines" / "corpus.jsonl").write_text(lines + "\n")
     (root / "rows").mkdir()
     kept = Path(__file__).parent / "results" / "protocols_smollm2" / "rows.jsonl"
     (root / "rows" / "rows.jsonl").write_bytes(kept.read_bytes())

@@ -6,6 +6,7 @@ file must say something else too, and the weights must be those that the second 
 
 import dataclasses
 import hashlib
+import io
 import json
 import random
 import tomllib
@@ -25,6 +26,7 @@ from ttq_jax.checkpoint import Model, load
 from ttq_jax.checkpoint.model import FAMILIES
 from ttq_jax.checkpoint.store import load_conversation, load_offline
 from ttq_jax.config import ModelConfig
+from ttq_jax.evaluation.corpora import read_corpus
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, to_toml
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.checked import checked
@@ -173,6 +175,15 @@ def _sealed(rng: random.Random, data: bytes) -> bytes:
     return json.dumps(header).encode()
 
 
+def _lines_say(data: bytes) -> str:
+    """The texts of JSON lines, by another way to cut lines."""
+    lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=None)
+    return "\n\n".join(
+        text if isinstance(text, str) else "\n".join(text)
+        for text in (_strict(line.encode())["text"] for line in lines if line.strip())
+    )
+
+
 def _reported(place: Path) -> Any:
     """Rows of which a report can be made."""
     rows = read_rows(place)
@@ -233,9 +244,14 @@ KINDS: tuple[Kind, ...] = (
     *(
         Kind(
             name=f"store with its checksum made right, {name}", folder=name, files=("ttq.json",),
-            read=read, changes=(_sealed,) * 4, says=_strict,
+            read=read, changes=(_sealed,) * 4, fixed=True,
         )
         for name, read in _STORES.items()
+    ),
+    Kind(
+        name="JSON lines", folder="lines", files=("corpus.jsonl",), changes=(damage.damaged_lines,),
+        read=lambda place: read_corpus(str(place / "corpus.jsonl")), says=_lines_say,
+        agrees=lambda found, said: found == said,
     ),
     Kind(
         name="rows", folder="rows", files=("rows.jsonl",), read=_reported,
