@@ -226,9 +226,7 @@ def _misfit(value: Any, schema: Schema, at: str) -> str:
             wrongs.append(next(filter(None, found), ""))
     if wrongs:
         # Of several alternatives the one that fits furthest was meant.
-        return (
-            "" if "" in wrongs else max(wrongs, key=lambda text: text.partition(":")[0].count("."))
-        )
+        return "" if "" in wrongs else max(wrongs, key=_depth)
     return f"{at or 'its content'}: expected {_said(schema)}, got {shown(value)}"
 
 
