@@ -90,6 +90,20 @@ def test_prompts_from_standard_input(cli_json, tiny, monkeypatch):
     assert [g["prompt"] for g in got] == ["größe", "b"]
 
 
+def test_prompts_from_a_pipe(cli_json, tiny, tmp_path):
+    import os
+    import threading
+
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("a\nb\n",))
+    writer.start()
+    got = cli_json(
+        "generate", "--model", tiny, "--max-new-tokens", 2, "--prompts-file", tmp_path / "pipe"
+    )
+    writer.join()
+    assert [g["prompt"] for g in got] == ["a", "b"]
+
+
 def test_prompt_of_one_token(cli_json, tmp_path):
     from tiny_files import write_model
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.preparation import Needs
@@ -71,6 +72,9 @@ def _read_prompts(path: str) -> str:
       PromptError: standard input is closed.
     """
     if path != "-":
+        # A shell's <(command) is a pipe, which was asked for and will end.
+        if Path(path).is_fifo():
+            return decode(Path(path).read_bytes(), path, PromptError)
         return read_text(path, PromptError)
     if sys.stdin is None:
         raise PromptError("standard input: expected prompts, but it is closed; give a file")
