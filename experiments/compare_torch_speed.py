@@ -38,7 +38,7 @@ from quality import corpus_text, protocol_data, recipe_named
 import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import table
-from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.evaluation.perplexity import Protocol, window_nll
 from ttq_jax.files import check_destination
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import add_bias
@@ -99,10 +99,7 @@ def ours(race: Race, method: str) -> Contender:
         )  # fmt: skip
 
     def nll(window: np.ndarray) -> float:
-        return float(score_window(
-            model.params, jnp.asarray(window), offline, config=model.config, recipe=recipe,
-            protocol=race.protocol,
-        ))  # fmt: skip
+        return window_nll(model, window, recipe=recipe, offline=offline, protocol=race.protocol)
 
     bits = effective_bits(decoded_shapes(model.params, model.config, recipe, offline))
     return Contender("weights from the prompt" if recipe else "as loaded", run, nll, bits)

@@ -18,7 +18,7 @@ from straight_through import START, Setting, Theta, loss_of
 import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import device, table, versions
-from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.evaluation.perplexity import Protocol, window_nll
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.clip import ClipSearch
@@ -81,7 +81,6 @@ def contenders(
     model: ttq.Model, learned: list[Learned], setting: Setting
 ) -> Iterator[tuple[str, Any, float, Callable[[np.ndarray], float]]]:
     """(name, description, effective bits, nats of a window) of everything that is compared."""
-    how = {"config": model.config, "protocol": setting.protocol}
     bits = {}
     for name, recipe in closed_forms(setting.grid).items():
         offline = prepare(model, recipe)
@@ -91,8 +90,9 @@ def contenders(
         def closed(
             window: np.ndarray, recipe: Recipe | None = recipe, offline: Offline = offline
         ) -> float:
-            tokens = jnp.asarray(window)
-            return float(score_window(model.params, tokens, offline, recipe=recipe, **how))
+            return window_nll(
+                model, window, recipe=recipe, offline=offline, protocol=setting.protocol
+            )
 
         yield name, None if recipe is None else recipe.describe(), bits[name], closed
     for one in learned:

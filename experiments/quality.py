@@ -53,7 +53,7 @@ import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import calibration_windows, sha256
 from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.evaluation.intervals import interval95
-from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.evaluation.perplexity import Protocol, window_nll
 from ttq_jax.files import check_destination, write_file
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
@@ -173,10 +173,9 @@ def measure(args: argparse.Namespace) -> None:
                 prepared = {name: offline_of(model, name, recipe, calibration)}
             offline = prepared[name]
             for tokens in missing:
-                row["nll"].append(float(score_window(
-                    model.params, jnp.asarray(tokens), offline, config=model.config,
-                    recipe=recipe, protocol=protocol,
-                )))  # fmt: skip
+                row["nll"].append(
+                    window_nll(model, tokens, recipe=recipe, offline=offline, protocol=protocol)
+                )
             shapes = decoded_shapes(model.params, model.config, recipe, offline)
             rows = store.read()
             rows[name, corpus] = {

@@ -22,8 +22,13 @@ def a_socket(folder):
     return folder / "socket"
 
 
-@pytest.mark.parametrize("made", [a_pipe, a_socket, lambda _: "/dev/zero"], ids=str)
-@pytest.mark.parametrize("read", [read_text, load_recipe, lambda path, _: read_sweep(str(path))])
+@pytest.mark.parametrize(
+    "made", [a_pipe, a_socket, lambda _: "/dev/zero"], ids=["pipe", "socket", "device"]
+)
+@pytest.mark.parametrize(
+    "read", [read_text, load_recipe, lambda path, _: read_sweep(str(path))],
+    ids=["text", "recipe", "sweep"],
+)  # fmt: skip
 def test_what_may_never_end_is_no_text(tmp_path, made, read):
     words = (ConfigError,) if read is not load_recipe else ()
     with pytest.raises(ConfigError, match=r"expected a file, found a pipe or a device"):

@@ -27,7 +27,7 @@ from ttq_jax.prompts import PromptError, bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
-from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits
+from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
 _EXAMPLE = "The sky is"
@@ -229,9 +229,11 @@ def generate(
         said["prompt_tokens"] += jax.device_get(prompts.valid).sum(axis=1).tolist()
         said["stopped"] += ["end" if len(ids) < max_new_tokens else "limit" for ids in new]
     assert offline is not None
+    shapes = decoded_shapes(model.params, model.config, recipe, offline)
     return Generation(
         **said,
-        effective_bits=effective_bits(decoded_shapes(model.params, model.config, recipe, offline)),
+        effective_bits=effective_bits(shapes),
+        model_bits=model_bits(shapes),
         seconds=time.perf_counter() - start,
         moments=moments,
     )

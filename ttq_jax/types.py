@@ -368,7 +368,8 @@ class Generation:
       tokens: per prompt, the new token ids (end-of-text excluded).
       texts: the same, decoded.
       prompt_tokens: per prompt, its length in tokens.
-      effective_bits: per weight, of the weights that the decode loop read.
+      effective_bits: per weight of the linear layers, of the weights that the decode loop read.
+      model_bits: the same per parameter of the whole model.
       stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
       seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
@@ -379,5 +380,6 @@ class Generation:
     prompt_tokens: list[int]
     stopped: list[str]
     effective_bits: float
+    model_bits: float
     seconds: float
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)

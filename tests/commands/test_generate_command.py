@@ -156,3 +156,37 @@ def test_a_corpus_that_is_not_used_is_mentioned(cli, tiny, text_file):
     )  # fmt: skip
     assert code == 0
     assert "calibration corpus is not used: recipe fast needs none" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("generate", ["--seed", 3], "--seed has no effect: at temperature 0 nothing is drawn"),
+        ("generate", ["--per-prompt"], "--per-prompt has no effect: one prompt has its own"),
+        ("generate", ["--calibration-tokens", 64], "--calibration-tokens has no effect: no cal"),
+        ("perplexity", ["--protocol", "window", "--prompt-tokens", 8], "--prompt-tokens has no"),
+        ("perplexity", ["--recipe", "none", "--with-baseline"], "--with-baseline has no effect"),
+        ("generate", ["--seed", 3, "--temperature", 1.0], None),
+        ("perplexity", ["--prompt-tokens", 8], None),
+    ],
+)
+def test_an_option_without_effect_is_noted(cli, tiny, text_file, command, options, says):
+    what = {
+        "generate": ["--prompt", "ab", "--max-new-tokens", 1],
+        "perplexity": ["--corpus", text_file, "--window", 16, "--max-windows", 1],
+    }[command]
+    if command == "perplexity" and "--prompt-tokens" not in options:
+        what += ["--prompt-tokens", 8]
+    recipe = [] if "--recipe" in options else ["--recipe", "rtn", "--select", "layers/q"]
+    code, _, err = cli(command, "--model", tiny, *what, *recipe, *options, "--no-compilation-cache")
+    assert code == 0, err
+    assert (says in err) if says else ("has no effect" not in err)
+
+
+@pytest.mark.parametrize("recipe", ["none", "ttq"])
+def test_both_sizes_are_said(cli_json, tiny, recipe):
+    (got,) = cli_json("generate", "--model", tiny, "--prompt", "ab", "--max-new-tokens", 1,
+                      "--recipe", recipe)  # fmt: skip
+    (told,) = cli_json("inspect", "--model", tiny, "--recipe", recipe)
+    assert got["model_bits"] == told["model_bits"]
+    assert (got["model_bits"] > got["effective_bits"]) == (recipe == "ttq")

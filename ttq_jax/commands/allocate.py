@@ -11,7 +11,7 @@ from ttq_jax.commands.options import check_file, needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
-from ttq_jax.evaluation.describe import table, versions
+from ttq_jax.evaluation.describe import made_by, table
 from ttq_jax.evaluation.preparation import calibration_text, load_model, windows_read
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths
@@ -153,11 +153,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     except ConfigError as e:
         failure = e  # what was found is printed first: it took long
     if args.json:
-        print_json({
-            "model": args.model, "method": args.method, "recipe": made.describe(),
+        print_json(made_by(model) | {
+            "method": args.method, "recipe": made.describe(),
             "stored_bits": bits, "divergence": found, "uniform_divergence": uniform,
             "corpus": args.corpus, "corpus_sha256": sha256(corpus), "windows": len(at),
-            "out": None if failure else args.out, "versions": versions(),
+            "out": None if failure else args.out,
         })  # fmt: skip
     else:
         print_text(table(_layers_by_width(measured, made)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.store import check_destination, load_conversation, save_conversation
-from ttq_jax.commands.options import check_file, needs_of, prompts_of, recipe_of
+from ttq_jax.commands.options import check_file, needs_of, note_unused, prompts_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
@@ -37,6 +37,7 @@ def _print_json(
         print_json(
             head(model, args.method, recipe, made.effective_bits)
             | {
+                "model_bits": round(made.model_bits, 4),
                 "prompt": prompt,
                 "text": text,
                 "prompt_tokens": length,
@@ -59,17 +60,10 @@ def _tell(
     """What is not the answer, on stderr."""
     new, why = sum(map(len, made.tokens)), ", ".join(sorted(set(made.stopped)))
     progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
-    progress.note(describe_method(args.method, recipe, made.effective_bits))
+    bits = made.effective_bits, made.model_bits
+    progress.note(describe_method(args.method, recipe, *bits))
     if timings:
         progress.note(timings.in_words())
-
-
-def _note_unused(args: argparse.Namespace, progress: Progress) -> None:
-    """Notes the options that are not needed here; those that a recipe cannot take are refused."""
-    if args.temperature == 0 and args.seed is not None:
-        progress.note("--seed has no effect at temperature 0: nothing is drawn")
-    if args.per_prompt and args.batch_size == 1:
-        progress.note("--per-prompt has no effect: a batch of one prompt has its own weights")
 
 
 def _check_conversation(
@@ -117,7 +111,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     _check_conversation(args, recipe, progress)
-    _note_unused(args, progress)
+    note_unused(args, recipe, progress)
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)

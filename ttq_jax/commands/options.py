@@ -6,11 +6,13 @@ from pathlib import Path
 
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.preparation import Needs
+from ttq_jax.evaluation.progress import Progress
 from ttq_jax.files import check_destination
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
+from ttq_jax.sweeps.axes import Options
 from ttq_jax.text import decode, read_text
 
 
@@ -47,6 +49,29 @@ def check_file(path: str | None) -> None:
             check_destination(path)
         except OSError as e:
             raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
+
+
+def note_unused(args: argparse.Namespace, recipe: Recipe | None, progress: Progress) -> None:
+    """Notes the options that are given and not needed; those that a recipe cannot take are refused.
+
+    Args:
+      args: of `ttq generate` or `ttq perplexity`.
+      recipe: from `recipe_of`.
+      progress: gets a line for each.
+    """
+    given = vars(args)
+    corpus = recipe is not None and recipe.source.reads_corpus and not given["prepared"]
+    notes = {
+        "seed": (given.get("temperature") == 0, "at temperature 0 nothing is drawn"),
+        "per_prompt": (given.get("batch_size") == 1, "one prompt has its own weights anyway"),
+        "prompt_tokens": (given.get("protocol") == "window", "the whole window makes the weights"),
+        "with_baseline": (recipe is None, "the model that is scored is the unquantized one"),
+        "calibration_tokens": (not corpus, "no calibration corpus is read"),
+    }
+    for name, (unused, why) in notes.items():
+        value = given.get(name)
+        if unused and value not in {None, False, getattr(Options, name, None)}:
+            progress.note(f"--{name.replace('_', '-')} has no effect: {why}")
 
 
 def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.commands.options import check_file, needs_of, recipe_of
+from ttq_jax.commands.options import check_file, needs_of, note_unused, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.evaluation.corpora import begin_tokens, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import describe_method, head
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
     """
     recipe = recipe_of(args)
+    note_unused(args, recipe, progress)
     protocol = Protocol(kind=args.protocol, window=args.window, prompt_tokens=args.prompt_tokens)
     check_file(args.save_recipe)
     with progress.stage(f"reading {args.corpus}"):

@@ -7,7 +7,7 @@ from ttq_jax.checkpoint.store import check_destination, save_offline
 from ttq_jax.commands.options import needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.describe import megabytes, versions
+from ttq_jax.evaluation.describe import made_by, megabytes
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.tree import check_selection
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     with progress.stage(f"writing {args.out}"):
         save_offline(place, model, recipe, offline)
     if args.json:
-        print_json({
-            "model": args.model, "method": args.method, "recipe": recipe.describe(),
-            "out": args.out, "bytes": found, "seconds": round(seconds, 3), "versions": versions(),
+        print_json(made_by(model) | {
+            "method": args.method, "recipe": recipe.describe(), "out": args.out, "bytes": found,
+            "seconds": round(seconds, 3),
         })  # fmt: skip
         return
     print_text(", ".join(f"{what} {megabytes(size)}" for what, size in found.items()))

@@ -40,6 +40,24 @@ def device() -> str:
     return f"cpu, {cores} cores"
 
 
+def made_by(model: Model) -> dict[str, Any]:
+    """What every JSON result depends on: the model's files and dtype, the device, the versions.
+
+    Args:
+      model: the unquantized model.
+
+    Returns:
+      JSON data.
+    """
+    return {
+        "model": model.name,
+        "origin": dict(model.origin),
+        "dtype": model.dtype,
+        "device": device(),
+        "versions": versions(),
+    }
+
+
 def head(model: Model, method: str, recipe: Recipe | None, bits: float) -> dict[str, Any]:
     """The fields that every JSON result begins with.
 
@@ -52,14 +70,9 @@ def head(model: Model, method: str, recipe: Recipe | None, bits: float) -> dict[
     Returns:
       JSON data.
     """
-    return {
-        "model": model.name,
-        "origin": dict(model.origin),
-        "dtype": model.dtype,
+    return made_by(model) | {
         "method": method,
         "recipe": None if recipe is None else recipe.describe(),
-        "device": device(),
-        "versions": versions(),
         "effective_bits": round(bits, 4),
     }
 

@@ -44,7 +44,7 @@ from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling, make_key
-from ttq_jax.types import Offline, effective_bits
+from ttq_jax.types import Offline, Params, effective_bits, model_bits
 
 _WEIGHTS_FROM = {
     "loglikelihood": "the context",
@@ -124,14 +124,19 @@ class _Adapter:
         if (additional_config or {}).get("batch_size", 1) not in {None, 1, "1"}:
             Progress().note("the batch size has no effect: each prompt has weights of its own")
         made = cls(**load_arguments(arg_dict))
-        Progress().note(describe_method(made.said["method"], made.recipe, made.effective_bits))
+        bits = effective_bits(made.shapes), model_bits(made.shapes)
+        Progress().note(describe_method(made.said["method"], made.recipe, *bits))
         return made
 
     @property
+    def shapes(self) -> Params:
+        """Shapes and dtypes of the tree that scores and answers."""
+        return decoded_shapes(self.model.params, self.model.config, self.recipe, self.offline)
+
+    @property
     def effective_bits(self) -> float:
-        """Stored bits per weight of what scores and answers, everything counted."""
-        shapes = decoded_shapes(self.model.params, self.model.config, self.recipe, self.offline)
-        return effective_bits(shapes)
+        """Stored bits per weight of the linear layers that score and answer."""
+        return effective_bits(self.shapes)
 
     def get_model_info(self) -> dict[str, Any]:
         """What made the numbers; lm_eval puts it into the "config" of its results."""
@@ -141,6 +146,7 @@ class _Adapter:
         made = head(self.model, said.pop("method"), self.recipe, self.effective_bits)
         more = {
             "model": name,
+            "model_bits": round(model_bits(self.shapes), 4),
             "max_length": self.max_length,
             "seed": self.seed,
             "weights_from": _WEIGHTS_FROM,

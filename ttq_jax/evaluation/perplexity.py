@@ -11,9 +11,11 @@ which weights read the prompt. A recipe with a refresh refreshes after every n s
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +200,35 @@ def read_refreshing(
     return hidden.reshape(-1, hidden.shape[-1])[:length]
 
 
+def window_nll(
+    model: Model, window: np.ndarray, *, recipe: Recipe | None, offline: Offline,
+    protocol: Protocol,
+) -> float:  # fmt: skip
+    """`score_window` of a loaded model, as a number.
+
+    Args:
+      model: the unquantized model.
+      window: int32[W] token ids.
+      recipe: how to quantize; None for the unquantized model.
+      offline: from `prepare`.
+      protocol: what is read, what is scored.
+
+    Returns:
+      Summed over the `protocol.scored` tokens, nats; finite.
+
+    Raises:
+      NotFiniteError: it is not.
+    """
+    how: dict[str, Any] = {"config": model.config, "recipe": recipe}
+    one = score_window(model.params, jax.device_put(window), offline, protocol=protocol, **how)
+    nll = float(jax.device_get(one))
+    if not math.isfinite(nll):
+        read = [window[: protocol.read].tolist()]
+        prompts = pad_prompts(read, max_positions=model.config.max_positions)
+        raise_not_finite(model.params, prompts, offline, **how)
+    return nll
+
+
 def stream(
     model: Model,
     windows: np.ndarray,
@@ -238,15 +269,7 @@ def stream(
     bits, whole = effective_bits(shapes), model_bits(shapes)
     start, nll = time.perf_counter(), []
     for window in windows:
-        one = score_window(
-            model.params, jax.device_put(window), offline,
-            config=model.config, recipe=recipe, protocol=protocol,
-        )  # fmt: skip
-        nll.append(float(jax.device_get(one)))
-        if not np.isfinite(nll[-1]):
-            read = [window[: protocol.read].tolist()]
-            prompts = pad_prompts(read, max_positions=model.config.max_positions)
-            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
+        nll.append(window_nll(model, window, recipe=recipe, offline=offline, protocol=protocol))
         scored = len(nll) * protocol.scored
         yield Perplexity(
             perplexity=float(np.exp(np.sum(nll) / scored)),
