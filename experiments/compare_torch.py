@@ -147,11 +147,11 @@ def recipes_of(methods: list[str], bits: list[int]) -> dict[str, Recipe | None]:
     made: dict[str, Recipe | None] = {"none": None}
     for method in methods:
         base, at, corpus = method.partition("@")
+        if base == "none":
+            raise SystemExit("method 'none' is always measured; leave it out")
         for width in bits:
             name = f"{base}-{width}{at}{corpus}"
             recipe = recipe_named(name)
-            if recipe is None:
-                raise SystemExit("method 'none' is always measured; leave it out")
             grid = dataclasses.replace(recipe.grid, store_dtype="float32")
             made[name] = dataclasses.replace(recipe, grid=grid)
             rule_of(name, made[name])  # refuses before anything is loaded

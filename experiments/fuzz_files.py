@@ -41,6 +41,7 @@ from fuzz_inputs import write_inputs
 from fuzz_kinds import KINDS, Kind, digest
 
 from ttq_jax.errors import Error
+from ttq_jax.files import write_file
 
 GOOD = ("refused", "as before", "as the file says")
 PACKAGES = ("ttq-jax", "jax", "numpy", "safetensors", "tokenizers", "gguf")
@@ -239,7 +240,7 @@ def main() -> int:
     text = table(found, args)
     print(text)
     if args.out:
-        args.out.write_text(text)
+        write_file(args.out, text)
     return int(any(one.what not in GOOD for all_ in found.values() for one in all_))
 
 

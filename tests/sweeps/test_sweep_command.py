@@ -339,6 +339,15 @@ def test_another_model_under_the_same_label_is_refused(place, tmp_path, sweep):
     code, text, _ = sweep(file, "--out", out)
     assert code == 0
     assert "1 of 1 cells" in text
+    # A row of a version that did not say it.
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "rows.jsonl").write_text(
+        json.dumps({k: v for k, v in row.items() if k != "model"}) + "\n"
+    )
+    code, text, _ = sweep(file, "--out", old)
+    assert code == 0
+    assert "1 of 1 cells" in text
     (tmp_path / "one").rename(tmp_path / "gone")
     (tmp_path / "two").rename(tmp_path / "one")
     code, _, err = sweep(file, "--out", out)

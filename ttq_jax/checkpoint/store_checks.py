@@ -123,6 +123,6 @@ def _stands_for(kernel: Any, shape: tuple[int, ...], grids: tuple[Grid, ...]) ->
     return len(stacks) == len(used) and all(
         (one.bits, one.group_size, one.d_in, one.d_out)
         == (grid.bits, grid.rows_per_group(d_in), d_in, d_out)
-        and jax.eval_shape(dense_weight, one).shape == (grids.count(grid), d_in, d_out)
+        and jax.eval_shape(jax.vmap(dense_weight), one).shape == (grids.count(grid), d_in, d_out)
         for one, grid in zip(stacks, used, strict=True)
     )

@@ -37,12 +37,13 @@ def _of_others(cells: list[Cell], rows: dict[str, Row], runner: Runner) -> None:
     """
     for cell in cells:
         row = rows.get(cell.key, {})
-        was = row.get("model", {})
-        if was and was["fingerprint"] != runner.origin(cell.options.model)["fingerprint"]:
+        # Rows of older versions do not say which model's they are.
+        was = row.get("model", {}).get("fingerprint")
+        if was and was != runner.origin(cell.options.model)["fingerprint"]:
             raise ConfigError(
                 f"model {cell.values['model']}: expected the model of the rows in --out "
-                f"({was['file']} {was['revision']}, fingerprint {was['fingerprint'][:12]}…), got "
-                "another; choose another --out, or another label"
+                f"({row['model'].get('file')}, fingerprint {was[:12]}…), got another; choose "
+                "another --out, or another label"
             )
         for axis in ("corpus", "calibration"):
             was = row.get(f"{axis}_sha256")

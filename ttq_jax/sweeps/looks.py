@@ -9,6 +9,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from ttq_jax.files import write_files
+
 _COLOURS = {
     "fast": ("#0072B2", "o"), "best": ("#009E73", "^"), "ttq": ("#E69F00", "D"),
     "paper": ("#D55E00", "s"), "awq": ("#CC79A7", "v"), "gptq": ("#1A1A1A", "P"),
@@ -117,5 +119,4 @@ def save(figure: Any, path: Path) -> None:
       path: of the SVG.
     """
     drawing = finish(figure)
-    path.with_suffix(".svg").write_bytes(drawing.svg)
-    path.with_suffix(".pdf").write_bytes(drawing.pdf)
+    write_files({path.with_suffix(".svg"): drawing.svg, path.with_suffix(".pdf"): drawing.pdf})

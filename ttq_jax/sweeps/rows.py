@@ -23,6 +23,9 @@ Row = dict[str, Any]
 # The byte that is locked while rows are written; cells are at the offsets above it.
 _WRITING = 0
 
+# What resuming needs of a row; `checked` has what a report needs.
+_ROW = {"key": str, "model?": {"fingerprint?": str}}
+
 # Of a file that is read; a row has a few thousand.
 _BYTES = 2**30
 
@@ -154,7 +157,7 @@ def read_rows(directory: Path) -> dict[str, Row]:
         for number, line in enumerate(lines, 1):
             try:
                 row = parse_json(line, "JSON", ConfigError)
-                check(row, {"key": str}, "JSON", ConfigError)
+                check(row, _ROW, "JSON", ConfigError)
             except ConfigError as e:
                 raise ConfigError(
                     f"{path}, line {number}: expected a row that ttq sweep wrote, got "
