@@ -25,6 +25,7 @@ class Model:
       eos_ids: tokens that end a text.
       format: how the file's weights were quantized, as in "Q4_1"; "" if they were not.
       origin: which files it came from, see `checkpoint.origin`; empty if from none.
+      notes: what its files left open or got wrong, and how it was read; a sentence each.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class Model:
     eos_ids: tuple[int, ...]
     format: str = ""
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str:

@@ -52,7 +52,7 @@ class Needs:
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress
 ) -> tuple[Model, float]:
-    """Loads a model.
+    """Loads a model, and prints what is to be known of its files.
 
     Args:
       name: see `checkpoint.load`.
@@ -65,6 +65,8 @@ def load_model(
     start = time.perf_counter()
     with progress.stage(f"loading {name}") as update:
         model = load(name, dtype=dtype, progress=lambda done, total, _: update(done, total))
+    for note in model.notes:
+        progress.note(note)
     return model, time.perf_counter() - start
 
 
