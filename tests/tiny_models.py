@@ -15,6 +15,9 @@ _GEMMA3 = _BASE | {
     "head_dim": 16, "num_hidden_layers": 4, "sliding_window": 4, "query_pre_attn_scalar": 20,
     "layer_types": ["sliding_attention", "full_attention"] * 2, "pad_token_id": 0,
 }  # fmt: skip
+_GEMMA2 = {k: v for k, v in _GEMMA3.items() if k != "layer_types"} | {
+    "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5,
+}  # fmt: skip
 _OPT = {
     "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "max_position_embeddings": 40, "bos_token_id": 256,
@@ -61,6 +64,55 @@ VARIANTS = {
         },
     ),
     "gemma3-untied": ("Gemma3TextConfig", _GEMMA3 | {"tie_word_embeddings": False}),
+    "gemma2": ("Gemma2Config", _GEMMA2),
+    "gemma2-no-caps-untied": (
+        "Gemma2Config",
+        _GEMMA2
+        | {
+            "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "tie_word_embeddings": False, "attention_bias": True,
+        },
+    ),
+    "qwen2": ("Qwen2Config", _BASE),
+    "qwen2-sliding-tied": (
+        "Qwen2Config",
+        _BASE
+        | {
+            "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mistral-window": ("MistralConfig", _BASE | {"sliding_window": 4}),
+    "mistral-nemo": ("MistralConfig", _BASE | {"sliding_window": None, "head_dim": 24}),
+    "phi3": ("Phi3Config", _BASE),
+    "phi3-window-tied": (
+        "Phi3Config",
+        _BASE | {"sliding_window": 5, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "smollm3": ("SmolLM3Config", _BASE | {"num_hidden_layers": 5}),
+    "smollm3-list-sliding": (
+        "SmolLM3Config",
+        _BASE
+        | {
+            "no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 4,
+            "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True,
+        },
+    ),
+    "olmo2": ("Olmo2Config", _BASE),
+    "olmo2-tied-biases": (
+        "Olmo2Config", _BASE | {"tie_word_embeddings": True, "attention_bias": True},
+    ),
+    "granite": (
+        "GraniteConfig",
+        _BASE
+        | {
+            "embedding_multiplier": 3.0, "logits_scaling": 1.5, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.15, "tie_word_embeddings": True,
+        },
+    ),
+    "granite-untied-biases": (
+        "GraniteConfig", _BASE | {"attention_bias": True, "mlp_bias": True},
+    ),
     "opt": ("OPTConfig", _OPT),
     "opt-350m": ("OPTConfig", _OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "opt-no-final-norm": ("OPTConfig", _OPT | {"_remove_final_layer_norm": True}),

@@ -1,11 +1,11 @@
 """The configuration of a model: one frozen dataclass for every family.
 
-A family (Llama, Qwen3, Gemma3, OPT) is a preset of these fields plus a checkpoint key map; the
+A family (Llama, Qwen3, Gemma3, …) is a preset of these fields plus a checkpoint key map; the
 mathematics is in `models.decoder` once.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,27 @@ from ttq_jax.errors import Error
 
 class ConfigError(Error):
     """A configuration that cannot be used; the message says what to change."""
+
+
+def _added(default: Any) -> Any:
+    """A field that later versions added: at its default it says nothing, see `identity`."""
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """What tells a config from another, the same in every version of this package.
+
+    Args:
+      config: a `ModelConfig`, or a `Rope` in it.
+
+    Returns:
+      Field to value; without the fields that were added later and are at their default.
+    """
+    return {
+        f.name: identity(value) if dataclasses.is_dataclass(value) else value
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != f.default or "added" not in f.metadata
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +101,7 @@ class ModelConfig:
     """A decoder-only transformer.
 
     Attributes:
-      family: name of the preset that made it ("llama", "qwen3", "gemma3", "opt").
+      family: name of the preset that made it ("llama", "qwen3", …).
       vocab_size: V.
       d_model: D, width of the residual stream.
       n_layers: L.
@@ -92,20 +113,26 @@ class ModelConfig:
       embed_dim: width of the token embedding; differs from D only in OPT-350M, which projects.
       norm: "rms" (x̂·w), "rms_plus_one" (x̂·(1+w), Gemma) or "layer" (mean and bias, OPT).
       norm_eps: added to the variance.
-      norm_placement: "pre"; "post" (after the residual sum, OPT-350M); "sandwich" (before and
-        after each sublayer, inside the residual branch, Gemma3).
+      norm_placement: "pre"; "post" (after the residual sum, OPT-350M); "branch" (after each
+        sublayer, inside the residual branch, OLMo 2); "sandwich" (before each sublayer and there,
+        Gemma).
       final_norm: whether a norm precedes the head.
       activation: of the feed-forward layer.
       gated: feed-forward is down(act(gate(x)) * up(x)) rather than down(act(up(x))).
       qkv_bias: biases on q, k, v.
       o_bias: bias on o.
       mlp_bias: biases on the feed-forward projections.
-      qk_norm: RMS norm of each query and key head before the rotation (Qwen3, Gemma3).
+      qk_norm: RMS norm of queries and keys before the rotation (Qwen3, Gemma3, OLMo 2).
+      qk_norm_over: "head", each head by itself; "all", the heads of q together, and those of k
+        (OLMo 2).
       rope: rotation of the full-attention layers; None means learned positions (OPT).
       rope_local: rotation of the sliding layers; None means `rope`.
+      rotated_layers: per layer, whether it rotates at all (SmolLM3); () means that all do.
       sliding_window: a sliding layer's query sees keys less than this many tokens back.
       sliding_layers: per layer, whether its attention slides; () means none does.
       embed_scale: factor on the token embedding.
+      residual_scale: factor on what each sublayer adds (Granite).
+      logit_divisor: divides the logits (Granite).
       query_scale: factor on the query, usually H ** -0.5.
       tie_embeddings: the head is the transposed token embedding.
       attn_softcap: attention scores become c·tanh(s/c).
@@ -128,7 +155,7 @@ class ModelConfig:
     embed_dim: int
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_eps: float = 1e-5
-    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    norm_placement: Literal["pre", "post", "branch", "sandwich"] = "pre"
     final_norm: bool = True
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True
@@ -136,11 +163,15 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "all"] = _added("head")
     rope: Rope | None = None
     rope_local: Rope | None = None
+    rotated_layers: tuple[bool, ...] = _added(())
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     embed_scale: float = 1.0
+    residual_scale: float = _added(1.0)
+    logit_divisor: float = _added(1.0)
     tie_embeddings: bool = True
     attn_softcap: float | None = None
     logit_softcap: float | None = None
@@ -156,11 +187,13 @@ class ModelConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"rope needs an even head_dim, got {self.head_dim}")
-        if self.sliding_layers and len(self.sliding_layers) != self.n_layers:
-            raise ConfigError(
-                f"sliding_layers: expected one entry for each of {self.n_layers} layers, "
-                f"got {len(self.sliding_layers)}"
-            )
+        for name in ("sliding_layers", "rotated_layers"):
+            flags = getattr(self, name)
+            if flags and len(flags) != self.n_layers:
+                raise ConfigError(
+                    f"{name}: expected one entry for each of {self.n_layers} layers, "
+                    f"got {len(flags)}"
+                )
         if any(self.sliding_layers) and not self.sliding_window:
             raise ConfigError(
                 "sliding_window: layers with sliding attention need a window of at least 1 token, "

@@ -23,7 +23,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.foreign import named
 from ttq_jax.models.decoder import init_params
 from ttq_jax.models.family import Edit
-from ttq_jax.types import Params
+from ttq_jax.types import SITE_OF, Params
 
 Progress = Callable[[int, int, str], None]
 # (a layer's array to fill, tensor name, first row, row after the last)
@@ -45,16 +45,23 @@ class _Leaf:
     names: tuple[str, ...]  # one per layer, or just one
     stacked: bool
     edit: Edit | None
+    first: int = 0  # row of the tensor; below it are those of others, or of nobody
+    stored_rows: int = 0
 
     @property
     def transposed(self) -> bool:
         return self.path[-1] == "kernel"
 
     @property
+    def rows(self) -> int:
+        """How many rows of each tensor in the file are this leaf's."""
+        return self.shape[-1] if self.transposed else self.shape[0]
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each tensor in the file."""
-        shape = self.shape[::-1] if self.transposed else self.shape
-        return (shape[0] + 2, *shape[1:]) if self.edit == "skip_two_rows" else shape
+        row = self.shape[-2::-1] if self.transposed else self.shape[1:]
+        return (self.stored_rows, *row)
 
 
 def _leaves(
@@ -71,7 +78,22 @@ def _leaves(
         names = tuple(name.replace("{i}", str(i)) for i in layers)
         shape = spec.shape[1:] if stacked else spec.shape
         leaves.append(_Leaf(path, shape, names, stacked, edits.get(module)))
-    return leaves
+    return _placed(leaves)
+
+
+def _placed(leaves: list[_Leaf]) -> list[_Leaf]:
+    """Says which rows are each leaf's: leaves that name one tensor lie in it one after another."""
+    order = {name: i for i, name in enumerate(SITE_OF)}
+    taken: dict[str, int] = {}
+    placed = {}
+    for leaf in sorted(leaves, key=lambda leaf: order.get(leaf.path[-2], 0)):
+        first = taken.get(leaf.names[0], 2 if leaf.edit == "skip_two_rows" else 0)
+        taken[leaf.names[0]] = first + leaf.rows
+        placed[leaf.path] = first
+    return [
+        dataclasses.replace(leaf, first=placed[leaf.path], stored_rows=taken[leaf.names[0]])
+        for leaf in leaves
+    ]
 
 
 def _check_sizes(config: ModelConfig, source: Source) -> None:
@@ -157,8 +179,7 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
       CheckpointError: a weight is NaN or infinite.
     """
     out, name, start, stop = job
-    skip = 2 if leaf.edit == "skip_two_rows" else 0
-    rows = source.read(name, start + skip, stop + skip)
+    rows = source.read(name, leaf.first + start, leaf.first + stop)
     if not np.isfinite(rows).all():
         raise CheckpointError(
             f"{source.label}: tensor {name} holds NaN or infinity; expected finite weights. "
@@ -172,8 +193,7 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
 def _jobs(leaf: _Leaf, out: np.ndarray, head_dim: int) -> Iterator[_Job]:
     """Chunks of rows that one thread reads at a time."""
     for i, name in enumerate(leaf.names):
-        part = out[i] if leaf.stacked else out
-        n_rows = part.shape[-1] if leaf.transposed else part.shape[0]
+        part, n_rows = out[i] if leaf.stacked else out, leaf.rows
         step = n_rows if part.ndim == 1 else max(1, _CHUNK * n_rows // part.size)
         if leaf.edit == "unpermute":
             step = -(-step // head_dim) * head_dim

@@ -6,11 +6,28 @@ from collections.abc import Mapping
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.config import ModelConfig
-from ttq_jax.models import gemma3, llama, opt, qwen3
+from ttq_jax.models import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from ttq_jax.models.family import Family
 from ttq_jax.types import Params
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen3.FAMILY, gemma3.FAMILY, opt.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY
+    for module in (
+        llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, smollm3, olmo2, granite, opt,
+    )
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

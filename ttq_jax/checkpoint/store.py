@@ -26,6 +26,7 @@ from ttq_jax.checkpoint.store_files import (
     shapes,
     write,
 )
+from ttq_jax.config import identity
 from ttq_jax.foreign import named
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
@@ -85,7 +86,7 @@ def fingerprint(model: Model) -> str:
     paths, leaves = zip(*jax.tree.leaves_with_path(model.params), strict=True)
     places = [_places(leaf.shape) for leaf in leaves]
     samples = jax.device_get(_elements(leaves, jax.device_put(places)))
-    config = json.dumps(plain(dataclasses.asdict(model.config)), sort_keys=True)
+    config = json.dumps(plain(identity(model.config)), sort_keys=True)
     digest = hashlib.sha256(config.encode())
     for path, leaf, sample in zip(paths, leaves, samples, strict=True):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())

@@ -21,7 +21,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
-from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, softcap
+from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
 from ttq_jax.types import SITES, Cache, Params, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
@@ -61,12 +61,13 @@ class Block(nn.Module):
 
     def sublayer(self, name: str, x: Array, body: Callable[[Array], Array]) -> Array:
         """Adds `body` to the residual stream, with norms where this family has them."""
-        placement = self.config.norm_placement
-        y = body(x if placement == "post" else make_norm(self.config, f"{name}_norm")(x))
-        if placement == "sandwich":
-            y = make_norm(self.config, f"{name}_post_norm")(y)
-        y = x + y
-        return make_norm(self.config, f"{name}_norm")(y) if placement == "post" else y
+        c = self.config
+        before = c.norm_placement in {"pre", "sandwich"}
+        y = body(make_norm(c, f"{name}_norm")(x) if before else x)
+        if c.norm_placement in {"branch", "sandwich"}:
+            y = make_norm(c, f"{name}_post_norm")(y)
+        y = x + scaled(y, c.residual_scale)
+        return make_norm(c, f"{name}_norm")(y) if c.norm_placement == "post" else y
 
     def weights(self, site: str) -> dict[str, Params]:
         """The parameters of the projections that read this site's activations."""
@@ -113,9 +114,16 @@ class Block(nn.Module):
         def attend_body(h: Array) -> Array:
             nonlocal cache
             ys = visit("attn_in", h)
-            q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (ys["q"], ys["k"], ys["v"]))
-            if c.qk_norm:
-                q, k = make_norm(c, "q_norm")(q), make_norm(c, "k_norm")(k)
+
+            def normed(over: str) -> None:
+                if c.qk_norm and c.qk_norm_over == over:
+                    for name in ("q", "k"):
+                        ys[name] = make_norm(c, f"{name}_norm")(ys[name])
+
+            normed("all")
+            ys = {name: y.reshape(*y.shape[:2], -1, c.head_dim) for name, y in ys.items()}
+            normed("head")
+            q, k, v = ys["q"], ys["k"], ys["v"]
             mixed, cache = attention(q, k, v)
             return visit("attn_out", mixed.reshape(*h.shape[:2], -1))["o"]
 
@@ -141,7 +149,10 @@ def _layer_constants(config: ModelConfig) -> dict[str, Array]:
     if config.rope is not None:
         full = config.rope.inverse_frequencies(config.head_dim)
         local = (config.rope_local or config.rope).inverse_frequencies(config.head_dim)
-        constants["rope"] = np.where(sliding[:, None], local, full)
+        rotated = np.array(config.rotated_layers or (True,) * config.n_layers)
+        # At frequency zero nothing turns.
+        rope = np.where(sliding[:, None], local, full) * rotated[:, None]
+        constants["rope"] = rope.astype(np.float32)
     return jax.tree.map(jnp.asarray, constants)
 
 
@@ -149,9 +160,7 @@ def embed(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Token embeddings (and learned positions, where the family has them)."""
-    x = params["embed"]["embedding"][tokens]
-    if config.embed_scale != 1.0:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    x = scaled(params["embed"]["embedding"][tokens], config.embed_scale)
     if "project_in" in params:
         x = linear(x, params["project_in"]["kernel"])
     if "positions" in params:
@@ -180,7 +189,7 @@ def logits(
     else:
         kernel = params["head"]["kernel"]
         out = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
-    return softcap(out, config.logit_softcap)
+    return softcap(scaled(out, 1 / config.logit_divisor), config.logit_softcap)
 
 
 def forward(

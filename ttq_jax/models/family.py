@@ -45,6 +45,10 @@ class Settings:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether a setting is there and null, which in some places is not the same as absent."""
+        return name in self._values and self._values[name] is None
+
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         """The value of a setting; a null counts as absent.
 

@@ -72,6 +72,11 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """A factor times x, in the dtype of x; x itself at 1."""
+    return x if factor == 1.0 else x * jnp.asarray(factor, x.dtype)
+
+
 def softcap(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
     """c·tanh(x/c), or x itself when there is no cap (Gemma 2 report, 2024)."""
     return x if cap is None else cap * jnp.tanh(x / cap)

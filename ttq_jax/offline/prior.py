@@ -33,11 +33,7 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
       Per site, moments stacked over the layers.
     """
     layers = params["layers"]
-    norms = {name: _norm_power(config, layers[f"{name}_norm"]) for name in ("attn", "mlp")}
-    attn_in, mlp_in = norms["attn"], norms["mlp"]
-    if config.norm_placement == "post":
-        # The norm comes last: attention reads the output of the previous layer's last norm.
-        attn_in, mlp_in = jnp.roll(norms["mlp"], 1, axis=0), norms["attn"]
+    attn_in, mlp_in = _block_inputs(config, params)
     values = _through(attn_in, layers["v"])
     heads = values.reshape(len(values), config.n_kv_heads, -1)
     attn_out = jnp.repeat(heads, config.n_heads // config.n_kv_heads, axis=1)
@@ -53,6 +49,26 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
         "mlp_out": mlp_out,
     }
     return {site: jax.vmap(partial(_moments, reads=reads))(p) for site, p in power.items()}
+
+
+def _block_inputs(
+    config: ModelConfig, params: Params
+) -> tuple[Float[Array, "L D"], Float[Array, "L D"]]:
+    """The power of what attention and the feed-forward layer read."""
+    after = "_post_norm" if config.norm_placement == "branch" else "_norm"
+    layers = params["layers"]
+    attn, mlp = (_norm_power(config, layers[name + after]) for name in ("attn", "mlp"))
+    if config.norm_placement == "post":
+        # The norm comes last: attention reads the output of the previous layer's last norm.
+        return jnp.roll(mlp, 1, axis=0), attn
+    if config.norm_placement == "branch":
+        # Both read the residual stream: the embedding and all that was added to it before.
+        table = params["embed"]["embedding"].astype(jnp.float32)
+        start = jnp.mean(jnp.square(table), axis=0) * config.embed_scale**2
+        added = config.residual_scale**2 * jnp.stack([attn, mlp], axis=1).reshape(-1, len(start))
+        stream = start[None] + jnp.cumsum(added, axis=0) - added
+        return stream[0::2], stream[1::2]
+    return attn, mlp
 
 
 def _norm_power(config: ModelConfig, norm: Params) -> Float[Array, "L D"]:

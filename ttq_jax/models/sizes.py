@@ -1,0 +1,140 @@
+"""The settings that most families spell alike, and which of a model's layers slide."""
+
+from typing import Any
+
+from ttq_jax.config import ConfigError
+from ttq_jax.errors import shown
+from ttq_jax.foreign import named
+from ttq_jax.models.family import Settings, activation, head_width
+
+
+def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
+    """Sizes, norms and activation of a config.json with Llama's names.
+
+    Args:
+      s: config.json.
+      **absent: what transformers takes for a key that is absent. Without one the key must be there,
+        but for `num_key_value_heads` (the number of heads) and `head_dim` (their share of the
+        width).
+
+    Returns:
+      Arguments of `ModelConfig`.
+    """
+
+    def integer(name: str, **bounds: int) -> int:
+        return s.integer(name, *([absent[name]] if name in absent else ()), **bounds)
+
+    width, heads = integer("hidden_size"), integer("num_attention_heads")
+    # A null is not absence: there it means one key for each query head.
+    kv_heads = heads if s.is_null("num_key_value_heads") else absent.get("num_key_value_heads")
+    head_dim = s.integer("head_dim", absent.get("head_dim") or head_width(width, heads))
+    return {
+        "vocab_size": integer("vocab_size"),
+        "d_model": width,
+        "embed_dim": width,
+        "n_layers": s.layers("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": s.integer("num_key_value_heads", kv_heads or heads),
+        "head_dim": head_dim,
+        "d_ff": integer("intermediate_size"),
+        "max_positions": integer("max_position_embeddings"),
+        "query_scale": head_dim**-0.5,
+        "norm_eps": s.number("rms_norm_eps", absent.get("rms_norm_eps", 1e-6)),
+        "activation": activation(s, "hidden_act", "silu"),
+    }
+
+
+def gguf_sizes(s: Settings, arch: str, head_dim: int | None = None) -> dict[str, Any]:
+    """Sizes and norms of a GGUF header.
+
+    Args:
+      s: the header.
+      arch: prefix of its keys.
+      head_dim: channels per head where the header does not say it; None for the heads' share of
+        the width.
+
+    Returns:
+      Arguments of `ModelConfig`.
+
+    Raises:
+      ConfigError: keys and values differ in width.
+    """
+    width, heads = s.integer(f"{arch}.embedding_length"), s.integer(f"{arch}.attention.head_count")
+    head_dim = s.integer(f"{arch}.attention.key_length", head_dim or head_width(width, heads))
+    s.require(f"{arch}.attention.value_length", head_dim)
+    return {
+        "d_model": width,
+        "embed_dim": width,
+        "n_layers": s.layers(f"{arch}.block_count"),
+        "n_heads": heads,
+        "n_kv_heads": s.integer(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "d_ff": s.integer(f"{arch}.feed_forward_length"),
+        "max_positions": s.integer(f"{arch}.context_length"),
+        "query_scale": head_dim**-0.5,
+        "norm_eps": s.number(f"{arch}.attention.layer_norm_rms_epsilon"),
+    }
+
+
+def every(pattern: int, n_layers: int) -> tuple[bool, ...]:
+    """Flags of which every `pattern`-th is off, from the layer `pattern - 1` on.
+
+    Args:
+      pattern: at least 1.
+      n_layers: how many flags.
+
+    Returns:
+      The flags; () if none is on.
+    """
+    flags = tuple(bool((i + 1) % pattern) for i in range(n_layers))
+    return flags if any(flags) else ()
+
+
+def sliding_layers(types: Any, n_layers: int) -> tuple[bool, ...]:
+    """Reads config.json's `layer_types`.
+
+    Args:
+      types: per layer, "full_attention" or "sliding_attention".
+      n_layers: how many there must be.
+
+    Returns:
+      Per layer, whether its attention slides; () if none does.
+
+    Raises:
+      ConfigError: another kind of layer, or another number of them.
+    """
+    if not isinstance(types, list) or len(types) != n_layers:
+        raise ConfigError(f"layer_types: expected a list of {n_layers} entries, got {shown(types)}")
+    known = {"full_attention": False, "sliding_attention": True}
+    other = sorted({str(t) for t in types} - set(known))
+    if other:
+        raise ConfigError(f"layer_types: expected {' or '.join(known)}, got {named(other)}")
+    flags = tuple(known[t] for t in types)
+    return flags if any(flags) else ()
+
+
+def everywhere(window: int | None, n_layers: int) -> dict[str, Any]:
+    """Arguments of `ModelConfig` for one window in all layers; None for no window."""
+    return {"sliding_window": window, "sliding_layers": (True,) * n_layers if window else ()}
+
+
+def qwen_window(s: Settings, n_layers: int) -> dict[str, Any]:
+    """Qwen's window: in the last layers, behind a switch.
+
+    Args:
+      s: config.json.
+      n_layers: of the model.
+
+    Returns:
+      Arguments of `ModelConfig`.
+    """
+    absent = None if s.is_null("sliding_window") else 4096
+    window, first = s.integer("sliding_window", absent), s.integer("max_window_layers", 28, 0)
+    types = s.take("layer_types", None)
+    if not s.flag("use_sliding_window", False):
+        window = None
+    if types is not None:
+        sliding = sliding_layers(types, n_layers)
+    else:
+        sliding = tuple(window is not None and i >= first for i in range(n_layers))
+    return {"sliding_window": window, "sliding_layers": sliding if any(sliding) else ()}
