@@ -183,6 +183,7 @@ def test_a_refreshing_window_is_scored_as_it_would_be_decoded():
 VARIANTS = {
     "pre": {},
     "post": {"norm_placement": "post"},
+    "branch": {"norm_placement": "branch", "embed_scale": 2.0, "residual_scale": 0.5},
     "gemma": {"norm": "rms_plus_one", "norm_placement": "sandwich", "activation": "gelu_tanh"},
     "opt": {k: v for k, v in OPT.items() if k != "n_kv_heads"},
 }
@@ -227,7 +228,10 @@ def test_a_prior_from_weights_is_white_noise_sent_through_the_block(variant):
         if biased:
             width = leaf["scale" if "norm" in name else "kernel"].shape[-1]
             leaf["bias"] = jnp.asarray(0.3 * rng.normal(size=(2, width)), jnp.float32)
-    got = prior_from_weights({"layers": layers}, config=config, reads=Reads((1.0, 2.0), -1))
+    tree = {"embed": PARAMS["embed"], "layers": layers}
+    if variant == "branch":
+        tree["layers"] = {n.replace("_norm", "_post_norm"): leaf for n, leaf in layers.items()}
+    got = prior_from_weights(tree, config=config, reads=Reads((1.0, 2.0), -1))
     f64 = jax.tree.map(lambda a: np.asarray(a, np.float64), layers)
 
     def power_after(name, layer):
@@ -247,6 +251,13 @@ def test_a_prior_from_weights_is_white_noise_sent_through_the_block(variant):
         into = [power_after("attn", layer), power_after("mlp", layer)]
         if variant == "post":
             into = [power_after("mlp", layer - 1), power_after("attn", layer)]
+        if variant == "branch":
+            # Twice the embedding, and half of every norm that was added to it before.
+            table = 2.0 * np.asarray(PARAMS["embed"]["embedding"], np.float64)
+            into = [(table**2).mean(0)]
+            for i in range(layer):
+                into[0] = into[0] + (power_after("attn", i) + power_after("mlp", i)) / 4
+            into.append(into[0] + power_after("attn", layer) / 4)
         for site, power in zip(("attn_in", "mlp_in"), into, strict=True):
             np.testing.assert_allclose(at[site].mean_power(2.0), power, rtol=1e-5)
         attn, mlp = (rng.normal(size=(n, 16)) * np.sqrt(power) for power in into)

@@ -10,12 +10,15 @@ _NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 _PRE_NORM = {"post_attention_layernorm": "ffn_norm"}
 _SANDWICH = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
+# Their converters reorder the rotated channels.
+_REORDERED = {"llama", "smollm3", "granite"}
 
 
 def _permute(w: np.ndarray, heads: int) -> np.ndarray:
@@ -27,7 +30,7 @@ def _permute(w: np.ndarray, heads: int) -> np.ndarray:
 def tensors_of(model, arch: str) -> dict[str, np.ndarray]:
     """The tensors of a transformers model under llama.cpp's names and conventions."""
     config, out = model.config, {}
-    names = _NAMES | (_SANDWICH if arch == "gemma3" else _PRE_NORM)
+    names = _NAMES | (_SANDWICH if arch in {"gemma2", "gemma3", "olmo2"} else _PRE_NORM)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, value in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -38,9 +41,9 @@ def tensors_of(model, arch: str) -> dict[str, np.ndarray]:
             layer, module = module.removeprefix("model.layers.").split(".", 1)
             block = f"blk.{layer}."
         new, array = names[module], value.numpy().copy()
-        if arch == "llama" and new in heads:
+        if arch in _REORDERED and new in heads:
             array = _permute(array, heads[new])
-        if arch == "gemma3" and new.endswith("norm"):
+        if arch.startswith("gemma") and new.endswith("norm"):
             array = array + 1
         out[f"{block}{new}.{kind}"] = array
     return out
@@ -50,6 +53,7 @@ def header_of(model, arch: str) -> dict:
     """The architecture's keys for a transformers model, without the tokenizer's."""
     c = model.config
     rope = c.rope_parameters
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     keys = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,
@@ -57,13 +61,21 @@ def header_of(model, arch: str) -> dict:
         "feed_forward_length": c.intermediate_size,
         "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": c.num_key_value_heads,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
     }
-    if arch == "gemma3":
+    if arch.startswith("gemma"):
         keys["attention.sliding_window"] = c.sliding_window
+    if arch == "gemma2":
+        keys["attn_logit_softcapping"] = c.attn_logit_softcapping
+        keys["final_logit_softcapping"] = c.final_logit_softcapping
+    if arch == "granite":
+        keys["attention.scale"] = c.attention_multiplier
+        keys["embedding_scale"] = c.embedding_multiplier
+        keys["residual_scale"] = c.residual_multiplier
+        keys["logit_scale"] = c.logits_scaling
     return {f"{arch}.{k}": v for k, v in keys.items()}
 
 

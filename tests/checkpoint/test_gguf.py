@@ -37,6 +37,16 @@ CASES = {
     "llama-linear-rope": (
         "llama", {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 3.0},
     ),
+    # Mistral's files call themselves Llama's.
+    "mistral-nemo": ("llama", {}),
+    "qwen2": ("qwen2", {"qwen2.rope.dimension_count": 16}),
+    "phi3": ("phi3", {"phi3.rope.dimension_count": 16}),
+    "phi3-window-tied": ("phi3", {"phi3.attention.sliding_window": 5}),
+    "smollm3": ("smollm3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo2-tied-biases": ("olmo2", {}),
+    "granite": ("granite", {}),
+    "granite-untied-biases": ("granite", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biases": ("qwen3", {}),
 }  # fmt: skip
@@ -84,6 +94,18 @@ def test_gemma3_matches_transformers(period, tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     write_gguf(path, "gemma3", header, tensors_of(reference, "gemma3"))
     assert_same_logits(reference, load(path))
+
+
+def test_gemma2_matches_transformers(tmp_path, monkeypatch):
+    """Its header says neither which layers slide nor how queries are scaled."""
+    kind, base = VARIANTS["gemma2"]
+    monkeypatch.setitem(VARIANTS, "here", (kind, base | {"query_pre_attn_scalar": 16}))
+    reference = make_model("here")
+    header = header_of(reference, "gemma2") | tokenizer_header(VOCAB)
+    write_gguf(tmp_path / "m.gguf", "gemma2", header, tensors_of(reference, "gemma2"))
+    model = load(tmp_path / "m.gguf")
+    assert model.config.sliding_layers == (True, False, True, False)
+    assert_same_logits(reference, model)
 
 
 def llama3_factors(head_dim, theta, factor, low, high, original):
@@ -252,7 +274,7 @@ def test_other_storage_types_are_refused_by_name(parts, tmp_path):
 
 def test_unknown_architecture_lists_the_supported_ones(parts, tmp_path):
     write_gguf(tmp_path / "m.gguf", "mamba", *parts)
-    refuse(tmp_path / "m.gguf", "'mamba' is not supported in GGUF files; expected one of gemma3, ")
+    refuse(tmp_path / "m.gguf", "'mamba' is not supported in GGUF files; expected one of gemma2, ")
 
 
 def test_bfloat16(parts, tmp_path):

@@ -11,19 +11,19 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from compilers import needs_compilers
+from compilers import MODELS, needs_compilers
 
 import pallas_kernels
 from pallas_kernels.choice import KERNELS, Target
 from pallas_kernels.layout import PLANES
 from ttq_jax.chips.absent import compile_for
-from ttq_jax.chips.released import RELEASED, projections, released_config
+from ttq_jax.chips.released import projections, released_config
 
 pytestmark = needs_compilers
 
 TRITON = "__gpu$xla.gpu.triton"
 CHIPS = ("h100", "a100", "l4")
-SHAPES = sorted({s for name in RELEASED for s in projections(released_config(name)).values()})
+SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
 LAYERS = 2
 # 3 and 5 bits are twice the code of the others, and take the compiler four times as long.
 MATMUL_BITS = (4, 2, 4, 8, 4, 3, 4, 4, 2, 4, 5)

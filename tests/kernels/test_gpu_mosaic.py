@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilers import needs_compilers
+from compilers import MODELS, needs_compilers
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from packed_weights import EPS, oracle_weight, random_weight
@@ -17,9 +17,9 @@ from pallas_kernels.gpu import packed_matmul_sm90 as gpu
 from pallas_kernels.layout import PLANES, pack
 from pallas_kernels.problem import Problem, matmul_problem
 from ttq_jax.chips.absent import compile_for
-from ttq_jax.chips.released import RELEASED, projections, released_config
+from ttq_jax.chips.released import projections, released_config
 
-SHAPES = sorted({s for name in RELEASED for s in projections(released_config(name)).values()})
+SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
 
 
 def simulate(x, planes, scales, zeros, layer, tiles=None, **kind):

@@ -6,7 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from compilers import needs_compilers
+from compilers import MODELS, needs_compilers
 
 import pallas_kernels
 from pallas_kernels.choice import Problem, choose, current_target
@@ -15,7 +15,6 @@ from ttq_jax.chips.released import projections, released_config
 
 pytestmark = needs_compilers
 TPUS = [name for name, chip in CHIPS.items() if chip.platform == "tpu"]
-MODELS = ("qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "llama-3-8b", "gemma-3-1b", "opt-6.7b")
 SHAPES = sorted({s for name in MODELS for s in projections(released_config(name)).values()})
 BITS, ZERO_POINTS = (4, 3, 8, 5, 2), ("float", "none", "integer")
 # A kernel unrolls its groups: compiling a large weight takes seconds, so each is compiled for one

@@ -49,6 +49,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
       Its config.
     """
     sizes = gguf_sizes(s, "phi3")
+    s.require("phi3.rope.dimension_count", sizes["head_dim"])
     return ModelConfig(
         family="phi3",
         vocab_size=vocab_size,

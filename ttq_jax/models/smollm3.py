@@ -43,6 +43,7 @@ def hf_config(s: Settings) -> ModelConfig:
       Its config.
     """
     ignore_common(s)
+    s.ignore("max_window_layers")
     sizes = hf_sizes(s, max_position_embeddings=32768, num_key_value_heads=4)
     n_layers = sizes["n_layers"]
     rotated, types = _rotated(s, n_layers), s.take("layer_types", None)
