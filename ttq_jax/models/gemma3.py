@@ -4,6 +4,8 @@ Five of six layers attend within a sliding window and rotate with a small theta;
 to everything and rotates with a large one.
 """
 
+from typing import Any
+
 import numpy as np
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
@@ -20,9 +22,10 @@ from ttq_jax.models.family import (
     make_rope,
 )
 from ttq_jax.models.qwen3 import sliding_layers
+from ttq_jax.models.settings import disagree
 
 _GLOBAL_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
-_PATTERN = 6
+_PATTERN, _POSITIONS = 6, 131_072
 
 
 def _every(pattern: int, n_layers: int) -> tuple[bool, ...]:
@@ -37,24 +40,63 @@ def _text_settings(s: Settings) -> Settings:
         return s
     ignore_common(s)
     s.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
-             "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
-    text = dict(s.mapping("text_config"))
-    tied = s.take("tie_word_embeddings", None)
-    if tied is not None:
-        text.setdefault("tie_word_embeddings", tied)
-    s.finish()
-    return Settings(text, "text_config.")
+             "image_token_index")  # fmt: skip
+    text = s.inside("text_config")
+    # The wrapper's counts, as in transformers, where it is true by default.
+    text.override("tie_word_embeddings", s.flag("tie_word_embeddings", True))
+    return text
 
 
 def _ropes(s: Settings) -> tuple[Rope, Rope]:
-    """(rotation of full layers, rotation of sliding layers), from old or new keys."""
-    theta = s.number("rope_theta", _GLOBAL_THETA)
-    local = s.number("rope_local_base_freq", _LOCAL_THETA)
-    parts = Settings(s.mapping("rope_parameters"), "rope_parameters.")
-    full = {**parts.mapping("full_attention"), **s.mapping("rope_scaling")}
-    sliding = parts.mapping("sliding_attention")
+    """(rotation of full layers, rotation of sliding layers), from old or new keys.
+
+    Raises:
+      ConfigError: they disagree.
+    """
+    positions = s.integer("max_position_embeddings", _POSITIONS)
+    parts, scaling = s.inside("rope_parameters"), s.mapping("rope_scaling")
+
+    def read(s: Settings, name: str, theta: float, outside: dict[str, tuple[str, Any]]) -> Rope:
+        return make_rope(s.inside(name, outside), theta, positions=positions)
+
+    outer = {"rope_theta": (s.label("rope_theta"), s.number("rope_theta", None))}
+    new = parts.mapping("full_attention")
+    full = read(parts, "full_attention", _GLOBAL_THETA, outer)
+    if scaling:
+        # transformers adds what is in rope_scaling to the new keys.
+        label = parts.label("full_attention")
+        both = outer | {key: (f"{label}.{key}", value) for key, value in new.items()}
+        rope = read(s, "rope_scaling", _GLOBAL_THETA, both)
+        if new and rope != full:
+            disagree(label, new, s.label("rope_scaling"), scaling)
+        full = rope
+    name = "rope_local_base_freq"
+    outer = {"rope_theta": (s.label(name), s.number(name, None))}
+    local = read(parts, "sliding_attention", _LOCAL_THETA, outer)
     parts.finish()
-    return make_rope(full, theta), make_rope(sliding, local)
+    return full, local
+
+
+def _sliding(s: Settings, n_layers: int) -> tuple[bool, ...]:
+    """Which layers slide: `layer_types`, or else every one but each `sliding_window_pattern`-th.
+
+    Raises:
+      ConfigError: the spellings disagree.
+    """
+    types, public = s.take("layer_types", None), s.integer("sliding_window_pattern", None)
+    private = s.integer("_sliding_window_pattern", None)
+    if types is None:
+        # transformers does not read the private one; it writes 6 there whatever the layers are.
+        if private not in (None, public or _PATTERN):
+            disagree(
+                s.label("_sliding_window_pattern"), private, s.label("sliding_window_pattern"),
+                public or _PATTERN,
+            )  # fmt: skip
+        return _every(public or _PATTERN, n_layers)
+    flags = sliding_layers(types, n_layers)
+    if public is not None and flags != _every(public, n_layers):
+        disagree(s.label("layer_types"), types, s.label("sliding_window_pattern"), public)
+    return flags
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -70,8 +112,6 @@ def hf_config(s: Settings) -> ModelConfig:
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
     n_layers, width = s.layers("num_hidden_layers", 26), s.integer("hidden_size", 2304)
-    pattern = s.integer("sliding_window_pattern", s.integer("_sliding_window_pattern", _PATTERN))
-    types = s.take("layer_types", None)
     full, local = _ropes(s)
     attention_bias = s.flag("attention_bias", False)
     config = ModelConfig(
@@ -84,7 +124,7 @@ def hf_config(s: Settings) -> ModelConfig:
         n_kv_heads=s.integer("num_key_value_heads", 4),
         head_dim=s.integer("head_dim", 256),
         d_ff=s.integer("intermediate_size", 9216),
-        max_positions=s.integer("max_position_embeddings", 131_072),
+        max_positions=s.integer("max_position_embeddings", _POSITIONS),
         query_scale=s.number("query_pre_attn_scalar", 256) ** -0.5,
         norm="rms_plus_one",
         norm_eps=s.number("rms_norm_eps", 1e-6),
@@ -95,10 +135,8 @@ def hf_config(s: Settings) -> ModelConfig:
         qk_norm=True,
         rope=full,
         rope_local=local,
-        sliding_window=s.integer("sliding_window", 4096),
-        sliding_layers=_every(pattern, n_layers)
-        if types is None
-        else sliding_layers(types, n_layers),
+        sliding_window=s.integer("sliding_window", None if s.is_null("sliding_window") else 4096),
+        sliding_layers=_sliding(s, n_layers),
         embed_scale=width**0.5,
         tie_embeddings=s.flag("tie_word_embeddings", True),
         attn_softcap=s.number("attn_logit_softcapping", None),

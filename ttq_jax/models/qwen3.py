@@ -43,7 +43,8 @@ def sliding_layers(types: Any, n_layers: int) -> tuple[bool, ...]:
 
 def _layers(s: Settings, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """(window, which layers slide)."""
-    window, first = s.integer("sliding_window", 4096), s.integer("max_window_layers", 28, 0)
+    window = s.integer("sliding_window", None if s.is_null("sliding_window") else 4096)
+    first = s.integer("max_window_layers", 28, 0)
     types = s.take("layer_types", None)
     if not s.flag("use_sliding_window", False):
         window = None
@@ -76,7 +77,9 @@ def hf_config(s: Settings) -> ModelConfig:
         embed_dim=s.integer("hidden_size"),
         n_layers=n_layers,
         n_heads=heads,
-        n_kv_heads=s.integer("num_key_value_heads", heads),
+        n_kv_heads=s.integer(
+            "num_key_value_heads", heads if s.is_null("num_key_value_heads") else 32
+        ),
         head_dim=head_dim,
         d_ff=s.integer("intermediate_size"),
         max_positions=s.integer("max_position_embeddings", 32768),
