@@ -102,6 +102,12 @@ class Rope:
         """Whether the frequencies depend on the length of the text."""
         return self.scaling in {"dynamic", "longrope"}
 
+    @property
+    def reach(self) -> int:
+        """How many tokens the scaling is made for, 0 where the model's own context says it."""
+        stretches = self.scaling in {"dynamic", "yarn"}
+        return int(self.original_positions * self.factor) if stretches else 0
+
     def channels(self, head_dim: int) -> int:
         """How many channels of a head rotate.
 

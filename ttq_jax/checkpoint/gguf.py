@@ -16,6 +16,7 @@ from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
+from ttq_jax.models.rope import stretched
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
@@ -87,7 +88,8 @@ def read_config(
     vocab_size = file.shapes.get("token_embd.weight", (0,))[0]
     settings.require(f"{arch}.vocab_size", vocab_size)
     assert family.gguf_config is not None
-    config = family.gguf_config(settings, vocab_size, "output.weight" not in file.shapes)
+    tied = "output.weight" not in file.shapes
+    config = stretched(family.gguf_config(settings, vocab_size, tied))
     settings.finish()
     if _ROPE_FACTORS in file.shapes:
         assert config.rope is not None

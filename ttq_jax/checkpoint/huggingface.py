@@ -16,6 +16,7 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, read_json
 from ttq_jax.models.family import DERIVED, Family, Settings
+from ttq_jax.models.rope import stretched
 
 _IDS = (None, COUNT, [COUNT])
 # The settings have their own schema, `Settings`, which knows every key.
@@ -61,7 +62,7 @@ def read_config(
     settings = Settings(raw, ignore_keys=ignore_keys)
     settings.ignore("quantization_config", "quantization")
     try:
-        config = family.hf_config(settings)
+        config = stretched(family.hf_config(settings))
         settings.finish()
     except ConfigError as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error

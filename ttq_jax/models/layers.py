@@ -62,15 +62,15 @@ def growth(rope: Rope, head_dim: int, lengths: Int[Array, " B"]) -> Float[Array,
     Returns:
       1 for each pair of channels of texts within the original context, and for other scalings.
     """
-    count = rope.channels(head_dim)
-    beyond = (lengths > rope.original_positions)[:, None]
+    count, length = rope.channels(head_dim), lengths.astype(jnp.float32)[:, None]
     if rope.scaling == "longrope":
         ratio = np.array(rope.short_factors) / np.array(rope.long_factors)
+        beyond = length > rope.original_positions
         return jnp.where(beyond, jnp.asarray(ratio, jnp.float32)[None], jnp.float32(1))
     if rope.scaling == "dynamic":
         # theta' = theta · stretch ^ (R / (R - 2)), as a factor on theta' ^ (-2i / R).
-        stretch = rope.factor * lengths.astype(jnp.float32) / rope.original_positions
-        log = jnp.log(jnp.maximum(stretch - (rope.factor - 1), 1.0))[:, None]
+        stretch = rope.factor * length / rope.original_positions - (rope.factor - 1)
+        log = jnp.log(jnp.maximum(stretch, 1.0))
         exponents = jnp.asarray(np.arange(0, count, 2) / (count - 2), jnp.float32)[None]
         return jnp.exp(-log * exponents)
     return jnp.ones((lengths.shape[0], count // 2), jnp.float32)

@@ -4,10 +4,11 @@ config.json spells it twice: `rope_theta` and `rope_scaling` (old), `rope_parame
 may be there if they mean the same.
 """
 
+import dataclasses
 import math
 from typing import Any
 
-from ttq_jax.config import ConfigError, Rope
+from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.settings import Settings, disagree
 
@@ -148,6 +149,19 @@ def make_rope(
     rope = Rope(theta=theta, partial=share, **_KINDS[kind](s, positions))
     s.finish()
     return rope
+
+
+def stretched(config: ModelConfig) -> ModelConfig:
+    """A config whose context is what its rotation is made for, where files give the original one.
+
+    Args:
+      config: as the settings say it.
+
+    Returns:
+      The config.
+    """
+    reach = 0 if config.rope is None else config.rope.reach
+    return dataclasses.replace(config, max_positions=max(config.max_positions, reach))
 
 
 def hf_rope(settings: Settings, default_theta: float = 10000.0, *, partial: bool = False) -> Rope:
