@@ -178,7 +178,7 @@ class Runner:
             kept.made.clear()
         model = load(name, dtype=dtype, ignore_keys=ignore_keys.split())
         for note in model.notes:
-            self._note(f"{name}: {note}")
+            self._note(f"{model.origin['file']}: {note}")
         return model
 
     def _forget_programs(self, program: Any) -> None:
