@@ -111,7 +111,7 @@ def _checkpoint(folder: Path, config: dict[str, Any], *, shards: int = 1) -> Non
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     _tokenizer(folder)
-    family, made = read_config(folder)
+    family, made, _ = read_config(folder)
     tensors = _tensors(leaves_of(made, family, in_gguf=False), seed=len(folder.name))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -142,7 +142,7 @@ def _vocabulary(arch: str) -> dict[str, Any]:
 
 
 def _gguf(path: Path, arch: str, folder: Path) -> None:
-    family, config = read_config(folder)
+    family, config, _ = read_config(folder)
     header = {
         "block_count": config.n_layers, "context_length": config.max_positions,
         "embedding_length": config.d_model, "feed_forward_length": config.d_ff,

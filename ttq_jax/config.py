@@ -41,22 +41,45 @@ def identity(config: Any) -> dict[str, Any]:
 class Rope:
     """Rotary position embedding (Su et al., 2021): the frequencies of one kind of layer.
 
+    Where the scaling is "dynamic" or "longrope", the frequencies follow from how many tokens a text
+    has so far, with those that are being read. Each row of a batch has its own, and cached keys are
+    turned by the same ones as the queries that meet them. A text that is read in one piece gives
+    what transformers gives. Otherwise transformers differs: a batch's longest row decides for all,
+    cached keys stay as they were turned, and dynamic scaling remembers the longest text of before.
+
     Attributes:
       theta: base of the geometric progression of wavelengths, > 1.
       scaling: "none"; "linear" (all frequencies divided by `factor`); "llama3" (low frequencies
-        divided by `factor`, high ones kept, a linear blend in between).
+        divided by `factor`, high ones kept, a linear blend in between); "yarn" (Peng et al., 2023:
+        the same, with a blend over the channels); "dynamic" (a larger theta for texts beyond
+        `original_positions`); "longrope" (Ding et al., 2024: divided by `short_factors`, for texts
+        beyond `original_positions` by `long_factors`).
       factor: the divisor, >= 1.
       low_freq_factor: llama3: wavelengths above `original_positions / low_freq_factor` are low.
       high_freq_factor: llama3: wavelengths below `original_positions / high_freq_factor` are high.
-      original_positions: llama3: context length of the pre-training before the extension, tokens.
+      original_positions: context length of the pre-training before the extension, tokens.
+      beta_fast: yarn: channels that turn more often than this within `original_positions` are kept.
+      beta_slow: yarn: those that turn less often are divided by `factor`.
+      truncate: yarn: the ends of the blend are rounded to whole channels.
+      short_factors: longrope: a divisor for each pair of channels.
+      long_factors: longrope: the same, for long texts.
+      attention_factor: on the rotated channels of queries and keys.
+      partial: the share of a head's channels that rotates, the first ones; above 0, up to 1.
     """
 
     theta: float
-    scaling: Literal["none", "linear", "llama3"] = "none"
+    scaling: Literal["none", "linear", "llama3", "yarn", "dynamic", "longrope"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_positions: int = 8192
+    original_positions: float = 8192
+    beta_fast: float = _added(32.0)
+    beta_slow: float = _added(1.0)
+    truncate: bool = _added(True)
+    short_factors: tuple[float, ...] = _added(())
+    long_factors: tuple[float, ...] = _added(())
+    attention_factor: float = _added(1.0)
+    partial: float = _added(1.0)
 
     def __post_init__(self):
         if self.theta <= 1 or self.factor < 1:
@@ -69,31 +92,97 @@ class Rope:
                 f"rope: expected 0 < low_freq_factor < high_freq_factor, got {self.low_freq_factor}"
                 f" and {self.high_freq_factor}; correct the model's config.json"
             )
+        if not 0 < self.partial <= 1:
+            raise ConfigError(
+                f"rope: expected partial_rotary_factor above 0 and up to 1, got {self.partial}"
+            )
 
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angular frequency of each pair of channels.
+    @property
+    def grows(self) -> bool:
+        """Whether the frequencies depend on the length of the text."""
+        return self.scaling in {"dynamic", "longrope"}
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the scaling is made for, 0 where the model's own context says it."""
+        stretches = self.scaling in {"dynamic", "yarn"}
+        return int(self.original_positions * self.factor) if stretches else 0
+
+    def channels(self, head_dim: int) -> int:
+        """How many channels of a head rotate.
 
         Args:
-          head_dim: channels per head, even.
+          head_dim: channels per head.
 
         Returns:
-          float32[head_dim / 2], radians per token.
+          An even number of them.
+
+        Raises:
+          ConfigError: they do not come in pairs, or there are more or fewer factors than pairs.
         """
-        freq = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        count = int(head_dim * self.partial)
+        if count < 2 or count % 2 or (self.scaling == "dynamic" and count == 2):
+            raise ConfigError(
+                f"rope needs an even number of channels that rotate, got {count} of a head's "
+                f"{head_dim} (head_dim, partial_rotary_factor)"
+            )
+        for name in ("short_factors", "long_factors") if self.scaling == "longrope" else ():
+            if len(getattr(self, name)) != count // 2:
+                raise ConfigError(
+                    f"rope: expected {count // 2} {name.removesuffix('s')} numbers, one for each "
+                    f"pair of channels that rotate, got {len(getattr(self, name))}"
+                )
+        return count
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Angular frequency of each pair of channels, for texts within the original context.
+
+        Args:
+          head_dim: channels per head.
+
+        Returns:
+          float32[R / 2], radians per token, of the R channels that rotate.
+        """
+        count = self.channels(head_dim)
+        freq = self.theta ** -(np.arange(0, count, 2, dtype=np.float64) / count)
         if self.scaling == "linear":
             freq = freq / self.factor
         elif self.scaling == "llama3":
-            wavelength = 2 * np.pi / freq
-            low = self.original_positions / self.low_freq_factor
-            high = self.original_positions / self.high_freq_factor
-            blend = (self.original_positions / wavelength - self.low_freq_factor) / (
-                self.high_freq_factor - self.low_freq_factor
-            )
-            mixed = (1 - blend) * freq / self.factor + blend * freq
-            freq = np.where(
-                wavelength > low, freq / self.factor, np.where(wavelength < high, freq, mixed)
-            )
+            freq = self._blended_by_wavelength(freq)
+        elif self.scaling == "yarn":
+            freq = self._blended_by_channel(freq)
+        elif self.scaling == "longrope":
+            freq = freq / np.array(self.short_factors)
         return freq.astype(np.float32)
+
+    def _blended_by_wavelength(self, freq: np.ndarray) -> np.ndarray:
+        """Llama 3's scaling."""
+        wavelength = 2 * np.pi / freq
+        low = self.original_positions / self.low_freq_factor
+        high = self.original_positions / self.high_freq_factor
+        blend = (self.original_positions / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        mixed = (1 - blend) * freq / self.factor + blend * freq
+        return np.where(
+            wavelength > low, freq / self.factor, np.where(wavelength < high, freq, mixed)
+        )
+
+    def _blended_by_channel(self, freq: np.ndarray) -> np.ndarray:
+        """YaRN's scaling."""
+        count = 2 * len(freq)
+
+        def channel(turns: float) -> float:
+            """The pair of channels that turns that often within the original context."""
+            length = self.original_positions / (turns * 2 * np.pi)
+            return count * np.log(length) / (2 * np.log(self.theta))
+
+        first, last = channel(self.beta_fast), channel(self.beta_slow)
+        if self.truncate:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, count - 1)
+        divided = np.clip((np.arange(len(freq)) - first) / (last - first or 0.001), 0, 1)
+        return freq / self.factor * divided + freq * (1 - divided)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,8 +274,11 @@ class ModelConfig:
             raise ConfigError(
                 f"n_kv_heads must divide n_heads, got {self.n_kv_heads} and {self.n_heads}"
             )
-        if self.rope is not None and self.head_dim % 2:
-            raise ConfigError(f"rope needs an even head_dim, got {self.head_dim}")
+        ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
+        if len(ropes) > 1:
+            raise ConfigError(
+                f"rope: expected as many channels to rotate in all layers, got {sorted(ropes)}"
+            )
         for name in ("sliding_layers", "rotated_layers"):
             flags = getattr(self, name)
             if flags and len(flags) != self.n_layers:

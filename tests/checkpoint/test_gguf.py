@@ -222,8 +222,10 @@ def test_any_truncation_is_refused(parts, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"llama.logit_scale": 0.5}, r"unknown key llama\.logit_scale"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not implemented"),
+        ({"llama.logit_scale": 0.5}, r"llama\.logit_scale = 0\.5 is not implemented"),
+        ({"llama.odd_key": 1}, r"unknown key llama\.odd_key: .* pass --ignore-key llama\.odd_key"),
+        ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not implemented"),
+        ({"llama.rope.scaling.type": "su"}, "'su' is not implemented"),
         ({"llama.expert_count": 8}, r"llama\.expert_count = 8 is not implemented"),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count = 8 is not implemented"),
         ({"llama.vocab_size": 1000}, r"llama\.vocab_size = 1000"),

@@ -76,14 +76,14 @@ OLD_KEYS = {
 @pytest.mark.parametrize("variant", list(OLD_KEYS))
 def test_old_and_new_keys_mean_the_same(variant, copy):
     directory = copy(variant)
-    _, new = read_config(directory)
+    new = read_config(directory)[1]
     edit_config(directory, "rope_parameters", "dtype", **OLD_KEYS[variant])
     assert read_config(directory)[1] == new
 
 
 def test_gemma3_pattern_instead_of_layer_types(copy):
     directory = copy("gemma3")
-    _, new = read_config(directory)
+    new = read_config(directory)[1]
     edit_config(directory, "layer_types", "_sliding_window_pattern", sliding_window_pattern=2)
     assert read_config(directory)[1] == new
 
@@ -220,8 +220,6 @@ def test_old_tokenizer_files_go_through_transformers(copy):
         ("llama-gqa-untied", {"odd_key": 1}, "unknown key odd_key"),
         ("llama-gqa-untied", {"model_type": "mamba"}, "'mamba' .*expected one of gemma3, gemma3_t"),
         ("llama-gqa-untied", {"model_type": None}, "architecture None"),
-        ("llama-gqa-untied", {"pretraining_tp": 2}, "pretraining_tp = 2 is not implemented"),
-        ("llama-gqa-untied", {"quantization_config": {"bits": 4}}, "quantization_config = .*not"),
         ("llama-gqa-untied", {"hidden_act": "tanh"}, "hidden_act: expected one of .*'tanh'"),
         ("llama-gqa-untied", {"hidden_size": None}, "expected the key 'hidden_size', found none"),
         (
@@ -231,18 +229,13 @@ def test_old_tokenizer_files_go_through_transformers(copy):
         ),
         (
             "llama-gqa-untied",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "rope scaling 'yarn' is not implemented",
-        ),
-        (
-            "llama-gqa-untied",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope scaling 'dynamic' is not implemented",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_parameters.rope_type: rope scaling 'proportional' is not implemented",
         ),
         (
             "llama-gqa-untied",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "odd": 2.0}},
-            "unknown key rope parameters: odd",
+            r"unknown key rope_parameters\.odd",
         ),
         ("llama-gqa-untied", {"intermediate_size": 100}, r"expected shape \(\d+, \d+\), found"),
         ("llama-gqa-untied", {"num_hidden_layers": 4}, r"missing tensors model\.layers\.3\.\S+"),
@@ -286,18 +279,9 @@ def test_tensors_that_cannot_be_served(copy):
     write(**{key: torch.zeros(32, 64, dtype=torch.int8)})
     refuse(directory, rf"tensor '{name}' is stored as I8; expected F32, F16, BF16")
     write(**{"model/embed_tokens/weight": None})
+    refuse(directory, r"missing tensor model\.embed_tokens\.weight \(expected")
+    write(**{"model/embed_tokens/weight": None, "lm_head/weight": None})
     refuse(directory, "Check that this is a llama checkpoint")
-    write(**{"model/layers/0/self_attn/rotary_emb/inv_freq": torch.ones(8)})
-    load(directory)
-
-
-def test_a_stored_head_must_agree_with_tying(copy):
-    directory = copy("llama-mqa-tied")
-    same = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
-    edit_tensors(directory, lambda t: t.update({"lm_head.weight": same.clone()}))
-    assert "head" not in load(directory).params
-    edit_tensors(directory, lambda t: t.update({"lm_head.weight": same + 1}))
-    refuse(directory, r"tie_word_embeddings is true, but lm_head\.weight differs")
 
 
 def test_damaged_files(copy):

@@ -5,6 +5,7 @@ model that is almost right still writes fluent text, and nobody would notice.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ def load(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     progress: Progress | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> Model:
     """Loads a model.
 
@@ -39,6 +41,8 @@ def load(
         or commit; a path wins over a hub id of the same spelling.
       dtype: of the weights.
       progress: called as progress(done, total, "weights") while weights are read, in elements.
+      ignore_keys: settings of the model's files that this package does not know and that you know
+        to change nothing, named as in the message that refuses them; each becomes a note.
 
     Returns:
       The model, its weights on JAX's default device.
@@ -52,7 +56,9 @@ def load(
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype: expected float32 or bfloat16, got {shown(dtype)}")
     expect("model", model, (str, Path), "a path, a hub id or an alias")
-    path = find(model)
+    path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
-    made = read(path, name=str(model), dtype=_DTYPES[dtype], progress=progress)
+    made = read(
+        path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys)
+    )
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

@@ -16,8 +16,10 @@ from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
+from ttq_jax.models.rope import stretched
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
 
 
 def _family(file: GgufFile) -> Family:
@@ -57,28 +59,37 @@ def _llama3_rope(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
     )
 
 
-def read_config(file: GgufFile, family: Family) -> ModelConfig:
+def read_config(
+    file: GgufFile, family: Family, ignore_keys: tuple[str, ...] = ()
+) -> tuple[ModelConfig, list[str]]:
     """The config that a GGUF header and the presence of some tensors imply.
 
     Args:
       file: the file.
       family: its family.
+      ignore_keys: see `checkpoint.load`.
 
     Returns:
-      The config.
+      The config, and notes.
 
     Raises:
       ConfigError: a setting that is missing, unknown or not implemented.
     """
     arch = family.gguf_arch
-    settings = Settings(file.metadata)
+    long_rope = {
+        f"{arch}.rope.{kind}_factors": file.read(name, 0, file.shapes[name][0]).tolist()
+        for kind, name in _LONG_ROPE.items()
+        if name in file.shapes
+    }
+    settings = Settings(file.metadata | long_rope, ignore_keys=ignore_keys)
     # Provenance; the tokenizer checks its own keys.
-    settings.ignore_prefix("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
+    settings.ignore_outside(f"{arch}.")
     settings.require(f"{arch}.attention.causal", True)
     vocab_size = file.shapes.get("token_embd.weight", (0,))[0]
     settings.require(f"{arch}.vocab_size", vocab_size)
     assert family.gguf_config is not None
-    config = family.gguf_config(settings, vocab_size, "output.weight" not in file.shapes)
+    tied = "output.weight" not in file.shapes
+    config = stretched(family.gguf_config(settings, vocab_size, tied))
     settings.finish()
     if _ROPE_FACTORS in file.shapes:
         assert config.rope is not None
@@ -86,17 +97,20 @@ def read_config(file: GgufFile, family: Family) -> ModelConfig:
         config = dataclasses.replace(
             config, rope=_llama3_rope(config.rope, config.head_dim, factors)
         )
-    return dataclasses.replace(
+    settings.note_unmet()
+    config = dataclasses.replace(
         config,
         qkv_bias="blk.0.attn_q.bias" in file.shapes,
         o_bias="blk.0.attn_output.bias" in file.shapes,
         mlp_bias="blk.0.ffn_up.bias" in file.shapes,
     )
+    return config, settings.notes
 
 
 def load_gguf(
-    path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None
-) -> Model:
+    path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
+    ignore_keys: tuple[str, ...] = (),
+) -> Model:  # fmt: skip
     """Loads a GGUF file.
 
     Args:
@@ -104,6 +118,7 @@ def load_gguf(
       name: what to call the model.
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
+      ignore_keys: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -115,7 +130,7 @@ def load_gguf(
         file = GgufFile(access)
         family = _family(file)
         try:
-            config = read_config(file, family)
+            config, notes = read_config(file, family, ignore_keys)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
@@ -126,9 +141,12 @@ def load_gguf(
                 file,
                 family.gguf_modules,
                 family.gguf_edits,
-                ignored=(_ROPE_FACTORS,),
+                ignored=(_ROPE_FACTORS, *_LONG_ROPE.values()),
                 dtype=dtype,
                 progress=progress,
             )
             tokenizer = future.result()
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization)
+    return Model(
+        config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
+        notes=tuple(notes),
+    )  # fmt: skip

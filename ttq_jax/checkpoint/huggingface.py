@@ -1,5 +1,6 @@
 """Loads a Hugging Face directory: config.json, safetensors and the tokenizer's files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.tokenizer import load_tokenizer
+from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, read_json
-from ttq_jax.models.family import Family, Settings
+from ttq_jax.models.family import DERIVED, Family, Settings
+from ttq_jax.models.rope import stretched
 
 _IDS = (None, COUNT, [COUNT])
 # The settings have their own schema, `Settings`, which knows every key.
@@ -37,27 +40,34 @@ def _family(directory: Path, raw: dict[str, Any]) -> Family:
     return known[kind]
 
 
-def read_config(directory: Path) -> tuple[Family, ModelConfig]:
+def read_config(
+    directory: Path, ignore_keys: tuple[str, ...] = ()
+) -> tuple[Family, ModelConfig, list[str]]:
     """Reads a directory's config.json.
 
     Args:
       directory: with config.json.
+      ignore_keys: see `checkpoint.load`.
 
     Returns:
-      The family and the config.
+      The family, the config, and notes.
 
     Raises:
       CheckpointError: an unknown architecture or key, a missing key, a value not implemented.
     """
+    check_whole_model(directory)
     raw = read_json(directory / "config.json", CheckpointError, _CONFIG)
+    check_unquantized(directory, raw)
     family = _family(directory, raw)
-    settings = Settings(raw)
+    settings = Settings(raw, ignore_keys=ignore_keys)
+    settings.ignore("quantization_config", "quantization")
     try:
-        config = family.hf_config(settings)
+        config = stretched(family.hf_config(settings))
         settings.finish()
     except ConfigError as error:
         raise CheckpointError(f"{directory / 'config.json'}: {error}") from error
-    return family, config
+    settings.note_unmet()
+    return family, config, settings.notes
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
@@ -80,45 +90,65 @@ def _modules(family: Family, source: Safetensors) -> dict[str, str]:
     """The family's tensor names with this checkpoint's prefix.
 
     Raises:
-      CheckpointError: there is no embedding under any known name.
+      CheckpointError: neither the embedding nor a head that may be tied to it is there.
     """
     probe = family.hf_modules["embed"] + ".weight"
-    prefix = next((p for p in family.hf_prefixes if p + probe in source.shapes), None)
+    head = next((h for h in family.hf_heads if h + ".weight" in source.shapes), None)
+    probes = [probe] if head is None else [probe, _first(family.hf_modules["layers.o"])]
+    prefix = next(
+        (p for one in probes for p in family.hf_prefixes if p + one in source.shapes), None
+    )
     if prefix is None:
         expected = " or ".join(p + probe for p in family.hf_prefixes)
         raise CheckpointError(
             f"{source.label}: missing tensor {expected}. Check that this is a {family.name} "
             "checkpoint"
         )
-    head = next((h for h in family.hf_heads if h + ".weight" in source.shapes), family.hf_heads[0])
-    return {k: prefix + v for k, v in family.hf_modules.items()} | {"head": head}
+    named = {k: prefix + v for k, v in family.hf_modules.items()}
+    return named | {"head": head or family.hf_heads[0]}
 
 
-def _check_tied(source: Safetensors, modules: dict[str, str]) -> None:
-    """A tied checkpoint may store its head, but it must be the embedding.
+def _first(module: str) -> str:
+    """The name of a module's weight in the first layer."""
+    return module.replace("{i}", "0") + ".weight"
 
-    Raises:
-      CheckpointError: the head is not the embedding.
+
+def _equal(source: Safetensors, one: str, other: str) -> bool:
+    """Whether two tensors are the same."""
+    if source.shapes[one] != source.shapes[other]:
+        return False
+    rows = source.shapes[one][0]
+    return all(
+        np.array_equal(source.read(one, at, at + step), source.read(other, at, at + step))
+        for at in range(0, rows, 1024)
+        for step in [min(1024, rows - at)]
+    )
+
+
+def _tied(
+    config: ModelConfig, source: Safetensors, modules: dict[str, str]
+) -> tuple[ModelConfig, dict[str, str], list[str]]:
+    """Ties head and embedding as the tensors say, which is what transformers does.
+
+    Returns:
+      The config, the names, and notes where config.json says otherwise.
     """
-    head, table = modules["head"] + ".weight", modules["embed"] + ".weight"
-    if head not in source.shapes:
-        return
-    same = source.shapes[head] == source.shapes[table]
-    for start in range(0, source.shapes[head][0] if same else 0, 1024):
-        stop = min(start + 1024, source.shapes[head][0])
-        if not np.array_equal(source.read(head, start, stop), source.read(table, start, stop)):
-            same = False
-            break
-    if not same:
-        raise CheckpointError(
-            f"{source.label}: tie_word_embeddings is true, but {head} differs from {table}; "
-            "set it to false if the head has weights of its own"
-        )
+    head, table = (f"{modules[name]}.weight" for name in ("head", "embed"))
+    if config.tie_embeddings and table not in source.shapes:
+        return config, modules | {"embed": modules["head"]}, []
+    if config.tie_embeddings and head in source.shapes and not _equal(source, head, table):
+        note = f"tie_word_embeddings is true, but {head} differs from {table}: both are used"
+        return dataclasses.replace(config, tie_embeddings=False), modules, [note]
+    if not config.tie_embeddings and head not in source.shapes:
+        note = f"tie_word_embeddings is false, but there is no {head}: {table} serves as head"
+        return dataclasses.replace(config, tie_embeddings=True), modules, [note]
+    return config, modules, []
 
 
 def load_directory(
-    directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None
-) -> Model:
+    directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
+    ignore_keys: tuple[str, ...] = (),
+) -> Model:  # fmt: skip
     """Loads a Hugging Face directory.
 
     Args:
@@ -126,6 +156,7 @@ def load_directory(
       name: what to call the model.
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
+      ignore_keys: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -133,17 +164,15 @@ def load_directory(
     Raises:
       CheckpointError: the directory cannot be loaded; the message says why.
     """
-    family, config = read_config(directory)
+    family, config, notes = read_config(directory, ignore_keys)
     bos_id, eos_ids = _ends(directory)
     tokenizer = load_tokenizer(directory, bos_id=bos_id, eos_ids=eos_ids)
-    with open_safetensors(directory) as source:
-        modules = _modules(family, source)
-        ignored = family.hf_ignored
-        if config.tie_embeddings:
-            _check_tied(source, modules)
-            ignored = (*ignored, modules["head"] + ".weight")
+    with open_safetensors(directory, (*family.hf_ignored, *DERIVED)) as source:
+        config, modules, read_so = _tied(config, source, _modules(family, source))
+        head = modules["head"] + ".weight"
         params = assemble(
-            config, source, modules, family.hf_edits, ignored=ignored, dtype=dtype,
-            progress=progress,
+            config, source, modules, family.hf_edits, dtype=dtype, progress=progress,
+            ignored=(head,) if config.tie_embeddings else (),
         )  # fmt: skip
-    return Model(config, params, tokenizer, name, eos_ids)
+    notes = [*notes, *source.notes, *read_so]
+    return Model(config, params, tokenizer, name, eos_ids, notes=tuple(notes))

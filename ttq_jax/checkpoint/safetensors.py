@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.source import RandomAccess
+from ttq_jax.checkpoint.unservable import check_plain
 from ttq_jax.errors import shown
 from ttq_jax.foreign import is_file, is_inside, named, parse_json, read_json, why
 
@@ -24,23 +26,29 @@ class Safetensors:
     Attributes:
       label: the directory.
       shapes: tensor name to shape.
+      notes: which of several files were read; a sentence each.
     """
 
-    def __init__(self, directory: Path, files: dict[Path, Any]):
+    def __init__(self, directory: Path, files: dict[Path, Any], ignored: tuple[str, ...] = ()):
         """Reads the headers.
 
         Args:
           directory: for messages.
           files: opened by `safe_open`; the caller closes them.
+          ignored: patterns (fnmatch) of tensors that are not looked at.
 
         Raises:
           CheckpointError: an unsupported dtype, a name that occurs twice.
         """
         self.label = str(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.notes: list[str] = []
         self._slices: dict[str, Any] = {}
+        check_plain(directory, (name for f in files.values() for name in f.keys()))  # noqa: SIM118
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118
+                if any(fnmatchcase(name, pattern) for pattern in ignored):
+                    continue
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:
                     raise CheckpointError(
@@ -87,8 +95,8 @@ def _open(path: Path) -> Any:
     return file
 
 
-def _shards(directory: Path) -> list[Path]:
-    """The files that hold the weights.
+def _shards(directory: Path) -> tuple[list[Path], list[str]]:
+    """The files that hold the weights, and notes.
 
     Raises:
       CheckpointError: there are none, or not all.
@@ -104,6 +112,12 @@ def _shards(directory: Path) -> list[Path]:
                 f"{index}: expected names of files beside it, got {named(outside)}. "
                 "Download the index again"
             )
+        if single.name not in names and is_file(single):
+            note = (
+                f"{single.name} is read, as transformers does; {index.name} and its shards are "
+                "left aside"
+            )
+            return [single], [note]
         paths = [directory / name for name in names]
         missing = [path.name for path in paths if not is_file(path)]
         if missing:
@@ -111,9 +125,9 @@ def _shards(directory: Path) -> list[Path]:
                 f"{directory}: {index.name} lists {named(missing)}, found no such file. "
                 "Download the missing shards"
             )
-        return paths
+        return paths, []
     if single.exists():
-        return [single]
+        return [single], []
     pickled = sorted(p.name for p in directory.glob("*.bin"))
     found = f"only {named(pickled)}, which is a pickle" if pickled else "none"
     raise CheckpointError(
@@ -124,15 +138,19 @@ def _shards(directory: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def open_safetensors(directory: Path) -> Iterator[Safetensors]:
+def open_safetensors(directory: Path, ignored: tuple[str, ...] = ()) -> Iterator[Safetensors]:
     """Opens the weights of a Hugging Face directory.
 
     Args:
       directory: with model.safetensors, or model.safetensors.index.json and its shards.
+      ignored: patterns (fnmatch) of tensors that are not looked at, whatever their dtype.
 
     Yields:
       The tensors.
     """
+    paths, notes = _shards(directory)
     with contextlib.ExitStack() as stack:
-        files = {p: stack.enter_context(_open(p)) for p in _shards(directory)}
-        yield Safetensors(directory, files)
+        files = {p: stack.enter_context(_open(p)) for p in paths}
+        source = Safetensors(directory, files, ignored)
+        source.notes += notes
+        yield source

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress)
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
     check_selection(model.params, recipe)
     # All prompts are checked before the first is answered, so that no run stops half way.
     pad_prompts(

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         config = released_config(args.model)
     else:
         # Only its sizes are used, and checkpoints are not loaded as float16.
-        config = load_model(args.model, "bfloat16", progress)[0].config
+        config = load_model(args.model, "bfloat16", progress, args.ignore_key)[0].config
     target = target_of(args.chip)
     rows = listing(
         config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,

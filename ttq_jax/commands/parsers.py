@@ -53,6 +53,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_ignore_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME",
+        help="a setting of the model's files that ttq does not know and that you know to change "
+        "nothing; may be repeated",
+    )  # fmt: skip
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="M",
@@ -63,6 +71,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", choices=("float32", "bfloat16"),
         help="dtype of the unquantized weights and of the activations (default: %(default)s)",
     )  # fmt: skip
+    _add_ignore_key(parser)
 
 
 def _recipe_name(text: str) -> str:
@@ -335,6 +344,7 @@ def _kernels_parser(commands: Any) -> None:
         help="prompts decoded together (default: %(default)s)")  # fmt: skip
     add("--prompt-tokens", type=int, default=512, metavar="P",
         help="tokens of the prompt (default: %(default)s)")  # fmt: skip
+    _add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)
 

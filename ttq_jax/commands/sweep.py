@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     rows = Rows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
     rows.repair()
     done = rows.read()
-    runner = Runner()
+    runner = Runner(progress.note)
     _of_others(cells, done, runner)
 
     def pending(cell: Cell, done: dict[str, Row]) -> bool:

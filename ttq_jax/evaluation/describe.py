@@ -52,6 +52,7 @@ def made_by(model: Model) -> dict[str, Any]:
     return {
         "model": model.name,
         "origin": dict(model.origin),
+        "notes": list(model.notes),
         "dtype": model.dtype,
         "device": device(),
         "versions": versions(),

@@ -5,6 +5,7 @@ Every step shows its progress. Texts are read before anything slow begins.
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -50,21 +51,26 @@ class Needs:
 
 
 def load_model(
-    name: str, dtype: Literal["float32", "bfloat16"], progress: Progress
-) -> tuple[Model, float]:
+    name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
+    ignore_keys: Sequence[str] = (),
+) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
     Args:
       name: see `checkpoint.load`.
       dtype: see `checkpoint.load`.
       progress: where to show it.
+      ignore_keys: see `checkpoint.load`.
 
     Returns:
       The model and the seconds it took.
     """
     start = time.perf_counter()
     with progress.stage(f"loading {name}") as update:
-        model = load(name, dtype=dtype, progress=lambda done, total, _: update(done, total))
+        model = load(
+            name, dtype=dtype, progress=lambda done, total, _: update(done, total),
+            ignore_keys=ignore_keys,
+        )  # fmt: skip
     for note in model.notes:
         progress.note(note)
     return model, time.perf_counter() - start

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ModelConfig, Rope
 from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
-from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
+from ttq_jax.models.layers import ACTIVATIONS, growth, make_norm, rotate, scaled, softcap
 from ttq_jax.types import SITES, Cache, Params, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
@@ -153,7 +153,30 @@ def _layer_constants(config: ModelConfig) -> dict[str, Array]:
         # At frequency zero nothing turns.
         rope = np.where(sliding[:, None], local, full) * rotated[:, None]
         constants["rope"] = rope.astype(np.float32)
+        constants |= _rope_extras(config.rope, config.rope_local or config.rope, sliding, rotated)
     return jax.tree.map(jnp.asarray, constants)
+
+
+def _rope_extras(
+    full: Rope, local: Rope, sliding: np.ndarray, rotated: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What only some rotations have: a magnitude, and frequencies that depend on the length."""
+    extras = {}
+    if full.attention_factor != 1 or local.attention_factor != 1:
+        magnitudes = np.where(sliding, local.attention_factor, full.attention_factor)
+        extras["magnitude"] = np.where(rotated, magnitudes, 1).astype(np.float32)
+    if full.grows or local.grows:
+        extras["local"] = sliding.astype(np.int32)
+    return extras
+
+
+def _growths(config: ModelConfig, cache: Cache) -> Array | None:
+    """Factors [2, B, R/2] on the frequencies of full and sliding layers; None if they are all 1."""
+    ropes = [rope for rope in (config.rope, config.rope_local or config.rope) if rope is not None]
+    if not any(rope.grows for rope in ropes):
+        return None
+    lengths = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)
+    return jnp.stack([growth(rope, config.head_dim, lengths) for rope in ropes])
 
 
 def embed(
@@ -225,22 +248,30 @@ def forward(
     start, positions = cache.used, next_positions(cache, valid)
     cache = register(cache, positions, valid)
     x = embed(config, params, tokens, positions)
-    block = Block(config)
+    block, grown = Block(config), _growths(config, cache)
 
     def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
         x, k_stack, v_stack = carry
         weights, constants, extra = layer
         weights = at_layer(params["layers"], constants["layer"]) if weights is None else weights
 
+        def turned(x: Array, positions: Array) -> Array:
+            if config.rope is None:
+                return x
+            frequencies = constants["rope"][None]
+            if grown is not None:
+                frequencies = frequencies * grown[constants["local"]]
+            return rotate(x, positions, frequencies, constants.get("magnitude"))
+
         def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            if config.rope is not None:
-                q = rotate(q, positions, constants["rope"])
-                k = rotate(k, positions, constants["rope"])
             at = constants["layer"]
+            # Keys whose rotation depends on the length are turned when they are read, each time.
+            k = k if grown is not None else turned(k, positions)
             ks, vs = write_layer(k_stack, at, start, k), write_layer(v_stack, at, start, v)
+            keys = read_layer(ks, at, slots)
             mixed = attend(
-                q,
-                read_layer(ks, at, slots),
+                turned(q, positions),
+                keys if grown is None else turned(keys, cache.positions[:, :slots]),
                 read_layer(vs, at, slots),
                 q_positions=positions,
                 k_positions=cache.positions[:, :slots],

@@ -4,7 +4,6 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     Family,
     Settings,
-    activation,
     gguf_rope,
     head_width,
     hf_rope,
@@ -27,11 +26,12 @@ def hf_config(s: Settings) -> ModelConfig:
     """
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
-    # Older files have both; transformers reads the other one.
+    # Most files have both; transformers reads the one that Llama has not.
     s.ignore("hidden_act")
     sizes = hf_sizes(
-        s, head_dim=256, hidden_size=2304, intermediate_size=9216, max_position_embeddings=8192,
-        num_attention_heads=8, num_key_value_heads=4, vocab_size=256_000,
+        s, activation=("hidden_activation", "gelu_pytorch_tanh"), head_dim=256, hidden_size=2304,
+        intermediate_size=9216, max_position_embeddings=8192,
+        num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, vocab_size=256_000,
     )  # fmt: skip
     types, n_layers = s.take("layer_types", None), sizes["n_layers"]
     bias = s.flag("attention_bias", False)
@@ -41,13 +41,10 @@ def hf_config(s: Settings) -> ModelConfig:
 
     window = s.integer("sliding_window", None if s.is_null("sliding_window") else _WINDOW)
     sliding = every(2, n_layers) if types is None else sliding_layers(types, n_layers)
-    own = {
-        "query_scale": s.number("query_pre_attn_scalar", 256) ** -0.5,
-        "activation": activation(s, "hidden_activation", "gelu_pytorch_tanh"),
-    }
+    sizes["query_scale"] = s.number("query_pre_attn_scalar", 256) ** -0.5
     return ModelConfig(
         family="gemma2",
-        **(sizes | own),
+        **sizes,
         norm="rms_plus_one",
         norm_placement="sandwich",
         qkv_bias=bias,

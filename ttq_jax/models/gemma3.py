@@ -4,6 +4,8 @@ Five of six layers attend within a sliding window and rotate with a small theta;
 to everything and rotates with a large one.
 """
 
+from typing import Any
+
 import numpy as np
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
@@ -13,22 +15,16 @@ from ttq_jax.models.family import (
     HF_MODULES,
     Family,
     Settings,
-    activation,
     gguf_rope,
     head_width,
     ignore_common,
     make_rope,
 )
-from ttq_jax.models.qwen3 import sliding_layers
+from ttq_jax.models.settings import disagree
+from ttq_jax.models.sizes import every, gguf_sizes, hf_sizes, sliding_layers
 
 _GLOBAL_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
-_PATTERN = 6
-
-
-def _every(pattern: int, n_layers: int) -> tuple[bool, ...]:
-    """Which layers slide when every `pattern`-th one does not."""
-    flags = tuple(bool((i + 1) % pattern) for i in range(n_layers))
-    return flags if any(flags) else ()
+_PATTERN, _POSITIONS = 6, 131_072
 
 
 def _text_settings(s: Settings) -> Settings:
@@ -37,24 +33,63 @@ def _text_settings(s: Settings) -> Settings:
         return s
     ignore_common(s)
     s.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
-             "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
-    text = dict(s.mapping("text_config"))
-    tied = s.take("tie_word_embeddings", None)
-    if tied is not None:
-        text.setdefault("tie_word_embeddings", tied)
-    s.finish()
-    return Settings(text, "text_config.")
+             "image_token_index")  # fmt: skip
+    text = s.inside("text_config")
+    # The wrapper's counts, as in transformers, where it is true by default.
+    text.override("tie_word_embeddings", s.flag("tie_word_embeddings", True))
+    return text
 
 
 def _ropes(s: Settings) -> tuple[Rope, Rope]:
-    """(rotation of full layers, rotation of sliding layers), from old or new keys."""
-    theta = s.number("rope_theta", _GLOBAL_THETA)
-    local = s.number("rope_local_base_freq", _LOCAL_THETA)
-    parts = Settings(s.mapping("rope_parameters"), "rope_parameters.")
-    full = {**parts.mapping("full_attention"), **s.mapping("rope_scaling")}
-    sliding = parts.mapping("sliding_attention")
+    """(rotation of full layers, rotation of sliding layers), from old or new keys.
+
+    Raises:
+      ConfigError: they disagree.
+    """
+    positions = s.integer("max_position_embeddings", _POSITIONS)
+    parts, scaling = s.inside("rope_parameters"), s.mapping("rope_scaling")
+
+    def read(s: Settings, name: str, theta: float, outside: dict[str, tuple[str, Any]]) -> Rope:
+        return make_rope(s.inside(name, outside), theta, positions=positions)
+
+    outer = {"rope_theta": (s.label("rope_theta"), s.number("rope_theta", None))}
+    new = parts.mapping("full_attention")
+    full = read(parts, "full_attention", _GLOBAL_THETA, outer)
+    if scaling:
+        # transformers adds what is in rope_scaling to the new keys.
+        label = parts.label("full_attention")
+        both = outer | {key: (f"{label}.{key}", value) for key, value in new.items()}
+        rope = read(s, "rope_scaling", _GLOBAL_THETA, both)
+        if new and rope != full:
+            disagree(label, new, s.label("rope_scaling"), scaling)
+        full = rope
+    name = "rope_local_base_freq"
+    outer = {"rope_theta": (s.label(name), s.number(name, None))}
+    local = read(parts, "sliding_attention", _LOCAL_THETA, outer)
     parts.finish()
-    return make_rope(full, theta), make_rope(sliding, local)
+    return full, local
+
+
+def _sliding(s: Settings, n_layers: int) -> tuple[bool, ...]:
+    """Which layers slide: `layer_types`, or else every one but each `sliding_window_pattern`-th.
+
+    Raises:
+      ConfigError: the spellings disagree.
+    """
+    types, public = s.take("layer_types", None), s.integer("sliding_window_pattern", None)
+    private = s.integer("_sliding_window_pattern", None)
+    if types is None:
+        # transformers does not read the private one; it writes 6 there whatever the layers are.
+        if private not in (None, public or _PATTERN):
+            disagree(
+                s.label("_sliding_window_pattern"), private, s.label("sliding_window_pattern"),
+                public or _PATTERN,
+            )  # fmt: skip
+        return every(public or _PATTERN, n_layers)
+    flags = sliding_layers(types, n_layers)
+    if public is not None and flags != every(public, n_layers):
+        disagree(s.label("layer_types"), types, s.label("sliding_window_pattern"), public)
+    return flags
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -69,37 +104,29 @@ def hf_config(s: Settings) -> ModelConfig:
     outer, s = s, _text_settings(s)
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
-    n_layers, width = s.layers("num_hidden_layers", 26), s.integer("hidden_size", 2304)
-    pattern = s.integer("sliding_window_pattern", s.integer("_sliding_window_pattern", _PATTERN))
-    types = s.take("layer_types", None)
+    # Some files have both; transformers reads the one that Llama has not.
+    s.ignore("hidden_act")
+    sizes = hf_sizes(
+        s, activation=("hidden_activation", "gelu_pytorch_tanh"), head_dim=256, hidden_size=2304,
+        intermediate_size=9216, max_position_embeddings=_POSITIONS, num_attention_heads=8,
+        num_hidden_layers=26, num_key_value_heads=4, vocab_size=262_208,
+    )  # fmt: skip
+    sizes["query_scale"] = s.number("query_pre_attn_scalar", 256) ** -0.5
     full, local = _ropes(s)
     attention_bias = s.flag("attention_bias", False)
     config = ModelConfig(
         family="gemma3",
-        vocab_size=s.integer("vocab_size", 262_208),
-        d_model=width,
-        embed_dim=width,
-        n_layers=n_layers,
-        n_heads=s.integer("num_attention_heads", 8),
-        n_kv_heads=s.integer("num_key_value_heads", 4),
-        head_dim=s.integer("head_dim", 256),
-        d_ff=s.integer("intermediate_size", 9216),
-        max_positions=s.integer("max_position_embeddings", 131_072),
-        query_scale=s.number("query_pre_attn_scalar", 256) ** -0.5,
+        **sizes,
         norm="rms_plus_one",
-        norm_eps=s.number("rms_norm_eps", 1e-6),
         norm_placement="sandwich",
-        activation=activation(s, "hidden_activation", "gelu_pytorch_tanh"),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         qk_norm=True,
         rope=full,
         rope_local=local,
-        sliding_window=s.integer("sliding_window", 4096),
-        sliding_layers=_every(pattern, n_layers)
-        if types is None
-        else sliding_layers(types, n_layers),
-        embed_scale=width**0.5,
+        sliding_window=s.integer("sliding_window", None if s.is_null("sliding_window") else 4096),
+        sliding_layers=_sliding(s, sizes["n_layers"]),
+        embed_scale=sizes["d_model"] ** 0.5,
         tie_embeddings=s.flag("tie_word_embeddings", True),
         attn_softcap=s.number("attn_logit_softcapping", None),
         logit_softcap=s.number("final_logit_softcapping", None),
@@ -118,7 +145,7 @@ def _gguf_sliding(s: Settings, n_layers: int) -> tuple[bool, ...]:
     key = "gemma3.attention.sliding_window_pattern"
     pattern = s.take(key, _PATTERN)
     if not isinstance(pattern, np.ndarray):
-        return _every(s.integer(key, _PATTERN), n_layers)
+        return every(s.integer(key, _PATTERN), n_layers)
     if pattern.dtype.kind == "f" or len(pattern) != n_layers:
         raise ConfigError(f"{key}: expected {n_layers} flags, got {shown(pattern)}")
     return tuple(bool(p) for p in pattern)
@@ -135,36 +162,25 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config.
     """
-    width, heads = s.integer("gemma3.embedding_length"), s.integer("gemma3.attention.head_count")
-    n_layers = s.layers("gemma3.block_count")
-    head_dim = s.integer("gemma3.attention.key_length", 256)
-    s.require("gemma3.attention.value_length", head_dim)
-    s.require("gemma3.rope.dimension_count", head_dim)
+    sizes = gguf_sizes(s, "gemma3", head_dim=256)
+    s.require("gemma3.rope.dimension_count", sizes["head_dim"])
     s.ignore("gemma3.mm.tokens_per_image")
     # The header has no query_pre_attn_scalar; only the 27B, known by its 62 layers, sets it apart.
-    scalar = head_width(width, heads) if n_layers == 62 else head_dim
+    if sizes["n_layers"] == 62:
+        sizes["query_scale"] = head_width(sizes["d_model"], sizes["n_heads"]) ** -0.5
     return ModelConfig(
         family="gemma3",
         vocab_size=vocab_size,
-        d_model=width,
-        embed_dim=width,
-        n_layers=n_layers,
-        n_heads=heads,
-        n_kv_heads=s.integer("gemma3.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        d_ff=s.integer("gemma3.feed_forward_length"),
-        max_positions=s.integer("gemma3.context_length", 131_072),
-        query_scale=scalar**-0.5,
+        **sizes,
         norm="rms_plus_one",
-        norm_eps=s.number("gemma3.attention.layer_norm_rms_epsilon", 1e-6),
         norm_placement="sandwich",
         activation="gelu_tanh",
         qk_norm=True,
         rope=gguf_rope(s, "gemma3", _GLOBAL_THETA),
         rope_local=Rope(theta=s.number("gemma3.rope.freq_base_swa", _LOCAL_THETA)),
         sliding_window=s.integer("gemma3.attention.sliding_window"),
-        sliding_layers=_gguf_sliding(s, n_layers),
-        embed_scale=width**0.5,
+        sliding_layers=_gguf_sliding(s, sizes["n_layers"]),
+        embed_scale=sizes["d_model"] ** 0.5,
         tie_embeddings=tied,
         attn_softcap=s.number("gemma3.attn_logit_softcapping", None, zero=True) or None,
         logit_softcap=s.number("gemma3.final_logit_softcapping", None, zero=True) or None,

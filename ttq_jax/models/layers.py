@@ -3,9 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ModelConfig, Rope
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -50,26 +51,58 @@ def make_norm(config: ModelConfig, name: str | None = None) -> Norm:
     return Norm(config.norm, config.norm_eps, name=name)
 
 
+def growth(rope: Rope, head_dim: int, lengths: Int[Array, " B"]) -> Float[Array, "B half"]:
+    """The factor on a rotation's frequencies for texts of some length, see `Rope`.
+
+    Args:
+      rope: the rotation.
+      head_dim: H.
+      lengths: of the texts so far, tokens.
+
+    Returns:
+      1 for each pair of channels of texts within the original context, and for other scalings.
+    """
+    count, length = rope.channels(head_dim), lengths.astype(jnp.float32)[:, None]
+    if rope.scaling == "longrope":
+        ratio = np.array(rope.short_factors) / np.array(rope.long_factors)
+        beyond = length > rope.original_positions
+        return jnp.where(beyond, jnp.asarray(ratio, jnp.float32)[None], jnp.float32(1))
+    if rope.scaling == "dynamic":
+        # theta' = theta · stretch ^ (R / (R - 2)), as a factor on theta' ^ (-2i / R).
+        stretch = rope.factor * length / rope.original_positions - (rope.factor - 1)
+        log = jnp.log(jnp.maximum(stretch, 1.0))
+        exponents = jnp.asarray(np.arange(0, count, 2) / (count - 2), jnp.float32)[None]
+        return jnp.exp(-log * exponents)
+    return jnp.ones((lengths.shape[0], count // 2), jnp.float32)
+
+
 def rotate(
     x: Float[Array, "B T N H"],
     positions: Int[Array, "B T"],
-    inverse_frequencies: Float[Array, " half"],
+    inverse_frequencies: Float[Array, "#B half"],
+    magnitude: Float[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Rotary position embedding, half-split convention (pairs are channels i and i + H/2).
+    """Rotary position embedding, half-split convention (pairs are channels i and i + R/2).
 
     Args:
       x: queries or keys.
       positions: of each token in its sequence.
-      inverse_frequencies: [H / 2], radians per token; `Rope.inverse_frequencies`.
+      inverse_frequencies: [R / 2], radians per token; `Rope.inverse_frequencies`. The first R
+        channels rotate.
+      magnitude: factor on the channels that rotate; None for 1.
 
     Returns:
       The rotated heads, in x's dtype; computed in float32.
     """
-    angle = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies[None, None, None]
+    angle = positions[:, :, None, None].astype(jnp.float32) * inverse_frequencies[:, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    if magnitude is not None:
+        cos, sin = magnitude * cos, magnitude * sin
+    count = 2 * inverse_frequencies.shape[-1]
+    first, second = jnp.split(x[..., :count].astype(jnp.float32), 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    kept = () if count == x.shape[-1] else (x[..., count:].astype(jnp.float32),)
+    return jnp.concatenate((*turned, *kept), axis=-1).astype(x.dtype)
 
 
 def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:

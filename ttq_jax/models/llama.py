@@ -6,12 +6,11 @@ from ttq_jax.models.family import (
     HF_MODULES,
     Family,
     Settings,
-    activation,
     gguf_rope,
-    head_width,
     hf_rope,
     ignore_common,
 )
+from ttq_jax.models.sizes import gguf_sizes, hf_sizes
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -24,23 +23,10 @@ def hf_config(s: Settings) -> ModelConfig:
       Its config.
     """
     ignore_common(s)
-    width, heads = s.integer("hidden_size"), s.integer("num_attention_heads")
-    head_dim = s.integer("head_dim", head_width(width, heads))
     attention_bias = s.flag("attention_bias", False)
     return ModelConfig(
         family="llama",
-        vocab_size=s.integer("vocab_size"),
-        d_model=width,
-        embed_dim=width,
-        n_layers=s.layers("num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=s.integer("num_key_value_heads", heads),
-        head_dim=head_dim,
-        d_ff=s.integer("intermediate_size"),
-        max_positions=s.integer("max_position_embeddings", 2048),
-        query_scale=head_dim**-0.5,
-        norm_eps=s.number("rms_norm_eps", 1e-6),
-        activation=activation(s, "hidden_act", "silu"),
+        **hf_sizes(s, max_position_embeddings=2048),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=s.flag("mlp_bias", False),
@@ -60,28 +46,14 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config; biases are switched on by the loader where the file has them.
     """
-    width, heads = s.integer("llama.embedding_length"), s.integer("llama.attention.head_count")
-    head_dim = s.integer("llama.attention.key_length", head_width(width, heads))
-    s.require("llama.attention.value_length", head_dim)
-    s.require("llama.rope.dimension_count", head_dim)
+    sizes = gguf_sizes(s, "llama")
+    s.require("llama.rope.dimension_count", sizes["head_dim"])
     s.require("llama.expert_count", 0)
     s.require("llama.expert_used_count", 0)
     return ModelConfig(
-        family="llama",
-        vocab_size=vocab_size,
-        d_model=width,
-        embed_dim=width,
-        n_layers=s.layers("llama.block_count"),
-        n_heads=heads,
-        n_kv_heads=s.integer("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        d_ff=s.integer("llama.feed_forward_length"),
-        max_positions=s.integer("llama.context_length"),
-        query_scale=head_dim**-0.5,
-        norm_eps=s.number("llama.attention.layer_norm_rms_epsilon"),
-        rope=gguf_rope(s, "llama"),
+        family="llama", vocab_size=vocab_size, **sizes, rope=gguf_rope(s, "llama"),
         tie_embeddings=tied,
-    )
+    )  # fmt: skip
 
 
 FAMILY = Family(

@@ -23,7 +23,7 @@ def hf_config(s: Settings) -> ModelConfig:
       Its config.
     """
     ignore_common(s)
-    s.ignore("resid_pdrop", "embd_pdrop", "original_max_position_embeddings")
+    s.ignore("resid_pdrop", "embd_pdrop")
     s.require("attention_bias", False)
     s.require("mlp_bias", False)
     s.require("lm_head_bias", False)
@@ -32,7 +32,7 @@ def hf_config(s: Settings) -> ModelConfig:
         family="phi3",
         **sizes,
         **everywhere(s.integer("sliding_window", None), sizes["n_layers"]),
-        rope=hf_rope(s),
+        rope=hf_rope(s, partial=True),
         tie_embeddings=s.flag("tie_word_embeddings", False),
     )
 
@@ -49,13 +49,12 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
       Its config.
     """
     sizes = gguf_sizes(s, "phi3")
-    s.require("phi3.rope.dimension_count", sizes["head_dim"])
     return ModelConfig(
         family="phi3",
         vocab_size=vocab_size,
         **sizes,
         **everywhere(s.integer("phi3.attention.sliding_window", None), sizes["n_layers"]),
-        rope=gguf_rope(s, "phi3"),
+        rope=gguf_rope(s, "phi3", head_dim=sizes["head_dim"]),
         tie_embeddings=tied,
     )
 

@@ -1,5 +1,6 @@
 """The settings that most families spell alike, and which of a model's layers slide."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ttq_jax.config import ConfigError
@@ -15,14 +16,14 @@ def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
       s: config.json.
       **absent: what transformers takes for a key that is absent. Without one the key must be there,
         but for `num_key_value_heads` (the number of heads) and `head_dim` (their share of the
-        width).
+        width). `activation` is the activation's key and default, where they are not Llama's.
 
     Returns:
       Arguments of `ModelConfig`.
     """
 
-    def integer(name: str, **bounds: int) -> int:
-        return s.integer(name, *([absent[name]] if name in absent else ()), **bounds)
+    def integer(name: str, read: Callable[..., int] = s.integer) -> int:
+        return read(name, absent[name]) if name in absent else read(name)
 
     width, heads = integer("hidden_size"), integer("num_attention_heads")
     # A null is not absence: there it means one key for each query head.
@@ -32,7 +33,7 @@ def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
         "vocab_size": integer("vocab_size"),
         "d_model": width,
         "embed_dim": width,
-        "n_layers": s.layers("num_hidden_layers"),
+        "n_layers": integer("num_hidden_layers", s.layers),
         "n_heads": heads,
         "n_kv_heads": s.integer("num_key_value_heads", kv_heads or heads),
         "head_dim": head_dim,
@@ -40,7 +41,7 @@ def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
         "max_positions": integer("max_position_embeddings"),
         "query_scale": head_dim**-0.5,
         "norm_eps": s.number("rms_norm_eps", absent.get("rms_norm_eps", 1e-6)),
-        "activation": activation(s, "hidden_act", "silu"),
+        "activation": activation(s, *absent.get("activation", ("hidden_act", "silu"))),
     }
 
 

@@ -107,7 +107,13 @@ class _Kept:
 class Runner:
     """Runs cells, one after the other."""
 
-    def __init__(self):
+    def __init__(self, note: Callable[[str], Any] = lambda text: None):
+        """Begins without anything kept.
+
+        Args:
+          note: called with what is to be known of a model's files, once it is loaded.
+        """
+        self._note = note
         self._models, self._texts, self._windows = _Kept(1), _Kept(16), _Kept(16)
         self._origins = _Kept(16)
         self._moments, self._offline, self._programs = _Kept(1), _Kept(1), set[Any]()
@@ -139,9 +145,8 @@ class Runner:
         if cell.error or cell.protocol is None:
             raise ConfigError(cell.error)
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
-        model: Model = self._models.get(
-            (options.model, options.dtype), lambda: self._load(options.model, options.dtype)
-        )
+        which = (options.model, options.dtype, options.ignore_keys)
+        model: Model = self._models.get(which, lambda: self._load(*which))
         check_selection(model.params, cell.recipe)
         text = self.text(options.corpus)
         windows = self._cut(model, options)
@@ -153,7 +158,7 @@ class Runner:
         ):
             progress(running, len(windows))
         return head_of(cell, self._commit) | {
-            "model": dict(model.origin),
+            "model": dict(model.origin), "notes": list(model.notes),
             "corpus_sha256": sha256(text),
             "calibration_sha256": self._calibration_digest(cell),
             "windows": running.windows, "scored": cell.protocol.scored, "nll": running.nll,
@@ -167,11 +172,14 @@ class Runner:
             "peak_memory_bytes": memory.bytes(),
         }  # fmt: skip
 
-    def _load(self, name: str, dtype: Any) -> Model:
+    def _load(self, name: str, dtype: Any, ignore_keys: str) -> Model:
         """Another model; everything of the one before is released first."""
         for kept in (self._windows, self._moments, self._offline):
             kept.made.clear()
-        return load(name, dtype=dtype)
+        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split())
+        for note in model.notes:
+            self._note(f"{model.origin['file']}: {note}")
+        return model
 
     def _forget_programs(self, program: Any) -> None:
         if len(self._programs | {program}) > _PROGRAMS:
