@@ -30,8 +30,8 @@ def hf_config(s: Settings) -> ModelConfig:
     s.ignore("hidden_act")
     sizes = hf_sizes(
         s, activation=("hidden_activation", "gelu_pytorch_tanh"), head_dim=256, hidden_size=2304,
-        intermediate_size=9216, max_position_embeddings=8192,
-        num_attention_heads=8, num_hidden_layers=26, num_key_value_heads=4, vocab_size=256_000,
+        intermediate_size=9216, max_position_embeddings=8192, num_attention_heads=8,
+        num_hidden_layers=26, num_key_value_heads=4, vocab_size=256_000,
     )  # fmt: skip
     types, n_layers = s.take("layer_types", None), sizes["n_layers"]
     bias = s.flag("attention_bias", False)
