@@ -276,6 +276,6 @@ class ModelConfig:
             )
         if any(self.sliding_layers) and not self.sliding_window:
             raise ConfigError(
-                "sliding_window: layers with sliding attention need a window of at least 1 token, "
-                f"got {self.sliding_window}"
+                "sliding_window: layers with sliding attention (layer_types) need a window of at "
+                f"least 1 token, got {self.sliding_window}"
             )
