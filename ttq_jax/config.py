@@ -264,11 +264,8 @@ class ModelConfig:
             raise ConfigError(
                 f"n_kv_heads must divide n_heads, got {self.n_kv_heads} and {self.n_heads}"
             )
-        ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
-        if len(ropes) > 1:
-            raise ConfigError(
-                f"rope: expected as many channels to rotate in all layers, got {sorted(ropes)}"
-            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ConfigError(f"rope needs an even head_dim, got {self.head_dim}")
         if self.sliding_layers and len(self.sliding_layers) != self.n_layers:
             raise ConfigError(
                 f"sliding_layers: expected one entry for each of {self.n_layers} layers, "
@@ -278,4 +275,9 @@ class ModelConfig:
             raise ConfigError(
                 "sliding_window: layers with sliding attention (layer_types) need a window of at "
                 f"least 1 token, got {self.sliding_window}"
+            )
+        ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
+        if len(ropes) > 1:
+            raise ConfigError(
+                f"rope: expected as many channels to rotate in all layers, got {sorted(ropes)}"
             )

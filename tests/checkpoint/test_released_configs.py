@@ -127,13 +127,16 @@ def test_nothing_is_unknown(name, read):
     assert read(name).family == {"smollm2": "llama", "gemma": "gemma3"}.get(kind, kind)
 
 
+def test_yarn(read):
+    config = read("qwen3-8b-yarn")
+    assert (config.rope.scaling, config.max_positions) == ("yarn", 131072)
+    assert config.rope.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
+
+
 def test_what_they_leave_unsaid(read):
     assert read("llama-2-7b").rope.theta == 10000.0
     assert read("llama-3.2-1b").rope.scaling == "llama3"
     assert read("qwen3-0.6b").sliding_layers == ()
-    stretched = read("qwen3-8b-yarn")
-    assert (stretched.rope.scaling, stretched.max_positions) == ("yarn", 131072)
-    assert stretched.rope.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
     small, large = read("gemma-3-270m"), read("gemma-3-4b")
     assert (large.n_heads, large.n_kv_heads, large.head_dim) == (8, 4, 256)
     assert (large.rope.scaling, large.rope.factor, large.rope.theta) == ("linear", 8.0, 1e6)
