@@ -40,10 +40,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The README's test command brings torch; CI's pass on the newest Python goes without.
 _WITH_TORCH = (
     "test_ttq_torch.py", "models/test_parity_real.py", "models/test_parity_torch.py",
-    "models/test_rope_scaling.py",
+    "models/test_rope_scaling.py", "checkpoint/test_config_fuzz.py",
     "checkpoint/test_config_parity.py", "checkpoint/test_gguf.py", "checkpoint/test_huggingface.py",
-    "checkpoint/test_where.py",
-    "evaluation/harness", "experiments/test_compare_torch.py",
+    "checkpoint/test_where.py", "evaluation/harness", "experiments/test_compare_torch.py",
     "experiments/test_compare_torch_speed.py",
 )  # fmt: skip
 # A page is looked at where there is a browser.

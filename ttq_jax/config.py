@@ -274,11 +274,8 @@ class ModelConfig:
             raise ConfigError(
                 f"n_kv_heads must divide n_heads, got {self.n_kv_heads} and {self.n_heads}"
             )
-        ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
-        if len(ropes) > 1:
-            raise ConfigError(
-                f"rope: expected as many channels to rotate in all layers, got {sorted(ropes)}"
-            )
+        if self.rope is not None and self.head_dim % 2:
+            raise ConfigError(f"rope needs an even head_dim, got {self.head_dim}")
         for name in ("sliding_layers", "rotated_layers"):
             flags = getattr(self, name)
             if flags and len(flags) != self.n_layers:
@@ -288,6 +285,11 @@ class ModelConfig:
                 )
         if any(self.sliding_layers) and not self.sliding_window:
             raise ConfigError(
-                "sliding_window: layers with sliding attention need a window of at least 1 token, "
-                f"got {self.sliding_window}"
+                "sliding_window: layers with sliding attention (layer_types) need a window of at "
+                f"least 1 token, got {self.sliding_window}"
+            )
+        ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
+        if len(ropes) > 1:
+            raise ConfigError(
+                f"rope: expected as many channels to rotate in all layers, got {sorted(ropes)}"
             )

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from ttq_jax.checkpoint.huggingface import read_config
@@ -59,6 +60,21 @@ RELEASED = {
         "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
         "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
         "vocab_size": 151936,
+    },
+    "qwen3-8b-yarn": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+        "max_position_embeddings": 131072, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "attn_factor": 0.8782488562869419, "factor": 4.0,
+            "original_max_position_embeddings": 32768, "rope_type": "yarn",
+        },
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
     },
     "gemma-3-270m": {
         "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"],
@@ -201,6 +217,12 @@ def read(tmp_path):
 @pytest.mark.parametrize("name", list(RELEASED))
 def test_nothing_is_unknown(name, read):
     assert read(name).family == FAMILY_OF.get(name) or name.startswith(read(name).family)
+
+
+def test_yarn(read):
+    config = read("qwen3-8b-yarn")
+    assert (config.rope.scaling, config.max_positions) == ("yarn", 131072)
+    assert config.rope.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
 
 
 def test_what_they_leave_unsaid(read):

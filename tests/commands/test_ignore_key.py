@@ -56,22 +56,22 @@ def test_a_sweep_has_it_as_an_axis(cli, odd, text_file, tmp_path):
     path, out = tmp_path / "sweep.toml", tmp_path / "out"
     path.write_text(
         f'model = "odd={odd}"\ncorpus = "{text_file}"\nrecipe = "none"\nwindow = 16\n'
-        'prompt_tokens = 8\nmax_windows = 1\nignore_keys = "odd_key third"\n'
+        'prompt_tokens = 8\nmax_windows = 1\nignore_key = "odd_key third"\n'
     )
     code, _, err = cli("sweep", path, "--out", out, "--no-compilation-cache")
     assert code == 0, err
     notes = [NOTE, "--ignore-key third has no effect: there is no such key"]
     (row,) = read_rows(out).values()
     assert row["notes"] == notes
-    assert row["cell"]["ignore_keys"] == "odd_key third"
+    assert row["cell"]["ignore_key"] == "odd_key third"
     for note in notes:
         assert f"ttq: model: {note}\n" in err
     assert json.loads((out / "rows.jsonl").read_text())["notes"] == notes
 
 
 def test_the_harness_has_it_as_a_model_argument(odd, capsys):
-    made = load_arguments({"model": odd, "recipe": "none", "ignore_keys": "odd_key"})
+    made = load_arguments({"model": odd, "recipe": "none", "ignore_key": "odd_key"})
     assert made["model"].notes == (NOTE,)
     assert NOTE in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="did you mean ignore_keys"):
-        check_arguments({"model": odd, "ignore_key": "odd_key"})
+    with pytest.raises(ConfigError, match="did you mean ignore_key"):
+        check_arguments({"model": odd, "ignore_keys": "odd_key"})

@@ -18,7 +18,7 @@ from ttq_jax.config import ConfigError, Rope
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.layers import rotate
-from ttq_jax.models.rope import hf_rope
+from ttq_jax.models.rope import gguf_rope, hf_rope
 from ttq_jax.models.settings import Settings
 
 CONTEXT, ORIGINAL = 64, 32
@@ -278,6 +278,16 @@ def test_gguf_files_say_it_in_their_own_keys(name, saved, tmp_path):
     assert model.config.max_positions == load(directory).config.max_positions
     for row in tokens_of(ORIGINAL - 3, CONTEXT):
         assert_close(ours(model, [row])[0], theirs(reference, row))
+
+
+@pytest.mark.parametrize("rotated", [16, 12])
+def test_gguf_heads_may_rotate_in_part(rotated):
+    settings = Settings({"phi3.rope.dimension_count": rotated, "phi3.rope.freq_base": 1e4})
+    rope = gguf_rope(settings, "phi3", head_dim=16)
+    settings.finish()
+    assert rope.channels(16) == rotated
+    expected = hf_rope(Settings({"partial_rotary_factor": rotated / 16}), partial=True)
+    assert rope == expected
 
 
 def test_gguf_headers_name_their_provenance(tmp_path):

@@ -19,7 +19,7 @@ from ttq_jax.sampling import Sampling
 _SHORT = ("bits", "group_size", "rank", "symmetric")
 _OTHERS = (
     "model", "recipe", "calibration", "calibration_tokens", "prepared", "dtype", "max_length",
-    "seed", "ignore_keys",
+    "seed", "ignore_key",
 )  # fmt: skip
 OPTIONS = (*_OTHERS, *_SHORT)
 """The model arguments that are not settings of a recipe."""
@@ -97,7 +97,7 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     progress = Progress()
     text = calibration_text(needs, progress)
-    keys = str(given["ignore_keys"] or "").split()
+    keys = str(given["ignore_key"] or "").split()
     model, _ = load_model(str(given["model"]), given["dtype"] or "float32", progress, keys)
     check_selection(model.params, recipe)
     offline, _ = prepare_offline(needs, model, text, progress)

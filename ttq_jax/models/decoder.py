@@ -153,26 +153,30 @@ def _layer_constants(config: ModelConfig) -> dict[str, Array]:
         # At frequency zero nothing turns.
         rope = np.where(sliding[:, None], local, full) * rotated[:, None]
         constants["rope"] = rope.astype(np.float32)
-        constants |= _rope_extras(config.rope, config.rope_local or config.rope, sliding, rotated)
     return jax.tree.map(jnp.asarray, constants)
 
 
-def _rope_extras(
-    full: Rope, local: Rope, sliding: np.ndarray, rotated: np.ndarray
-) -> dict[str, np.ndarray]:
+def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
+    """The rotations of full and of sliding layers; () for learned positions."""
+    return () if config.rope is None else (config.rope, config.rope_local or config.rope)
+
+
+def _rope_constants(config: ModelConfig) -> dict[str, Array]:
     """What only some rotations have: a magnitude, and frequencies that depend on the length."""
-    extras = {}
-    if full.attention_factor != 1 or local.attention_factor != 1:
-        magnitudes = np.where(sliding, local.attention_factor, full.attention_factor)
-        extras["magnitude"] = np.where(rotated, magnitudes, 1).astype(np.float32)
-    if full.grows or local.grows:
-        extras["local"] = sliding.astype(np.int32)
-    return extras
+    ropes, constants = _ropes(config), {}
+    local = np.array(config.sliding_layers or (False,) * config.n_layers).astype(np.int32)
+    if any(rope.attention_factor != 1 for rope in ropes):
+        magnitudes = np.array([rope.attention_factor for rope in ropes], np.float32)
+        rotated = np.array(config.rotated_layers or (True,) * config.n_layers)
+        constants["magnitude"] = jnp.asarray(np.where(rotated, magnitudes[local], np.float32(1)))
+    if any(rope.grows for rope in ropes):
+        constants["local"] = jnp.asarray(local)
+    return constants
 
 
 def _growths(config: ModelConfig, cache: Cache) -> Array | None:
     """Factors [2, B, R/2] on the frequencies of full and sliding layers; None if they are all 1."""
-    ropes = [rope for rope in (config.rope, config.rope_local or config.rope) if rope is not None]
+    ropes = _ropes(config)
     if not any(rope.grows for rope in ropes):
         return None
     lengths = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)
@@ -289,7 +293,8 @@ def forward(
         x, stacks, kept = out
         return (x, *stacks), kept
 
-    carry, constants = (x, cache.k, cache.v), _layer_constants(config)
+    carry = (x, cache.k, cache.v)
+    constants = _layer_constants(config) | _rope_constants(config)
     kept: dict[str, Any] = {}
     if isinstance(params["layers"], tuple):
         for i, weights in enumerate(params["layers"]):

@@ -54,6 +54,11 @@ def _yarn(s: Settings, positions: int | float | None) -> dict[str, Any]:
     def magnitude(scale: float) -> int | float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
+    if "attn_factor" in s:
+        s.notes.append(
+            f"{s.label('attn_factor')} = {shown(s.take('attn_factor'))} is not read, as in "
+            "transformers, whose key is attention_factor; vLLM multiplies by it"
+        )
     one, all_dim = s.number("mscale", 0.0, zero=True), s.number("mscale_all_dim", 0.0, zero=True)
     implied = magnitude(one) / magnitude(all_dim) if one and all_dim else magnitude(1.0)
     return {

@@ -31,7 +31,7 @@ LABELLED = ("model", "corpus", "calibration")
 
 # Axis -> the type of its values, or what they may be; any field of a recipe is one besides.
 AXES: dict[str, Any] = {
-    "model": str, "dtype": ("float32", "bfloat16"), "ignore_keys": str, "corpus": str,
+    "model": str, "dtype": ("float32", "bfloat16"), "ignore_key": str, "corpus": str,
     "recipe": str, "seed": int,
     "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
     "calibration": str, "calibration_tokens": int,
@@ -44,12 +44,12 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 # What the unquantized model depends on.
 _OF_NONE = {
-    "model", "dtype", "ignore_keys", "corpus", "recipe", "max_windows", "seed", "protocol",
+    "model", "dtype", "ignore_key", "corpus", "recipe", "max_windows", "seed", "protocol",
     "window", "prompt_tokens",
 }  # fmt: skip
 
 # Slowest first: cells that share a model, a calibration or a program stand together.
-_ORDER = ("model", "dtype", "ignore_keys", "seed", "protocol", "window", "prompt_tokens",
+_ORDER = ("model", "dtype", "ignore_key", "seed", "protocol", "window", "prompt_tokens",
           "calibration", "calibration_tokens", "recipe")  # fmt: skip
 _LAST = ("max_windows", "corpus")
 
@@ -66,7 +66,7 @@ class Options:
       corpus: the text that is scored, see `read_corpus`.
       recipe: a preset's name, or a file's.
       dtype: of the unquantized weights and the activations.
-      ignore_keys: settings of the model's files that change nothing, separated by spaces.
+      ignore_key: settings of the model's files that change nothing, separated by spaces.
       protocol: "causal" or "window".
       window: W, tokens.
       prompt_tokens: P, tokens.
@@ -80,7 +80,7 @@ class Options:
     corpus: str
     recipe: str = DEFAULT
     dtype: Literal["float32", "bfloat16"] = "float32"
-    ignore_keys: str = ""
+    ignore_key: str = ""
     protocol: str = "causal"
     window: int = 512
     prompt_tokens: int = 256

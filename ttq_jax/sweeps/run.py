@@ -145,7 +145,7 @@ class Runner:
         if cell.error or cell.protocol is None:
             raise ConfigError(cell.error)
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
-        which = (options.model, options.dtype, options.ignore_keys)
+        which = (options.model, options.dtype, options.ignore_key)
         model: Model = self._models.get(which, lambda: self._load(*which))
         check_selection(model.params, cell.recipe)
         text = self.text(options.corpus)
