@@ -1,6 +1,7 @@
 """Tiny GGUF files, written by hand from transformers models as llama.cpp's converter would."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -65,6 +66,17 @@ def header_of(model, arch: str) -> dict:
     if arch == "gemma3":
         keys["attention.sliding_window"] = c.sliding_window
     return {f"{arch}.{k}": v for k, v in keys.items()}
+
+
+def random_llama() -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and tensors of the Llama of `tiny_files`, for tests without torch."""
+    from tiny_files import CONFIG, HEADS, VOCAB, WIDTH, tensors
+
+    rope = {"rope_theta": CONFIG["rope_theta"]}
+    config = SimpleNamespace(**CONFIG, rope_parameters=rope, head_dim=WIDTH // HEADS)
+    state = {name: SimpleNamespace(numpy=lambda w=w: w) for name, w in tensors().items()}
+    model = SimpleNamespace(config=config, state_dict=lambda: state)
+    return header_of(model, "llama") | tokenizer_header(VOCAB), tensors_of(model, "llama")
 
 
 def tokenizer_header(size: int) -> dict:

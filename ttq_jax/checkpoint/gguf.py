@@ -120,7 +120,7 @@ def load_gguf(
             raise CheckpointError(f"{path}: {error}") from error
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(build_tokenizer, file.metadata, file.label)
+            future = pool.submit(build_tokenizer, file.metadata, file.label, config.vocab_size)
             params = assemble(
                 config,
                 file,

@@ -211,12 +211,13 @@ def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> No
     backend.add_tokens(whole[_USER_DEFINED])
 
 
-def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
+def build_tokenizer(meta: Mapping[str, Any], label: str, rows: int | None = None) -> Tokenizer:
     """The tokenizer that a GGUF header describes.
 
     Args:
       meta: the header.
       label: the file, for messages.
+      rows: of the model's embedding, None if not known.
 
     Returns:
       The tokenizer; its `eos_ids` are the header's end-of-text and end-of-turn tokens.
@@ -254,4 +255,5 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
         adds_bos=bool(meta.get(_KEY + "add_bos_token", implied)),
         eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
         vocab_size=len(meta[_KEY + "tokens"]),
+        rows=rows,
     )

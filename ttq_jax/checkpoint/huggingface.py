@@ -135,7 +135,7 @@ def load_directory(
     """
     family, config = read_config(directory)
     bos_id, eos_ids = _ends(directory)
-    tokenizer = load_tokenizer(directory, bos_id=bos_id, eos_ids=eos_ids)
+    tokenizer = load_tokenizer(directory, rows=config.vocab_size, bos_id=bos_id, eos_ids=eos_ids)
     with open_safetensors(directory) as source:
         modules = _modules(family, source)
         ignored = family.hf_ignored

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, check, is_file, parse_json, read_bytes, read_json, why
+from ttq_jax.prompts import check_ids
 
 if TYPE_CHECKING:
     import tokenizers
@@ -57,6 +58,7 @@ class Tokenizer:
       adds_bos: whether this checkpoint's prompts start with it.
       eos_ids: tokens that end a text.
       vocab_size: one more than the largest token id.
+      rows: of the model's embedding, None if not known; a text may not contain a token beyond.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Tokenizer:
         adds_bos: bool,
         eos_ids: Iterable[int] = (),
         vocab_size: int | None = None,
+        rows: int | None = None,
     ):
         """Wraps a fast tokenizer.
 
@@ -76,6 +79,7 @@ class Tokenizer:
           adds_bos: whether prompts start with it.
           eos_ids: tokens that end a text.
           vocab_size: one more than the largest token id; None to find out.
+          rows: see the attribute.
         """
         self._backend = backend
         self.bos_id = bos_id
@@ -83,7 +87,18 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         if vocab_size is None:
             vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.vocab_size = vocab_size
+        self.vocab_size, self.rows = vocab_size, rows
+
+    @property
+    def ordinary_size(self) -> int:
+        """One more than the largest id of a token that a text need not spell out to contain."""
+        apart = self._backend.get_added_tokens_decoder()
+        vocab = self._backend.get_vocab(with_added_tokens=False)
+        return max((i for i in vocab.values() if i not in apart), default=-1) + 1
+
+    def token(self, i: int) -> str | None:
+        """The token of an id, as the vocabulary spells it; None for an id without one."""
+        return self._backend.id_to_token(i) if 0 <= i < self.vocab_size else None
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognized.
@@ -94,9 +109,14 @@ class Tokenizer:
 
         Returns:
           The ids.
+
+        Raises:
+          PromptError: the text contains a token that the model has no row for.
         """
         with refused(f"the model's tokenizer cannot read {shown(text)}"):
             ids = self._backend.encode(text, add_special_tokens=False).ids
+        if self.rows is not None and max(ids, default=0) >= self.rows:
+            check_ids(ids, self.rows, self, f"the text {shown(text)}")
         return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -205,7 +225,7 @@ def _hub_backend(directory: Path) -> "tokenizers.Tokenizer":
 
 
 def load_tokenizer(
-    directory: Path, *, bos_id: int | None = None, eos_ids: Iterable[int] = ()
+    directory: Path, *, rows: int, bos_id: int | None = None, eos_ids: Iterable[int] = ()
 ) -> Tokenizer:
     """The tokenizer of a Hugging Face directory.
 
@@ -214,6 +234,7 @@ def load_tokenizer(
 
     Args:
       directory: with tokenizer.json, or the files of an older tokenizer.
+      rows: of the model's embedding.
       bos_id: the begin-of-text token by config.json.
       eos_ids: the end-of-text tokens.
 
@@ -238,6 +259,5 @@ def load_tokenizer(
     adds = settings.get("add_bos_token")
     if adds is None:
         adds, named = leading is not None, leading if leading is not None else named
-    return Tokenizer(
-        backend, bos_id=bos_id if named is None else named, adds_bos=bool(adds), eos_ids=eos_ids
-    )
+    begin = bos_id if named is None else named
+    return Tokenizer(backend, bos_id=begin, adds_bos=bool(adds), eos_ids=eos_ids, rows=rows)

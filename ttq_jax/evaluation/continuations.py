@@ -22,7 +22,7 @@ from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import last_hidden, prefill, requantize
-from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
+from ttq_jax.prompts import SMALLEST_BUCKET, bucket, check_ids, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Cache, Offline, Params, Prompts
@@ -130,6 +130,8 @@ def score_continuations(
       PromptError: the prompt is empty, or does not fit.
       NotFiniteError: a score is not finite.
     """
+    for ids in (prompt, *continuations):
+        check_ids(ids, model.config.vocab_size, model.tokenizer, "a prompt or continuation")
     longest = max(map(len, continuations))
     rows = np.zeros((bucket(len(continuations), smallest=1), bucket(longest, smallest=_SHORTEST)))
     rows, lengths = rows.astype(np.int32), np.zeros(len(rows), np.int32)
@@ -203,6 +205,7 @@ def continue_until(
       PromptError: the prompt is empty, or does not fit.
       NotFiniteError: the logits are not finite.
     """
+    check_ids(prompt, model.config.vocab_size, model.tokenizer, "the prompt")
     tokenizer, prompts = model.tokenizer, pad_prompts(
         [prompt], max_positions=model.config.max_positions, max_new_tokens=limit
     )  # fmt: skip
