@@ -9,10 +9,9 @@ import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.gguf_file import GgufFile
+from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
-from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
@@ -24,8 +23,14 @@ def _family(file: GgufFile) -> Family:
     """The family of the file's architecture.
 
     Raises:
-      CheckpointError: an architecture that is not supported.
+      CheckpointError: an architecture that is not supported, or no language model.
     """
+    what = file.metadata.get("general.type", "model")
+    if what != "model":
+        raise CheckpointError(
+            f"{file.label}: expected a model, but its general.type is {shown(what)}. Give the "
+            "model's own file; an adapter has to be merged into it first"
+        )
     arch = file.metadata.get("general.architecture")
     known = {f.gguf_arch: f for f in FAMILIES if f.gguf_arch}
     if not isinstance(arch, str) or arch not in known:
@@ -71,9 +76,8 @@ def read_config(file: GgufFile, family: Family) -> ModelConfig:
       ConfigError: a setting that is missing, unknown or not implemented.
     """
     arch = family.gguf_arch
-    settings = Settings(file.metadata)
-    # Provenance; the tokenizer checks its own keys.
-    settings.ignore_prefix("general.", "tokenizer.", "split.", "quantize.", "imatrix.")
+    # The tokenizer checks its own keys. All further namespaces say who made the file and how.
+    settings = Settings({k: v for k, v in file.metadata.items() if k.startswith(f"{arch}.")})
     settings.require(f"{arch}.attention.causal", True)
     vocab_size = file.shapes.get("token_embd.weight", (0,))[0]
     settings.require(f"{arch}.vocab_size", vocab_size)
@@ -100,7 +104,7 @@ def load_gguf(
     """Loads a GGUF file.
 
     Args:
-      path: of the file.
+      path: of the file, or of any part of a split one.
       name: what to call the model.
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
@@ -111,8 +115,7 @@ def load_gguf(
     Raises:
       CheckpointError: the file cannot be loaded; the message says why.
     """
-    with RandomAccess(path) as access:
-        file = GgufFile(access)
+    with open_gguf(path) as file:
         family = _family(file)
         try:
             config = read_config(file, family)
