@@ -7,9 +7,9 @@ import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
-from ttq_jax.checkpoint.tokenizer import load_tokenizer
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, read_json
@@ -146,4 +146,4 @@ def load_directory(
             config, source, modules, family.hf_edits, ignored=ignored, dtype=dtype,
             progress=progress,
         )  # fmt: skip
-    return Model(config, params, tokenizer, name, eos_ids)
+    return Model(config, params, tokenizer, name, eos_ids, notes=tokenizer.notes)
