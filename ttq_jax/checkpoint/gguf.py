@@ -123,7 +123,9 @@ def load_gguf(
             raise CheckpointError(f"{path}: {error}") from error
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(build_tokenizer, file.metadata, file.label, config.vocab_size)
+            future = pool.submit(
+                build_tokenizer, file.metadata, file.label, config.vocab_size, family.end
+            )
             params = assemble(
                 config,
                 file,
@@ -134,4 +136,12 @@ def load_gguf(
                 progress=progress,
             )
             tokenizer = future.result()
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization)
+    return Model(
+        config,
+        params,
+        tokenizer,
+        name,
+        tokenizer.eos_ids,
+        format=file.quantization,
+        notes=tokenizer.notes,
+    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttq_jax.checkpoint.ends import settled_ends
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
 from ttq_jax.errors import shown
@@ -30,16 +31,17 @@ _QWEN2 = (
 _LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe", "llama3", "llama-v3")
 
-# Key -> the type of its value, as the header's reader gives it; "i" and "f" are arrays.
+# Key -> the type of its value, as the header's reader gives it; "i", "f" and "ids" are arrays.
 _TYPES: dict[str, Any] = {
     "model": str, "pre": str, "tokens": list, "merges": list, "token_type": "i", "scores": "f",
-    "bos_token_id": int, "eos_token_id": int, "eot_token_id": int, "unknown_token_id": int,
+    "bos_token_id": int, "eos_token_id": int, "eot_token_id": int, "eom_token_id": int,
+    "eos_token_ids": "ids", "unknown_token_id": int,
     "add_bos_token": bool, "add_eos_token": bool, "add_space_prefix": bool,
     "remove_extra_whitespaces": bool,
 }  # fmt: skip
 _WORDS = {
     str: "a string", list: "strings", int: "the id of a token", bool: "true or false",
-    "i": "an integer for each token", "f": "a finite number for each token",
+    "ids": "ids of tokens", "i": "an integer for each token", "f": "a finite number for each token",
 }  # fmt: skip
 # Merges that follow from a token take time that grows with the square of its length.
 _LONGEST = 1024
@@ -101,6 +103,9 @@ def _fits(value: Any, kind: Any, tokens: int) -> bool:
     if kind is list:
         texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
         return texts and all(len(one) <= _LONGEST for one in value)
+    if kind == "ids":
+        integers = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+        return integers and all(0 <= i < tokens for i in value.tolist())
     if isinstance(kind, str):
         array = isinstance(value, np.ndarray) and value.shape == (tokens,)
         number = array and value.dtype.kind in ("iu" if kind == "i" else "iuf")
@@ -212,16 +217,19 @@ def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> No
     backend.add_tokens(whole[USER_DEFINED])
 
 
-def build_tokenizer(meta: Mapping[str, Any], label: str, rows: int | None = None) -> Tokenizer:
+def build_tokenizer(
+    meta: Mapping[str, Any], label: str, rows: int | None = None, default_end: int | None = None
+) -> Tokenizer:
     """The tokenizer that a GGUF header describes.
 
     Args:
       meta: the header.
       label: the file, for messages.
       rows: of the model's embedding, None if not known.
+      default_end: the family's end-of-text token, for a header that names none.
 
     Returns:
-      The tokenizer; its `eos_ids` are the header's end-of-text and end-of-turn tokens.
+      The tokenizer; its `eos_ids` are the header's ends of a text, a turn and a message.
 
     Raises:
       CheckpointError: a kind of tokenizer that is not implemented, or an inconsistent header.
@@ -247,14 +255,20 @@ def build_tokenizer(meta: Mapping[str, Any], label: str, rows: int | None = None
             )
     backend = builders[kind](meta, label)
     _add_special(backend, meta)
-    eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot")]
+    eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = [*(i for i in eos if i is not None), *map(int, meta.get(_KEY + "eos_token_ids", ()))]
+    eos_ids, notes = settled_ends(named, backend, rows=rows, default=default_end)
     # llama.cpp's defaults where the header is silent.
     implied = kind == "llama" or meta.get(_KEY + "pre") in ("llama-bpe", "llama3", "llama-v3")
+    begin = meta.get(_KEY + "bos_token_id")
+    if begin is None and kind == "llama" and meta[_KEY + "token_type"][1:2].tolist() == [CONTROL]:
+        begin = 1
     return Tokenizer(
         backend,
-        bos_id=meta.get(_KEY + "bos_token_id"),
+        bos_id=begin,
         adds_bos=bool(meta.get(_KEY + "add_bos_token", implied)),
-        eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
+        eos_ids=eos_ids,
+        notes=tuple(notes),
         vocab_size=len(meta[_KEY + "tokens"]),
         rows=rows,
     )

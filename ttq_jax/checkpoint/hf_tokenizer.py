@@ -1,10 +1,12 @@
 """The tokenizer of a Hugging Face directory."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ttq_jax.checkpoint.ends import read_optional, settled_begin, settled_ends
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.sentencepiece_file import content, from_model
 from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
@@ -22,9 +24,9 @@ _FILE = {
     "model": {"vocab": ({"*": COUNT}, list)},
     "added_tokens?": (None, [{"id": COUNT, "content": str}]),
 }
-_SETTINGS = {
-    "bos_token?": (None, str, {"content": str}), "add_bos_token?": (None, bool),
-}  # fmt: skip
+_TOKEN = (None, str, {"content": str})
+_NAMED = {"bos_token?": _TOKEN, "eos_token?": _TOKEN}
+_SETTINGS = _NAMED | {"add_bos_token?": (None, bool), "add_eos_token?": (None, bool)}
 
 
 def _leading_special(backend: "tokenizers.Tokenizer") -> int | None:
@@ -94,8 +96,9 @@ def _hub_backend(directory: Path) -> "tokenizers.Tokenizer":
 
 
 def load_tokenizer(
-    directory: Path, *, rows: int, bos_id: int | None = None, eos_ids: Iterable[int] = ()
-) -> Tokenizer:
+    directory: Path, *, rows: int, begins: Mapping[str, int] = MappingProxyType({}),
+    ends: Iterable[int] = (), default_end: int | None = None,
+) -> Tokenizer:  # fmt: skip
     """The tokenizer of a Hugging Face directory.
 
     Whether prompts start with a begin-of-text token follows `add_bos_token` of
@@ -104,8 +107,9 @@ def load_tokenizer(
     Args:
       directory: with tokenizer.json, or the files of an older tokenizer.
       rows: of the model's embedding.
-      bos_id: the begin-of-text token by config.json.
-      eos_ids: the end-of-text tokens.
+      begins: the begin-of-text token by each configuration file that names one.
+      ends: the end-of-text tokens by them.
+      default_end: the family's end-of-text token, for files that name none.
 
     Returns:
       The tokenizer.
@@ -115,27 +119,37 @@ def load_tokenizer(
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path, CheckpointError, _SETTINGS) if path.exists() else {}
-    begin, adds, found = bos_id, settings.get("add_bos_token"), None
+    adds, found = settings.get("add_bos_token"), None
     if (directory / "tokenizer.json").exists():
         backend = _fast_backend(directory / "tokenizer.json")
     elif is_file(directory / "tokenizer.model"):
         found = from_model(directory, settings)
-        backend = found.backend
         # As transformers' tokenizers for such files do.
-        adds, begin = adds is not False, begin if found.bos_id is None else found.bos_id
+        backend, adds = found.backend, adds is not False
     else:
         backend = _hub_backend(directory)
     # A tokenizer.json may ask for truncation or padding, as its author's training script left it.
     backend.no_truncation()
     backend.no_padding()
-    name = content(settings.get("bos_token"))
-    named = backend.token_to_id(name) if name else None
+    more, notes = read_optional(directory / "special_tokens_map.json", _NAMED)
+    own: dict[str, int | None] = {"bos": None, "eos": None}
+    for name in own:
+        texts = (content(one.get(f"{name}_token")) for one in (settings, more))
+        if text := next(filter(None, texts), None):
+            own[name] = backend.token_to_id(text)
+        if found is not None and own[name] is None:
+            own[name] = found.ids[name]
     with refused(f"{directory}: its tokenizer cannot read a text"):
         leading = _leading_special(backend)
     if adds is None:
-        adds, named = leading is not None, leading if leading is not None else named
+        adds, own["bos"] = leading is not None, own["bos"] if leading is None else leading
+    if settings.get("add_eos_token"):
+        notes.append("add_eos_token is true, but no end-of-text token is put behind a prompt")
+    begin, told = settled_begin(own["bos"], begins, backend)
+    named = (*ends, *([] if own["eos"] is None else [own["eos"]]))
+    eos_ids, told_too = settled_ends(named, backend, rows=rows, default=default_end)
     return Tokenizer(
-        backend, bos_id=begin if named is None else named, adds_bos=bool(adds), eos_ids=eos_ids,
-        rows=rows, leading_space=found is not None and found.leading_space,
-        notes=found.notes if found else (),
+        backend, bos_id=begin, adds_bos=bool(adds), eos_ids=eos_ids, rows=rows,
+        leading_space=found is not None and found.leading_space,
+        notes=(*(found.notes if found else ()), *notes, *told, *told_too),
     )  # fmt: skip

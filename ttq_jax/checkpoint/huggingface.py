@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
@@ -65,15 +66,18 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:
-    """(begin-of-text token, end-of-text tokens); generation_config.json takes precedence."""
+def _ends(directory: Path) -> tuple[dict[str, int], tuple[int, ...], list[str]]:
+    """(begin-of-text token by file, all end-of-text tokens, notes) of the configuration files."""
     raw = read_json(directory / "config.json", CheckpointError, _CONFIG)
-    raw = {**(raw.get("text_config") or {}), **raw}
     path = directory / "generation_config.json"
-    generation = read_json(path, CheckpointError, _ENDS) if path.exists() else {}
-    bos = _as_ids(generation.get("bos_token_id", raw.get("bos_token_id")))
-    eos = generation.get("eos_token_id")
-    return (bos[0] if bos else None), _as_ids(raw.get("eos_token_id") if eos is None else eos)
+    generation, notes = read_optional(path, _ENDS)
+    files = {
+        path.name: generation, "config.json": raw,
+        "text_config of config.json": raw.get("text_config") or {},
+    }  # fmt: skip
+    begins = {name: _as_ids(one.get("bos_token_id"))[:1] for name, one in files.items()}
+    ends = tuple(i for one in files.values() for i in _as_ids(one.get("eos_token_id")))
+    return {name: ids[0] for name, ids in begins.items() if ids}, ends, notes
 
 
 def _modules(family: Family, source: Safetensors) -> dict[str, str]:
@@ -134,8 +138,10 @@ def load_directory(
       CheckpointError: the directory cannot be loaded; the message says why.
     """
     family, config = read_config(directory)
-    bos_id, eos_ids = _ends(directory)
-    tokenizer = load_tokenizer(directory, rows=config.vocab_size, bos_id=bos_id, eos_ids=eos_ids)
+    begins, ends, notes = _ends(directory)
+    tokenizer = load_tokenizer(
+        directory, rows=config.vocab_size, begins=begins, ends=ends, default_end=family.end
+    )
     with open_safetensors(directory) as source:
         modules = _modules(family, source)
         ignored = family.hf_ignored
@@ -146,4 +152,5 @@ def load_directory(
             config, source, modules, family.hf_edits, ignored=ignored, dtype=dtype,
             progress=progress,
         )  # fmt: skip
-    return Model(config, params, tokenizer, name, eos_ids, notes=tokenizer.notes)
+    notes = [*notes, *tokenizer.notes]
+    return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes))

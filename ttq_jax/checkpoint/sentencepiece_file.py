@@ -140,15 +140,13 @@ class FromModel:
       backend: the tokenizer.
       leading_space: whether a text that begins with no added token is to be read with a space
         before it; the backend does not add it.
-      bos_id: the begin-of-text token by that file, or None.
-      eos_id: the end-of-text token by that file, or None.
+      ids: the tokens that begin ("bos") and end ("eos") a text by that file, or None.
       notes: where its ids may be others than SentencePiece's.
     """
 
     backend: "tokenizers.Tokenizer"
     leading_space: bool
-    bos_id: int | None
-    eos_id: int | None
+    ids: Mapping[str, int | None]
     notes: tuple[str, ...]
 
 
@@ -189,14 +187,14 @@ def from_model(directory: Path, settings: Mapping[str, Any]) -> FromModel:
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
     backend.add_special_tokens([AddedToken(text, normalized=False) for text in of_kind[CONTROL]])
     _add_tokens(backend, directory, settings)
-    ends = (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id)
-    bos, eos = (i if 0 <= i < len(proto.pieces) else None for i in ends)
+    named = {"bos": proto.trainer_spec.bos_id, "eos": proto.trainer_spec.eos_id}
+    ids = {name: i if 0 <= i < len(proto.pieces) else None for name, i in named.items()}
     notes = (
         f"tokenizer.model has {tied} pieces of equal scores; where two of them overlap in a text, "
         "SentencePiece takes the left one and this package the first of the file, so that some "
         "token ids may be others than the model was trained with",
     )  # fmt: skip
-    return FromModel(backend, bool(prefix and not everywhere), bos, eos, notes if tied else ())
+    return FromModel(backend, bool(prefix and not everywhere), ids, notes if tied else ())
 
 
 def _merging(proto: Any, *, whole: bool) -> tuple["tokenizers.Tokenizer", int]:

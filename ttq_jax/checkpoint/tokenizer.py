@@ -98,7 +98,8 @@ class Tokenizer:
 
         Args:
           text: any text.
-          add_bos: start with the begin-of-text token, if this checkpoint's prompts do.
+          add_bos: start with the begin-of-text token, if this checkpoint's prompts do; a text that
+            begins with it, as a rendered template may, gets no second one.
 
         Returns:
           The ids.
@@ -112,7 +113,10 @@ class Tokenizer:
             ids = self._backend.encode(read, add_special_tokens=False).ids
         if self.rows is not None and max(ids, default=0) >= self.rows:
             check_ids(ids, self.rows, self, f"the text {shown(text)}")
-        return [self.bos_id, *ids] if add_bos and self.adds_bos and self.bos_id is not None else ids
+        begun = ids[:1] == [self.bos_id]
+        if add_bos and self.adds_bos and self.bos_id is not None and not begun:
+            return [self.bos_id, *ids]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens.
