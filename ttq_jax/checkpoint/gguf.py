@@ -26,7 +26,7 @@ def _family(file: GgufFile) -> Family:
       CheckpointError: an architecture that is not supported, or no language model.
     """
     what = file.metadata.get("general.type", "model")
-    if what != "model":
+    if not (isinstance(what, str) and what == "model"):
         raise CheckpointError(
             f"{file.label}: expected a model, but its general.type is {shown(what)}. Give the "
             "model's own file; an adapter has to be merged into it first"

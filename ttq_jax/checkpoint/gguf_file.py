@@ -278,7 +278,7 @@ class GgufFile:
             self.shapes |= part.shapes
             self._tensors |= part.tensors
         promised = self.metadata.get("split.tensors.count", len(self.shapes))
-        if len(parts) > 1 and promised != len(self.shapes):
+        if len(parts) > 1 and not (type(promised) is int and promised == len(self.shapes)):
             raise CheckpointError(
                 f"{self.label}: expected {shown(promised)} tensors in all {len(parts)} parts, "
                 f"found {len(self.shapes)}. Download them again, all from one place"
@@ -356,7 +356,8 @@ def open_gguf(path: Path) -> Iterator[GgufFile]:
         here = (path,) if missing else parts
         files = [stack.enter_context(RandomAccess(p)) for p in here]
         # A joined file may have kept the name of its first part.
-        if missing and _Part(files[0]).metadata.get("split.count", 0) not in (0, 1):
+        count = _Part(files[0]).metadata.get("split.count", 0) if missing else 0
+        if not (type(count) is int and count <= 1):
             raise CheckpointError(
                 f"{path}: one of {len(parts)} parts; missing beside it: {named(missing)}. Download "
                 "them to the same directory"

@@ -47,7 +47,8 @@ def check_part(path: Path, header: Mapping[str, Any], i: int, count: int) -> Non
     """
     number, parts = header.get("split.no", 0), header.get("split.count", 1)
     # The tool that joins parts writes a count of 0.
-    if type(parts) is int and max(parts, 1) == count and (count == 1 or number == i):
+    whole = type(parts) is int and type(number) is int and max(parts, 1) == count
+    if whole and (count == 1 or number == i):
         return
     raise CheckpointError(
         f"{path}: expected {f'part {i + 1} of {count}' if count > 1 else 'a whole model'}, but by "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _KEY = "tokenizer.ggml."
 # SentencePiece's kinds of pieces. JOINS are those that others may merge into.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
 JOINS = frozenset({NORMAL, USER_DEFINED, _UNUSED})
 
 # How text is cut before merging, one entry per way a vocabulary was trained.

@@ -6,6 +6,7 @@ does not know is in JSON files beside it: tokens that were added later, and whic
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_tokenizer import (
+    BYTE,
     CONTROL,
     JOINS,
     NORMAL,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 # The largest published one has 5 MB and 262144 pieces; llama.cpp's longest token has 1024 letters.
 _BYTES, _MOST, _LONGEST = 2**26, 2**21, 1024
 _BPE = 2
+_ALL_BYTES = {f"<0x{i:02X}>" for i in range(256)}
 _KINDS = {1: "Unigram", 3: "words", 4: "characters"}
 
 _FLAGS = ("lstrip", "rstrip", "single_word", "special")
@@ -65,15 +68,22 @@ def read_model(path: Path) -> Any:
     raw = read_bytes(path, CheckpointError, _BYTES)
     with refused(f"{path}: no SentencePiece model"):
         model = import_protobuf().ModelProto.FromString(raw)
-        pieces = [piece.piece for piece in model.pieces]
-        scores = [piece.score for piece in model.pieces]
-    fit = 1 <= len(pieces) <= _MOST and all(0 < len(piece) <= _LONGEST for piece in pieces)
-    if not fit or len(set(pieces)) < len(pieces) or not all(abs(s) < 1e30 for s in scores):
+        pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    texts = {text for text, _, _ in pieces}
+    # protobuf leaves what is no UTF-8 as bytes.
+    fit = 1 <= len(pieces) <= _MOST and all(
+        isinstance(text, str) and 0 < len(text) <= _LONGEST and "\0" not in text for text in texts
+    )
+    once = len(texts) == len(pieces) and [k for _, _, k in pieces].count(UNKNOWN) == 1
+    in_bytes = {text for text, _, kind in pieces if kind == BYTE}
+    complete = in_bytes == (_ALL_BYTES if trainer.byte_fallback else set())
+    if not (fit and once and complete and all(math.isfinite(score) for _, score, _ in pieces)):
         raise CheckpointError(
             f"{path}: expected 1 to {_MOST} pieces of 1 to {_LONGEST} letters, each once and with "
-            "a finite score. The file is damaged; download it again"
+            "a finite score, one of them unknown, and all 256 bytes or none. The file is damaged; "
+            "download it again"
         )
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kind = trainer.model_type
     for asked, what in (
         (kind != _BPE, f"a vocabulary of {_KINDS.get(kind, kind)}, not of BPE"),
