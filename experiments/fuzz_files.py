@@ -44,7 +44,7 @@ from ttq_jax.errors import Error
 from ttq_jax.files import write_file
 
 GOOD = ("refused", "as before", "as the file says")
-PACKAGES = ("ttq-jax", "jax", "numpy", "safetensors", "tokenizers", "gguf")
+PACKAGES = ("ttq-jax", "jax", "numpy", "safetensors", "tokenizers", "sentencepiece", "gguf")
 _SECONDS, _BYTES, _BATCH, _LONGEST = 20, 2 * 2**30, 400, 700
 
 

@@ -1,5 +1,6 @@
 """Small sound files of every kind that the package reads, for `fuzz_files.py` to damage."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import gguf
 import jax
 import numpy as np
+import sentencepiece
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -141,8 +143,22 @@ def _vocabulary(arch: str) -> dict[str, Any]:
     return {key + name: value for name, value in made.items()}
 
 
-def _gguf(path: Path, arch: str, folder: Path) -> None:
-    family, config, _ = read_config(folder)
+def _pieces(folder: Path) -> None:
+    """A tokenizer.model in place of the tokenizer's other files."""
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["he hell heel hello"] * 9), model_writer=made, vocab_size=_VOCAB,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+
+
+def _gguf(folder: Path, arch: str, source: Path, *, parts: int = 1) -> None:
+    """A file of each third storage type, or as many parts."""
+    family, config, _ = read_config(source)
     header = {
         "block_count": config.n_layers, "context_length": config.max_positions,
         "embedding_length": config.d_model, "feed_forward_length": config.d_ff,
@@ -154,18 +170,24 @@ def _gguf(path: Path, arch: str, folder: Path) -> None:
     if arch == "gemma3":
         header["gemma3.attention.sliding_window"] = 8
     kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-    writer = gguf.GGUFWriter(str(path), arch)
-    for name, value in header.items():
-        getattr(writer, f"add_{kinds[type(value)]}")(name, value)
     tensors = _tensors(leaves_of(config, family, in_gguf=True), seed=5)
-    for i, (name, array) in enumerate(tensors.items()):
-        type_ = ("F32", "Q8_0", "F16")[i % 3] if array.ndim == 2 else "F32"
-        kind = gguf.GGMLQuantizationType[type_]
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    folder.mkdir()
+    for part in range(parts):
+        name = "model" if parts == 1 else f"model-{part + 1:05}-of-{parts:05}"
+        writer = gguf.GGUFWriter(str(folder / f"{name}.gguf"), arch)
+        split = {"split.no": part, "split.count": parts, "split.tensors.count": len(tensors)}
+        said = ({} if part else header) | (split if parts > 1 else {})
+        for key, value in said.items():
+            getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+        for i, (key, array) in enumerate(tensors.items()):
+            if i % parts == part:
+                type_ = ("F32", "Q8_0", "F16")[i // parts % 3] if array.ndim == 2 else "F32"
+                kind = gguf.GGMLQuantizationType[type_]
+                writer.add_tensor(key, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def write_inputs(root: Path) -> None:
@@ -173,9 +195,11 @@ def write_inputs(root: Path) -> None:
     for name, config in CONFIGS.items():
         _checkpoint(root / name, config)
         if name != "opt":
-            (root / f"gguf_{name}").mkdir()
-            _gguf(root / f"gguf_{name}" / "model.gguf", name, root / name)
+            _gguf(root / f"gguf_{name}", name, root / name)
+    _gguf(root / "gguf_split", "llama", root / "llama", parts=3)
     _checkpoint(root / "sharded", CONFIGS["llama"], shards=3)
+    _checkpoint(root / "sentencepiece", CONFIGS["llama"])
+    _pieces(root / "sentencepiece")
     model = load(root / "llama")
     assert RTN is not None
     save_offline(root / "offline", model, RTN, prepare(model, RTN))

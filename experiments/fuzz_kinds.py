@@ -19,6 +19,7 @@ import fuzz_mutations as damage
 import gguf
 import jax
 import numpy as np
+import sentencepiece
 from fuzz_inputs import CHAT, CONFIGS, RTN, leaves_of
 from safetensors.numpy import load as load_safetensors
 
@@ -104,7 +105,30 @@ def _ids_exist(found: Model, said: Any) -> bool:
     """Whether every id that a model gives is a row of its embedding."""
     t, size = found.tokenizer, found.config.vocab_size
     ids = [*t.encode(_TEXT), *found.eos_ids, *([] if t.bos_id is None else [t.bos_id])]
-    return all(0 <= i < size for i in ids) and t.vocab_size <= size
+    return all(0 <= i < size for i in ids) and t.ordinary_size <= size
+
+
+def _said_if_sound(data: bytes) -> Any:
+    """What a file says that a model can do without; nothing if it is damaged."""
+    try:
+        return _strict(data)
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _ids_of_sentencepiece(data: bytes) -> list[int]:
+    """The ids of a text by SentencePiece itself.
+
+    Raises:
+      RuntimeError: it does not take the file.
+    """
+    return sentencepiece.SentencePieceProcessor(model_proto=data).encode(_TEXT)
+
+
+def _reads_as_sentencepiece(found: Model, said: list[int]) -> bool:
+    # Where it may differ, it says so.
+    ids = found.tokenizer.encode(_TEXT, add_bos=False)
+    return _ids_exist(found, said) and (ids == said or bool(found.tokenizer.notes))
 
 
 def _tensors_of_safetensors(data: bytes) -> dict[str, np.ndarray]:
@@ -144,6 +168,8 @@ def _weights_agree(config: ModelConfig, params: Any, said: dict[str, Any], in_gg
         for key in leaf.path:
             node = node[key]
         for i, name in enumerate(leaf.names):
+            if name not in said:  # in another part
+                continue
             theirs = said[name].astype(np.float32)
             if leaf.edit == "minus_one":
                 theirs = theirs - 1
@@ -218,8 +244,16 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(name="tokenizer.json", folder="llama", files=("tokenizer.json",), read=load, **_JSON),
     Kind(
-        name="tokenizer_config.json, generation_config.json", folder="llama", read=load,
-        files=("tokenizer_config.json", "generation_config.json"), **_JSON,
+        name="tokenizer_config.json", folder="llama", files=("tokenizer_config.json",), read=load,
+        **_JSON,
+    ),
+    Kind(
+        name="generation_config.json", folder="llama", files=("generation_config.json",), read=load,
+        **_JSON | {"says": _said_if_sound},
+    ),
+    Kind(
+        name="tokenizer.model", folder="sentencepiece", files=("tokenizer.model",), read=load,
+        says=_ids_of_sentencepiece, agrees=_reads_as_sentencepiece,
     ),
     *(
         Kind(
@@ -228,6 +262,11 @@ KINDS: tuple[Kind, ...] = (
             says=_tensors_of_gguf, agrees=partial(_holds, in_gguf=True),
         )
         for name in CONFIGS if name != "opt"
+    ),
+    Kind(
+        name="GGUF, a part of three", folder="gguf_split", files=("*.gguf",), head=8000,
+        read=lambda place: load(place / "model-00001-of-00003.gguf"),
+        changes=(damage.damaged_gguf,), says=_tensors_of_gguf, agrees=partial(_holds, in_gguf=True),
     ),
     Kind(
         name="recipe", folder="recipe", files=("recipe.toml",), agrees=_recipe_agrees,

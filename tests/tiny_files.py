@@ -18,27 +18,27 @@ CONFIG = {
 }  # fmt: skip
 
 
-def tensors(seed: int = 0) -> dict[str, np.ndarray]:
+def tensors(seed: int = 0, width: int = WIDTH) -> dict[str, np.ndarray]:
     """Random weights under the names of a Llama checkpoint."""
     rng = np.random.default_rng(seed)
-    kv = WIDTH * KV // HEADS
+    kv = width * KV // HEADS
 
     def linear(d_out, d_in):
         return (rng.normal(size=(d_out, d_in)) * d_in**-0.5).astype(np.float32)
 
     out = {
-        "model.embed_tokens.weight": 0.3 * linear(VOCAB, WIDTH) * WIDTH**0.5,
-        "model.norm.weight": np.exp(0.3 * rng.normal(size=WIDTH)).astype(np.float32),
+        "model.embed_tokens.weight": 0.3 * linear(VOCAB, width) * width**0.5,
+        "model.norm.weight": np.exp(0.3 * rng.normal(size=width)).astype(np.float32),
     }
     for i in range(LAYERS):
         at = f"model.layers.{i}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            out[f"{at}{norm}.weight"] = np.exp(rng.normal(size=WIDTH)).astype(np.float32)
+            out[f"{at}{norm}.weight"] = np.exp(rng.normal(size=width)).astype(np.float32)
         for name, shape in {
-            "self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (kv, WIDTH),
-            "self_attn.v_proj": (kv, WIDTH), "self_attn.o_proj": (WIDTH, WIDTH),
-            "mlp.gate_proj": (FFN, WIDTH), "mlp.up_proj": (FFN, WIDTH),
-            "mlp.down_proj": (WIDTH, FFN),
+            "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width),
+            "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (FFN, width), "mlp.up_proj": (FFN, width),
+            "mlp.down_proj": (width, FFN),
         }.items():  # fmt: skip
             out[f"{at}{name}.weight"] = linear(*shape)
     return out

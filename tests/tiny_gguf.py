@@ -1,6 +1,7 @@
 """Tiny GGUF files, written by hand from transformers models as llama.cpp's converter would."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -79,6 +80,19 @@ def header_of(model, arch: str) -> dict:
     return {f"{arch}.{k}": v for k, v in keys.items()}
 
 
+def random_llama(width: int = 64) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and tensors of the Llama of `tiny_files`, for tests without torch."""
+    from tiny_files import CONFIG, HEADS, VOCAB, tensors
+
+    sizes = {"hidden_size": width, "head_dim": width // HEADS}
+    rope = {"rope_theta": CONFIG["rope_theta"]}
+    config = SimpleNamespace(**CONFIG | sizes, rope_parameters=rope)
+    found = tensors(width=width).items()
+    state = {name: SimpleNamespace(numpy=lambda w=w: w) for name, w in found}
+    model = SimpleNamespace(config=config, state_dict=lambda: state)
+    return header_of(model, "llama") | tokenizer_header(VOCAB), tensors_of(model, "llama")
+
+
 def tokenizer_header(size: int) -> dict:
     """A byte-level vocabulary of that size."""
     from tokenizers import pre_tokenizers
@@ -101,10 +115,13 @@ def _add(writer, key: str, value) -> None:
     getattr(writer, f"add_{kinds[type(value)]}")(key, value)
 
 
-def write_gguf(path: Path, arch: str, header: dict, tensors: dict, types=None) -> None:
+def write_gguf(
+    path: Path, arch: str, header: dict, tensors: dict, types=None, *, encoded: bool = False
+) -> None:
     """Writes a GGUF file.
 
-    `types` maps tensor names to quantized types; the others are F32.
+    `types` maps tensor names to quantized types; the others are F32. With `encoded`, tensors of
+    such types are their bytes already.
     """
     import gguf
 
@@ -112,9 +129,29 @@ def write_gguf(path: Path, arch: str, header: dict, tensors: dict, types=None) -
     for key, value in header.items():
         _add(writer, key, value)
     for name, array in tensors.items():
-        kind = gguf.GGMLQuantizationType[(types or {}).get(name, "F32")]
-        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        told = (types or {}).get(name, "F32")
+        kind = gguf.GGMLQuantizationType[told]
+        data = array if encoded and name in (types or {}) else gguf.quants.quantize(array, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_parts(
+    stem: Path, header: dict, tensors: dict, *, count: int, first: int = 0
+) -> list[Path]:
+    """Writes a model as llama.cpp's gguf-split does; returns the parts' paths.
+
+    The first part has the metadata and the first `first` tensors; the others share the rest.
+    """
+    names, paths = list(tensors), []
+    for i in range(count):
+        path = stem.with_name(f"{stem.name}-{i + 1:05}-of-{count:05}.gguf")
+        split = {"split.no": i, "split.count": count, "split.tensors.count": len(tensors)}
+        mine = names[:first] if not i else names[first + i - 1 :: count - 1]
+        here = {name: tensors[name] for name in mine}
+        write_gguf(path, "llama", (header if not i else {}) | split, here)
+        paths.append(path)
+    return paths

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from ttq_jax.errors import Error
+from ttq_jax.errors import Error, shown
 from ttq_jax.types import Prompts
 
 SMALLEST_BUCKET = 32
@@ -43,19 +43,48 @@ def token_ids(ids: np.ndarray | Array) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def check_windows(windows: Any, vocab_size: int) -> np.ndarray:
+def check_ids(ids: Any, vocab_size: int, tokenizer: Any, what: str) -> None:
+    """Refuses ids that the model has no row for: XLA would silently read another one.
+
+    Args:
+      ids: token ids of any shape.
+      vocab_size: of the model that reads them: rows of its embedding.
+      tokenizer: its tokenizer, for the message; None if not at hand.
+      what: whose ids they are, for the message.
+
+    Raises:
+      PromptError: an id without a row; the message names the token, if the tokenizer has one.
+    """
+    flat = np.asarray(ids).reshape(-1)
+    wrong = flat[(flat < 0) | (flat >= vocab_size)]
+    if not wrong.size:
+        return
+    i = int(wrong[0])
+    token = None if tokenizer is None else tokenizer.token(i)
+    if token is not None:
+        raise PromptError(
+            f"{what}: the model cannot read the token {shown(token)}, id {i}: its embedding has "
+            f"{vocab_size} rows and none for it. Leave it out"
+        )
+    raise PromptError(
+        f"{what}: expected token ids from 0 to {vocab_size - 1}, got {i}; cut the text with this "
+        "model's tokenizer"
+    )
+
+
+def check_windows(windows: Any, vocab_size: int, tokenizer: Any = None) -> np.ndarray:
     """Windows of text, as int32[n, W] in the host's memory.
 
     Args:
       windows: from a user; see `cut_windows`.
       vocab_size: of the model that reads them.
+      tokenizer: see `check_ids`.
 
     Returns:
       See `token_ids`.
 
     Raises:
-      PromptError: not a matrix of token ids, or an id that the model does not have: XLA would
-        silently read another row.
+      PromptError: not a matrix of token ids, or an id that the model does not have.
     """
     ids = token_ids(windows)
     if ids.ndim != 2:
@@ -63,11 +92,7 @@ def check_windows(windows: Any, vocab_size: int) -> np.ndarray:
             f"windows: expected token ids of shape [windows, tokens], got {list(ids.shape)}; one "
             "window is window[None]"
         )
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-        raise PromptError(
-            f"windows: expected token ids from 0 to {vocab_size - 1}, got {ids.min()} to "
-            f"{ids.max()}; cut the text with this model's tokenizer"
-        )
+    check_ids(ids, vocab_size, tokenizer, "windows")
     return ids
 
 

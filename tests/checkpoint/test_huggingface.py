@@ -157,7 +157,7 @@ def test_dtype_and_progress(saved):
 def test_end_of_text_tokens(copy):
     directory = copy()
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
-    assert load(directory).eos_ids == (5, 6)
+    assert load(directory).eos_ids == (5, 6, 257)
     (directory / "generation_config.json").unlink()
     assert load(directory).eos_ids == (257,)
 

@@ -82,13 +82,16 @@ def test_a_gguf_header_is_compared_with_its_tensors(inputs, changed, arch, key):
 
 
 def test_special_ids_are_rows_of_the_embedding(inputs, changed):
-    for key, value in (("eos_token_id", 264), ("eos_token_id", [257, 264]), ("eos_token_id", 2**31),
-                       ("eos_token_id", -1), ("eos_token_id", "</s>"),
-                       ("eos_token_id", [None])):  # fmt: skip
-        changed("llama/generation_config.json", {key: value})
+    for value in (264, [257, 264]):
+        changed("llama/generation_config.json", {"eos_token_id": value})
+        refused(inputs / "llama", "ends a text, got 264")
+    for value in (264, [257, 264], 2**31, -1, "</s>", [None]):
+        changed("llama/generation_config.json", {})
+        changed("llama/config.json", CONFIGS["llama"] | {"eos_token_id": value})
         refused(inputs / "llama", "expected")
+    changed("llama/config.json", CONFIGS["llama"])
     changed("llama/generation_config.json", {"eos_token_id": 263})
-    assert load(inputs / "llama").eos_ids == (263,)
+    assert load(inputs / "llama").eos_ids == (263, 257)
     changed("llama/config.json", CONFIGS["llama"] | {"bos_token_id": 264})
     changed("llama/tokenizer_config.json", {})
     refused(inputs / "llama", "begins a text, got 264")
@@ -120,7 +123,7 @@ def test_a_hub_cache_of_links_is_read(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json",
-                                  "generation_config.json", "model.safetensors"])  # fmt: skip
+                                  "model.safetensors"])  # fmt: skip
 def test_a_pipe_is_not_waited_for(inputs, tmp_path, name):
     for file in (inputs / "llama").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -26,7 +26,8 @@ def test_json(cli_json, tiny):
     }
     assert groups["embed/embedding"]["bits"] == 32
     assert got["tokenizer"] == {
-        "vocab_size": 258, "bos_id": 256, "adds_bos": True, "eos_ids": [257],
+        "vocab_size": 258, "bos_id": 256, "bos_token": "<s>", "adds_bos": True, "eos_ids": [257],
+        "eos_tokens": ["</s>"],
     }  # fmt: skip
     assert 3 < got["effective_bits"] < 6 < got["model_bits"] < 32
     assert got["model_bits"] == pytest.approx(8 * got["stored_bytes"] / got["parameters"], abs=1e-4)
@@ -64,6 +65,8 @@ def test_human_output(cli, tiny):
     assert "already rounded" not in out
     assert "quantized" in out
     assert out.splitlines()[-1].startswith("total")
+    assert re.search(r"^a text begins with +'<s>' \(256\)$", out, re.M)
+    assert re.search(r"^and ends with +'</s>' \(257\)$", out, re.M)
 
 
 def test_a_quantized_file_is_named_with_what_it_spoils():

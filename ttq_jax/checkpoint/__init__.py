@@ -36,9 +36,9 @@ def load(
     """Loads a model.
 
     Args:
-      model: an alias (`ALIASES`), a .gguf file, a directory with config.json and safetensors, or
-        a Hugging Face hub id "organization/name", with "@revision" after it to pin a branch, tag
-        or commit; a path wins over a hub id of the same spelling.
+      model: an alias (`ALIASES`), a .gguf file or any part of a split one, a directory with
+        config.json and safetensors, or a Hugging Face hub id "organization/name", with "@revision"
+        after it to pin a branch, tag or commit; a path wins over a hub id of the same spelling.
       dtype: of the weights.
       progress: called as progress(done, total, "weights") while weights are read, in elements.
       ignore_keys: settings of the model's files that this package does not know and that you know

@@ -9,10 +9,9 @@ import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.gguf_file import GgufFile
+from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
-from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
@@ -26,8 +25,14 @@ def _family(file: GgufFile) -> Family:
     """The family of the file's architecture.
 
     Raises:
-      CheckpointError: an architecture that is not supported.
+      CheckpointError: an architecture that is not supported, or no language model.
     """
+    what = file.metadata.get("general.type", "model")
+    if not (isinstance(what, str) and what == "model"):
+        raise CheckpointError(
+            f"{file.label}: expected a model, but its general.type is {shown(what)}. Give the "
+            "model's own file; an adapter has to be merged into it first"
+        )
     arch = file.metadata.get("general.architecture")
     known = {f.gguf_arch: f for f in FAMILIES if f.gguf_arch}
     if not isinstance(arch, str) or arch not in known:
@@ -82,7 +87,7 @@ def read_config(
         if name in file.shapes
     }
     settings = Settings(file.metadata | long_rope, ignore_keys=ignore_keys)
-    # Provenance; the tokenizer checks its own keys.
+    # The tokenizer checks its own keys. All further namespaces say who made the file and how.
     settings.ignore_outside(f"{arch}.")
     settings.require(f"{arch}.attention.causal", True)
     vocab_size = file.shapes.get("token_embd.weight", (0,))[0]
@@ -114,7 +119,7 @@ def load_gguf(
     """Loads a GGUF file.
 
     Args:
-      path: of the file.
+      path: of the file, or of any part of a split one.
       name: what to call the model.
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
@@ -126,8 +131,7 @@ def load_gguf(
     Raises:
       CheckpointError: the file cannot be loaded; the message says why.
     """
-    with RandomAccess(path) as access:
-        file = GgufFile(access)
+    with open_gguf(path) as file:
         family = _family(file)
         try:
             config, notes = read_config(file, family, ignore_keys)
@@ -135,7 +139,9 @@ def load_gguf(
             raise CheckpointError(f"{path}: {error}") from error
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(build_tokenizer, file.metadata, file.label)
+            future = pool.submit(
+                build_tokenizer, file.metadata, file.label, config.vocab_size, family.end
+            )
             params = assemble(
                 config,
                 file,
@@ -148,5 +154,5 @@ def load_gguf(
             tokenizer = future.result()
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
-        notes=tuple(notes),
+        notes=(*notes, *tokenizer.notes),
     )  # fmt: skip

@@ -1,14 +1,17 @@
 """The GGUF container: header and tensors of llama.cpp's file format, read by rows.
 
 The header is parsed here (the gguf package takes seconds for a vocabulary of 262144 tokens); the
-quantized blocks are decoded by the gguf package.
+quantized blocks are decoded by the gguf package. A model may be split over several files, each with
+a header of its own; the first has the model's.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,12 @@ import numpy as np
 from jaxtyping import Float
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.gguf_split import check_part, named_parts
 from ttq_jax.checkpoint.source import RandomAccess, check_size
 from ttq_jax.errors import shown
+from ttq_jax.foreign import is_file, named
 
-SUPPORTED_TYPES = (
-    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K",
-)  # fmt: skip
-
+_FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
             10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
@@ -104,9 +106,18 @@ class _Cursor:
 class _Tensor:
     """Where a tensor is in the file, and how it is stored."""
 
+    file: RandomAccess
     kind: str
     offset: int
     row_bytes: int
+
+
+def supported_types() -> tuple[str, ...]:
+    """The storage types that are read: plain ones, and those that the gguf package decodes."""
+    import gguf.quants
+
+    blocks = (t.name for t in gguf.GGMLQuantizationType if hasattr(gguf.quants, t.name))
+    return tuple(dict.fromkeys([*_FLOATS, *blocks]))
 
 
 def _check_type(path: Path, name: str, code: int) -> str:
@@ -119,22 +130,17 @@ def _check_type(path: Path, name: str, code: int) -> str:
 
     known = {t.value: t.name for t in GGMLQuantizationType}
     kind = known.get(code, f"type {code}")
-    if kind not in SUPPORTED_TYPES:
+    if kind not in supported_types():
         raise CheckpointError(
-            f"{path}: tensor {shown(name)} is stored as {kind}; expected one of "
-            f"{', '.join(SUPPORTED_TYPES)}. Choose a file of another quantization"
+            f"{path}: tensor {shown(name)} is stored as {kind}, which the installed gguf package "
+            f"cannot decode; expected one of {', '.join(supported_types())}. Choose a file of "
+            "another quantization, or install a newer gguf"
         )
     return kind
 
 
-class GgufFile:
-    """A GGUF file: its metadata and its tensors.
-
-    Attributes:
-      label: the path.
-      metadata: header keys to values.
-      shapes: tensor name to shape, weights as [d_out, d_in].
-    """
+class _Part:
+    """One file: its header, and where its tensors are."""
 
     def __init__(self, file: RandomAccess):
         """Reads the header.
@@ -145,8 +151,7 @@ class GgufFile:
         Raises:
           CheckpointError: not a GGUF file, a version or type not supported, a truncated file.
         """
-        self.label = str(file.path)
-        self._file = file
+        self.file = file
         check_size(file.path, 24, file.size)
         with (
             file.path.open("rb") as handle,
@@ -161,9 +166,9 @@ class GgufFile:
         """Fills metadata, shapes and tensor places.
 
         Raises:
-          CheckpointError: not a GGUF file, a version not supported, or a part of a split file.
+          CheckpointError: not a GGUF file, or a version not supported.
         """
-        path = self._file.path
+        path = self.file.path
         if cursor.raw(4) != b"GGUF":
             raise CheckpointError(f"{path}: not a GGUF file (no GGUF magic at its start)")
         version = cursor.integer(4)
@@ -179,14 +184,8 @@ class GgufFile:
             if key in self.metadata:
                 raise CheckpointError(f"{path}: the key {shown(key)} occurs twice. {_DAMAGED}")
             self.metadata[key] = cursor.value(cursor.integer(4))
-        parts = self.metadata.get("split.count", 1)
-        if type(parts) is not int or parts > 1:
-            raise CheckpointError(
-                f"{path}: expected a whole file, got one of {shown(parts)} parts. "
-                "Join them with `llama-gguf-split --merge`"
-            )
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._tensors: dict[str, _Tensor] = {}
+        self.tensors: dict[str, _Tensor] = {}
         for _ in range(n_tensors):
             self._tensor_info(cursor)
         self._place(cursor.offset)
@@ -199,7 +198,7 @@ class GgufFile:
         """
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        path, name = self._file.path, cursor.string()
+        path, name = self.file.path, cursor.string()
         axes = cursor.integer(4)
         if not 1 <= axes <= _MOST_AXES:
             raise CheckpointError(
@@ -217,7 +216,7 @@ class GgufFile:
         if name in self.shapes:
             raise CheckpointError(f"{path}: tensor {shown(name)} occurs twice. {_DAMAGED}")
         self.shapes[name] = shape
-        self._tensors[name] = _Tensor(kind, cursor.integer(8), shape[-1] // block * size)
+        self.tensors[name] = _Tensor(self.file, kind, cursor.integer(8), shape[-1] // block * size)
 
     def _place(self, header_end: int) -> None:
         """Makes the tensors' offsets absolute and checks that the file reaches that far.
@@ -227,23 +226,63 @@ class GgufFile:
         Raises:
           CheckpointError: another alignment or offset, or the file ends before its last tensor.
         """
-        path, align = self._file.path, self.metadata.get("general.alignment", 32)
+        path, align = self.file.path, self.metadata.get("general.alignment", 32)
         if type(align) is not int or align < 1 or align & (align - 1):
             raise CheckpointError(
                 f"{path}: general.alignment: expected a power of two, got {shown(align)}. "
                 f"{_DAMAGED}"
             )
         base, expected = -(-header_end // align) * align, 0
-        for name, tensor in self._tensors.items():
+        for name, tensor in self.tensors.items():
             if tensor.offset != expected:
                 raise CheckpointError(
                     f"{path}: tensor {shown(name)}: expected it {expected} bytes into the data, "
                     f"found {tensor.offset}. {_DAMAGED}"
                 )
             size = math.prod(self.shapes[name][:-1]) * tensor.row_bytes
-            check_size(path, base + expected + size, self._file.size)
-            self._tensors[name] = dataclasses.replace(tensor, offset=base + expected)
+            check_size(path, base + expected + size, self.file.size)
+            self.tensors[name] = dataclasses.replace(tensor, offset=base + expected)
             expected += -(-size // align) * align
+
+
+class GgufFile:
+    """A GGUF model: its metadata and its tensors.
+
+    Attributes:
+      label: the path.
+      metadata: header keys to values.
+      shapes: tensor name to shape, weights as [d_out, d_in].
+    """
+
+    def __init__(self, file: RandomAccess, *more: RandomAccess):
+        """Reads the headers.
+
+        Args:
+          file: opened; the caller closes it.
+          *more: the further parts of a split model, in their order.
+
+        Raises:
+          CheckpointError: a header that cannot be read, or parts that do not belong together.
+        """
+        parts = [_Part(one) for one in (file, *more)]
+        self.label, self.metadata = str(file.path), parts[0].metadata
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._tensors: dict[str, _Tensor] = {}
+        for i, part in enumerate(parts):
+            check_part(part.file.path, part.metadata, i, len(parts))
+            if twice := self.shapes.keys() & part.shapes.keys():
+                raise CheckpointError(
+                    f"{part.file.path}: tensor {shown(min(twice))} is in another part too. "
+                    f"{_DAMAGED}"
+                )
+            self.shapes |= part.shapes
+            self._tensors |= part.tensors
+        promised = self.metadata.get("split.tensors.count", len(self.shapes))
+        if len(parts) > 1 and not (type(promised) is int and promised == len(self.shapes)):
+            raise CheckpointError(
+                f"{self.label}: expected {shown(promised)} tensors in all {len(parts)} parts, "
+                f"found {len(self.shapes)}. Download them again, all from one place"
+            )
 
     @property
     def quantization(self) -> str:
@@ -283,16 +322,44 @@ class GgufFile:
 
     def _decode(self, tensor: _Tensor, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor, each a contiguous run of blocks."""
-        raw = self._file.at(
+        raw = tensor.file.at(
             tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes
         ).reshape(stop - start, tensor.row_bytes)
-        if tensor.kind in ("F32", "F16"):
-            return raw.view(np.dtype("<f4" if tensor.kind == "F32" else "<f2"))
-        if tensor.kind == "BF16":
-            return raw.view(jnp.bfloat16)
+        if tensor.kind in _FLOATS:
+            return raw.view(_FLOATS[tensor.kind])
         import gguf.quants
 
         # By rows and not through gguf.dequantize: that one visits 16 rows at a time in Python,
         # which threads cannot overlap.
+        decoder = getattr(gguf.quants, tensor.kind)
+        decoder.init_grid()
         with np.errstate(all="ignore"):
-            return getattr(gguf.quants, tensor.kind).dequantize_rows(raw)
+            return decoder.dequantize_rows(raw)
+
+
+@contextlib.contextmanager
+def open_gguf(path: Path) -> Iterator[GgufFile]:
+    """Opens a GGUF model.
+
+    Args:
+      path: of the file, or of any part of a split one; the others lie beside it.
+
+    Yields:
+      The model's file, or its files as one.
+
+    Raises:
+      CheckpointError: it cannot be opened or read, or a part is missing.
+    """
+    parts = named_parts(path)
+    missing = [part.name for part in parts if not is_file(part)]
+    with contextlib.ExitStack() as stack:
+        here = (path,) if missing else parts
+        files = [stack.enter_context(RandomAccess(p)) for p in here]
+        # A joined file may have kept the name of its first part.
+        count = _Part(files[0]).metadata.get("split.count", 0) if missing else 0
+        if not (type(count) is int and count <= 1):
+            raise CheckpointError(
+                f"{path}: one of {len(parts)} parts; missing beside it: {named(missing)}. Download "
+                "them to the same directory"
+            )
+        yield GgufFile(*files)

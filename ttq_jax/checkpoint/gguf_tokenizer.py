@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttq_jax.checkpoint.ends import settled_ends
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
 from ttq_jax.errors import shown
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 _KEY = "tokenizer.ggml."
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+# SentencePiece's kinds of pieces. JOINS are those that others may merge into.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
+JOINS = frozenset({NORMAL, USER_DEFINED, _UNUSED})
 
 # How text is cut before merging, one entry per way a vocabulary was trained.
 _QWEN2 = (
@@ -28,16 +31,17 @@ _QWEN2 = (
 _LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 _PRE_TOKENIZERS = ("smollm", "gpt-2", "default", "qwen2", "llama-bpe", "llama3", "llama-v3")
 
-# Key -> the type of its value, as the header's reader gives it; "i" and "f" are arrays.
+# Key -> the type of its value, as the header's reader gives it; "i", "f" and "ids" are arrays.
 _TYPES: dict[str, Any] = {
     "model": str, "pre": str, "tokens": list, "merges": list, "token_type": "i", "scores": "f",
-    "bos_token_id": int, "eos_token_id": int, "eot_token_id": int, "unknown_token_id": int,
+    "bos_token_id": int, "eos_token_id": int, "eot_token_id": int, "eom_token_id": int,
+    "eos_token_ids": "ids", "unknown_token_id": int,
     "add_bos_token": bool, "add_eos_token": bool, "add_space_prefix": bool,
     "remove_extra_whitespaces": bool,
 }  # fmt: skip
 _WORDS = {
     str: "a string", list: "strings", int: "the id of a token", bool: "true or false",
-    "i": "an integer for each token", "f": "a finite number for each token",
+    "ids": "ids of tokens", "i": "an integer for each token", "f": "a finite number for each token",
 }  # fmt: skip
 # Merges that follow from a token take time that grows with the square of its length.
 _LONGEST = 1024
@@ -99,6 +103,9 @@ def _fits(value: Any, kind: Any, tokens: int) -> bool:
     if kind is list:
         texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
         return texts and all(len(one) <= _LONGEST for one in value)
+    if kind == "ids":
+        integers = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+        return integers and all(0 <= i < tokens for i in value.tolist())
     if isinstance(kind, str):
         array = isinstance(value, np.ndarray) and value.shape == (tokens,)
         number = array and value.dtype.kind in ("iu" if kind == "i" else "iuf")
@@ -136,7 +143,7 @@ def _check_distinct(vocab: Collection[str], tokens: Collection[str], label: str)
         )
 
 
-def _implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
+def implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
     """All pairs of tokens whose union is a token.
 
     Args:
@@ -168,9 +175,8 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
     _check_distinct(vocab, tokens, label)
-    joins = {_NORMAL, _USER_DEFINED, _UNUSED}
     mergeable = {
-        t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in joins
+        t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in JOINS
     }
     # Gemma's scores do not follow its merge order; its token order does.
     ranked = list(mergeable) if gemma else sorted(mergeable, key=lambda t: -scores[mergeable[t]])
@@ -178,7 +184,7 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     with refused(f"{label}: its vocabulary is inconsistent"):
         model = models.BPE(
             vocab,
-            _implied_merges(mergeable, ranked),
+            implied_merges(mergeable, ranked),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -203,23 +209,27 @@ def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> No
     tokens, types = meta[_KEY + "tokens"], meta.get(_KEY + "token_type")
     if types is None:
         return
-    whole: dict[int, list[AddedToken]] = {_CONTROL: [], _USER_DEFINED: []}
+    whole: dict[int, list[AddedToken]] = {CONTROL: [], USER_DEFINED: []}
     for token, kind in zip(tokens, types.tolist(), strict=True):
         if kind in whole and backend.token_to_id(token) is not None:
-            whole[kind].append(AddedToken(token, normalized=False, special=kind == _CONTROL))
-    backend.add_special_tokens(whole[_CONTROL])
-    backend.add_tokens(whole[_USER_DEFINED])
+            whole[kind].append(AddedToken(token, normalized=False, special=kind == CONTROL))
+    backend.add_special_tokens(whole[CONTROL])
+    backend.add_tokens(whole[USER_DEFINED])
 
 
-def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
+def build_tokenizer(
+    meta: Mapping[str, Any], label: str, rows: int | None = None, default_end: int | None = None
+) -> Tokenizer:
     """The tokenizer that a GGUF header describes.
 
     Args:
       meta: the header.
       label: the file, for messages.
+      rows: of the model's embedding, None if not known.
+      default_end: the family's end-of-text token, for a header that names none.
 
     Returns:
-      The tokenizer; its `eos_ids` are the header's end-of-text and end-of-turn tokens.
+      The tokenizer; its `eos_ids` are the header's ends of a text, a turn and a message.
 
     Raises:
       CheckpointError: a kind of tokenizer that is not implemented, or an inconsistent header.
@@ -245,13 +255,20 @@ def build_tokenizer(meta: Mapping[str, Any], label: str) -> Tokenizer:
             )
     backend = builders[kind](meta, label)
     _add_special(backend, meta)
-    eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot")]
+    eos = [meta.get(f"{_KEY}{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = [*(i for i in eos if i is not None), *map(int, meta.get(_KEY + "eos_token_ids", ()))]
+    eos_ids, notes = settled_ends(named, backend, rows=rows, default=default_end)
     # llama.cpp's defaults where the header is silent.
     implied = kind == "llama" or meta.get(_KEY + "pre") in ("llama-bpe", "llama3", "llama-v3")
+    begin = meta.get(_KEY + "bos_token_id")
+    if begin is None and kind == "llama" and meta[_KEY + "token_type"][1:2].tolist() == [CONTROL]:
+        begin = 1
     return Tokenizer(
         backend,
-        bos_id=meta.get(_KEY + "bos_token_id"),
+        bos_id=begin,
         adds_bos=bool(meta.get(_KEY + "add_bos_token", implied)),
-        eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
+        eos_ids=eos_ids,
+        notes=tuple(notes),
         vocab_size=len(meta[_KEY + "tokens"]),
+        rows=rows,
     )

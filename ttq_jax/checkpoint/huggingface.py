@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
-from ttq_jax.checkpoint.tokenizer import load_tokenizer
 from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
@@ -75,15 +76,18 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def _ends(directory: Path) -> tuple[int | None, tuple[int, ...]]:
-    """(begin-of-text token, end-of-text tokens); generation_config.json takes precedence."""
+def _ends(directory: Path) -> tuple[dict[str, int], tuple[int, ...], list[str]]:
+    """(begin-of-text token by file, all end-of-text tokens, notes) of the configuration files."""
     raw = read_json(directory / "config.json", CheckpointError, _CONFIG)
-    raw = {**(raw.get("text_config") or {}), **raw}
     path = directory / "generation_config.json"
-    generation = read_json(path, CheckpointError, _ENDS) if path.exists() else {}
-    bos = _as_ids(generation.get("bos_token_id", raw.get("bos_token_id")))
-    eos = generation.get("eos_token_id")
-    return (bos[0] if bos else None), _as_ids(raw.get("eos_token_id") if eos is None else eos)
+    generation, notes = read_optional(path, _ENDS)
+    files = {
+        path.name: generation, "config.json": raw,
+        "text_config of config.json": raw.get("text_config") or {},
+    }  # fmt: skip
+    begins = {name: _as_ids(one.get("bos_token_id"))[:1] for name, one in files.items()}
+    ends = tuple(i for one in files.values() for i in _as_ids(one.get("eos_token_id")))
+    return {name: ids[0] for name, ids in begins.items() if ids}, ends, notes
 
 
 def _modules(family: Family, source: Safetensors) -> dict[str, str]:
@@ -165,8 +169,10 @@ def load_directory(
       CheckpointError: the directory cannot be loaded; the message says why.
     """
     family, config, notes = read_config(directory, ignore_keys)
-    bos_id, eos_ids = _ends(directory)
-    tokenizer = load_tokenizer(directory, bos_id=bos_id, eos_ids=eos_ids)
+    begins, ends, damaged = _ends(directory)
+    tokenizer = load_tokenizer(
+        directory, rows=config.vocab_size, begins=begins, ends=ends, default_end=family.end
+    )
     with open_safetensors(directory, (*family.hf_ignored, *DERIVED)) as source:
         config, modules, read_so = _tied(config, source, _modules(family, source))
         head = modules["head"] + ".weight"
@@ -174,5 +180,5 @@ def load_directory(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress,
             ignored=(head,) if config.tie_embeddings else (),
         )  # fmt: skip
-    notes = [*notes, *source.notes, *read_so]
-    return Model(config, params, tokenizer, name, eos_ids, notes=tuple(notes))
+    notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes]
+    return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes))

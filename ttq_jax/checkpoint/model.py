@@ -65,10 +65,12 @@ class Model:
         return f"Model({self.name!r}: {self.config.family}, {sizes}, {self.dtype})"
 
     def __post_init__(self):
-        if self.tokenizer.vocab_size > self.config.vocab_size:
+        rows = self.config.vocab_size
+        # Tokens without a row are common, such as Gemma 3's for an image; `encode` refuses them.
+        if self.tokenizer.vocab_size > rows and self.tokenizer.ordinary_size > rows:
             raise CheckpointError(
                 f"{self.name}: the tokenizer has {self.tokenizer.vocab_size} tokens, the embedding "
-                f"only {self.config.vocab_size} rows. Use the tokenizer of this model"
+                f"only {rows} rows. Use the tokenizer of this model"
             )
         for what, ids in (("begins", [self.tokenizer.bos_id]), ("ends", self.eos_ids)):
             for i in ids:

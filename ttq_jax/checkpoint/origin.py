@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.gguf_split import named_parts
 from ttq_jax.checkpoint.hub import is_hub_id, snapshot
 from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.errors import shown
@@ -53,16 +54,17 @@ def origin(path: Path) -> dict[str, str]:
       path: from `find`.
 
     Returns:
-      "file", the name of the file or directory; "revision", of what came from the hub, else "";
-      and "fingerprint", 64 hexadecimal digits: a digest of the small files, and of the weight
-      files' sizes and a sample of their bytes. It depends neither on the dtype nor on the place.
+      "file", the name of the directory, or of the file or its first part; "revision", of what came
+      from the hub, else ""; and "fingerprint", 64 hexadecimal digits: a digest of the small files,
+      and of the weight files' sizes and a sample of their bytes. It depends neither on the dtype
+      nor on the place.
 
     Raises:
       CheckpointError: a file cannot be read.
     """
     from_hub = path.is_dir() and path.parent.name == "snapshots"
-    name = path.parent.parent.name.removeprefix("models--") if from_hub else path.resolve().name
-    files = [path]
+    files = [part for part in named_parts(path) if is_file(part)] or [path]
+    name = path.parent.parent.name.removeprefix("models--") if from_hub else files[0].resolve().name
     if path.is_dir():
         files = sorted({f for pattern in _READ for f in path.glob(pattern) if is_file(f)})
     digest = hashlib.sha256()

@@ -15,6 +15,7 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.packaged import CONTENTS
 from ttq_jax.commands.options import recipe_of
 from ttq_jax.commands.output import print_json, print_text
+from ttq_jax.errors import shown
 from ttq_jax.evaluation.describe import describe_method, head, megabytes, table
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
@@ -107,8 +108,10 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
         "tokenizer": {
             "vocab_size": tokenizer.vocab_size,
             "bos_id": tokenizer.bos_id,
+            "bos_token": None if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id),
             "adds_bos": bool(tokenizer.encode("", add_bos=True)),
             "eos_ids": list(model.eos_ids),
+            "eos_tokens": list(map(tokenizer.token, model.eos_ids)),
         },
         "parameters": sum(r["parameters"] for r in rows),
         "quantized_parameters": sum(r["parameters"] for r in rows if r["quantized"]),
@@ -120,18 +123,26 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
     }
 
 
+def _token(text: str | None, i: int) -> str:
+    """A token and its id."""
+    return f"token {i}" if text is None else f"{shown(text)} ({i})"
+
+
 def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
     """The same for people."""
     c, t = found["config"], found["tokenizer"]
     title, _ = CONTENTS.get(name, (name, ""))
-    bos = t["bos_id"] if t["adds_bos"] else "none"
+    begin = [_token(t["bos_token"], t["bos_id"])] if t["adds_bos"] else []
+    ends = list(map(_token, t["eos_tokens"], t["eos_ids"]))
     facts = [
         ["model", words.titled(title, found["format"])],
         ["family", found["family"]],
         ["layers", f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"],
         ["heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, {c['head_dim']} wide"],
         ["context", f"{found['context']} tokens"],
-        ["tokenizer", f"{t['vocab_size']} tokens; begins with {bos}; ends with {t['eos_ids']}"],
+        ["tokenizer", f"{t['vocab_size']} tokens"],
+        ["a text begins with", " or ".join(begin) or "no token of its own"],
+        ["and ends with", " or ".join(ends) or "none: answers run to their limit"],
         ["parameters", f"{found['parameters']:,} ({found['quantized_parameters']:,} quantized)"],
         ["recipe", recipe_line],
     ]

@@ -22,7 +22,7 @@ from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import last_hidden, prefill, requantize
-from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
+from ttq_jax.prompts import SMALLEST_BUCKET, bucket, check_ids, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Cache, Offline, Params, Prompts
@@ -130,6 +130,8 @@ def score_continuations(
       PromptError: the prompt is empty, or does not fit.
       NotFiniteError: a score is not finite.
     """
+    for ids in (prompt, *continuations):
+        check_ids(ids, model.config.vocab_size, model.tokenizer, "a prompt or continuation")
     longest = max(map(len, continuations))
     rows = np.zeros((bucket(len(continuations), smallest=1), bucket(longest, smallest=_SHORTEST)))
     rows, lengths = rows.astype(np.int32), np.zeros(len(rows), np.int32)
@@ -203,12 +205,13 @@ def continue_until(
       PromptError: the prompt is empty, or does not fit.
       NotFiniteError: the logits are not finite.
     """
+    check_ids(prompt, model.config.vocab_size, model.tokenizer, "the prompt")
     tokenizer, prompts = model.tokenizer, pad_prompts(
         [prompt], max_positions=model.config.max_positions, max_new_tokens=limit
     )  # fmt: skip
     # Decoded text does not show special tokens: they are looked for by their ids.
     single = [ids for stop in until if len(ids := tokenizer.encode(stop, add_bos=False)) == 1]
-    ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.decode(ids))}
+    ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.continuation(prompt, ids))}
     run = partial(
         generate_tokens, model.params, prompts, offline, key, config=model.config, recipe=recipe,
         sampling=sampling, capacity=bucket(limit), eos_ids=tuple(sorted(ends)),
@@ -221,7 +224,7 @@ def continue_until(
         if not fine:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])
-        text = tokenizer.decode(tokens[0, :count].tolist())
+        text = tokenizer.continuation(prompt, tokens[0, :count].tolist())
         found = [at for stop in until if (at := text.find(stop)) >= 0]
         if found or count < upto or upto == limit:
             return text[: min(found, default=None)]

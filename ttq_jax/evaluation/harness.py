@@ -196,19 +196,14 @@ class _Adapter:
 
         Args:
           string: any text.
-          add_special_tokens: False for no begin-of-text token; None adds it where the model's
+          add_special_tokens: False for no begin-of-text token; else it is added where the model's
             prompts have it, but not to a text that begins with it.
           **kwargs: not looked at.
 
         Returns:
           The ids.
         """
-        tokenizer = self.model.tokenizer
-        bare = tokenizer.encode(string, add_bos=False)
-        begun = add_special_tokens is None and bare[:1] == [tokenizer.bos_id]
-        if add_special_tokens is False or begun:
-            return bare
-        return tokenizer.encode(string)
+        return self.model.tokenizer.encode(string, add_bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs: Any

@@ -254,7 +254,7 @@ def stream(
       PromptError: no matrix of this model's token ids.
       NotFiniteError: a window's loss is not finite.
     """
-    windows = check_windows(windows, model.config.vocab_size)
+    windows = check_windows(windows, model.config.vocab_size, model.tokenizer)
     if windows.shape[1] != protocol.window:
         raise ConfigError(
             f"expected windows of {protocol.window} tokens, got {windows.shape[1]}; cut them with "

@@ -39,6 +39,7 @@ class Family:
       hf_heads: full names of the head; not loaded where it is tied to the embedding.
       hf_ignored: patterns (fnmatch) of tensors that are left out on purpose.
       hf_edits: module to edit.
+      end: the token that ends a text where no file names one, as in transformers; or None.
       gguf_arch: value of a GGUF's `general.architecture`, or None where llama.cpp has none.
       gguf_config: reads a GGUF header, given the vocabulary size and whether the head is tied.
       gguf_modules: names in GGUF files.
@@ -53,6 +54,7 @@ class Family:
     hf_heads: tuple[str, ...] = ("lm_head",)
     hf_ignored: tuple[str, ...] = ()
     hf_edits: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+    end: int | None = None
     gguf_arch: str | None = None
     gguf_config: Callable[[Settings, int, bool], ModelConfig] | None = None
     gguf_modules: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -96,6 +96,7 @@ FAMILY = Family(
     name="gemma2",
     hf_types=("gemma2",),
     hf_config=hf_config,
+    end=1,
     hf_modules=GEMMA3.hf_modules,
     gguf_arch="gemma2",
     gguf_config=gguf_config,

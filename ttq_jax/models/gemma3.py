@@ -200,6 +200,7 @@ FAMILY = Family(
     name="gemma3",
     hf_types=("gemma3_text", "gemma3"),
     hf_config=hf_config,
+    end=1,
     hf_modules=HF_MODULES | {k: f"layers.{{i}}.{v}" for k, v in _NORMS.items()},
     hf_prefixes=("model.language_model.", "language_model.model.", "model.", ""),
     hf_heads=("lm_head", "language_model.lm_head"),

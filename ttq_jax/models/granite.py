@@ -71,6 +71,7 @@ FAMILY = Family(
     name="granite",
     hf_types=("granite",),
     hf_config=hf_config,
+    end=2,
     hf_modules=HF_MODULES,
     gguf_arch="granite",
     gguf_config=gguf_config,

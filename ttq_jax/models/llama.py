@@ -60,6 +60,7 @@ FAMILY = Family(
     name="llama",
     hf_types=("llama",),
     hf_config=hf_config,
+    end=2,
     hf_modules=HF_MODULES,
     gguf_arch="llama",
     gguf_config=gguf_config,

@@ -35,5 +35,6 @@ FAMILY = Family(
     name="mistral",
     hf_types=("mistral",),
     hf_config=hf_config,
+    end=2,
     hf_modules=HF_MODULES,
 )

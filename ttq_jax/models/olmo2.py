@@ -66,6 +66,7 @@ FAMILY = Family(
     name="olmo2",
     hf_types=("olmo2",),
     hf_config=hf_config,
+    end=50279,
     hf_modules=HF_MODULES
     | {
         "layers.attn_post_norm": "layers.{i}.post_attention_layernorm",

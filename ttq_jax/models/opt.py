@@ -53,6 +53,7 @@ FAMILY = Family(
     name="opt",
     hf_types=("opt",),
     hf_config=hf_config,
+    end=2,
     hf_prefixes=("model.decoder.", "decoder."),
     hf_modules={
         "embed": "embed_tokens",

@@ -65,6 +65,7 @@ FAMILY = Family(
     name="phi3",
     hf_types=("phi3",),
     hf_config=hf_config,
+    end=32000,
     hf_modules=HF_MODULES
     | dict.fromkeys(_QKV, "layers.{i}.self_attn.qkv_proj")
     | dict.fromkeys(("layers.gate", "layers.up"), "layers.{i}.mlp.gate_up_proj"),

@@ -94,6 +94,7 @@ FAMILY = Family(
     name="smollm3",
     hf_types=("smollm3",),
     hf_config=hf_config,
+    end=128001,
     hf_modules=HF_MODULES,
     gguf_arch="smollm3",
     gguf_config=gguf_config,

@@ -74,7 +74,8 @@ def calibrate(
     if not len(windows):
         raise ConfigError("calibration: expected at least one window of text, got none")
     total: dict[str, Moments] | None = None
-    for i, window in enumerate(check_windows(windows, model.config.vocab_size)):
+    checked = check_windows(windows, model.config.vocab_size, model.tokenizer)
+    for i, window in enumerate(checked):
         tokens = jax.device_put(window[None])
         seen = observe_tokens(model.params, tokens, config=model.config, reads=reads)
         total = seen if total is None else {site: total[site] + m for site, m in seen.items()}

@@ -109,7 +109,7 @@ def test_begin_of_text_is_where_the_model_has_it(tmp_path):
     assert adapter.tok_encode("ab") == [256, a, b]
     assert adapter.tok_encode("ab", add_special_tokens=False) == [a, b]
     assert adapter.tok_encode("<s>ab") == [256, a, b]
-    assert adapter.tok_encode("<s>ab", add_special_tokens=True) == [256, 256, a, b]
+    assert adapter.tok_encode("<s>ab", add_special_tokens=True) == [256, a, b]
     each = log_probs_by_hand(model, [256, a, b, c])[range(3), [a, b, c]]
     got = scores(adapter, ("ab", "c"), ("", "ab"))
     np.testing.assert_allclose([s for s, _ in got], [each[2], each[:2].sum()], rtol=1e-5)
