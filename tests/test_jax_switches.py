@@ -49,7 +49,7 @@ LETTERS = SimpleNamespace(
     vocab_size=97,
     bos_id=None,
     encode=lambda text, add_bos=True: [ord(letter) % 97 for letter in text],
-    decode=lambda ids: "".join(chr(200 + i) for i in ids),
+    continuation=lambda prompt, ids: "".join(chr(200 + i) for i in ids),
 )
 MODEL = Model(
     config=CONFIG, params=small_params(CONFIG), tokenizer=LETTERS, name="tiny", eos_ids=(5,)

@@ -224,9 +224,11 @@ def generate(
         if not finite:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
+        padded = jax.device_get((prompts.tokens, prompts.valid))
+        read = [row[real].tolist() for row, real in zip(*padded, strict=True)]
         said["tokens"] += new
-        said["texts"] += [model.tokenizer.decode(ids) for ids in new]
-        said["prompt_tokens"] += jax.device_get(prompts.valid).sum(axis=1).tolist()
+        said["texts"] += list(map(model.tokenizer.continuation, read, new))
+        said["prompt_tokens"] += list(map(len, read))
         said["stopped"] += ["end" if len(ids) < max_new_tokens else "limit" for ids in new]
     assert offline is not None
     shapes = decoded_shapes(model.params, model.config, recipe, offline)

@@ -366,7 +366,7 @@ class Generation:
 
     Attributes:
       tokens: per prompt, the new token ids (end-of-text excluded).
-      texts: the same, decoded.
+      texts: what they add to the prompt's text, see `Tokenizer.continuation`.
       prompt_tokens: per prompt, its length in tokens.
       effective_bits: per weight of the linear layers, of the weights that the decode loop read.
       model_bits: the same per parameter of the whole model.

@@ -1,6 +1,7 @@
 """Text to token ids and back, for every form in which checkpoints store their tokenizer."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -108,6 +109,28 @@ class Tokenizer:
           The text; ids that end inside a character end it with the replacement character.
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+        """The text that new tokens add to a prompt, without special tokens.
+
+        It is the text of all tokens minus the text of the prompt: decoders of the SentencePiece
+        kind drop the first space of a text, so that new tokens by themselves lose theirs.
+
+        Args:
+          prompt_ids: token ids.
+          new_ids: what follows them.
+
+        Returns:
+          The text. Where the new tokens change the end of the prompt's text, because they complete
+          a character that began there, it starts with the first character that differs.
+        """
+        before, whole = self.decode(prompt_ids), self.decode([*prompt_ids, *new_ids])
+        pairs = zip(before, whole, strict=False)
+        kept = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], pairs))
+        # While a run of byte tokens ends inside a character, byte fallback spoils all of it, the
+        # prompt's characters too: a replacement character for each of their bytes.
+        spoiled = len(before[kept:].encode())
+        return whole[kept:].removeprefix("\ufffd" * spoiled)
 
 
 def _content(token: Any) -> str | None:

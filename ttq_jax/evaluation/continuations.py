@@ -208,7 +208,7 @@ def continue_until(
     )  # fmt: skip
     # Decoded text does not show special tokens: they are looked for by their ids.
     single = [ids for stop in until if len(ids := tokenizer.encode(stop, add_bos=False)) == 1]
-    ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.decode(ids))}
+    ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.continuation(prompt, ids))}
     run = partial(
         generate_tokens, model.params, prompts, offline, key, config=model.config, recipe=recipe,
         sampling=sampling, capacity=bucket(limit), eos_ids=tuple(sorted(ends)),
@@ -221,7 +221,7 @@ def continue_until(
         if not fine:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])
-        text = tokenizer.decode(tokens[0, :count].tolist())
+        text = tokenizer.continuation(prompt, tokens[0, :count].tolist())
         found = [at for stop in until if (at := text.find(stop)) >= 0]
         if found or count < upto or upto == limit:
             return text[: min(found, default=None)]
