@@ -176,9 +176,7 @@ def advance(
     Returns:
       The tree and the moments for the next call, None and {} without a refresh; and the answer.
     """
-    run = partial(
-        _loop, config=config, sampling=sampling, eos_ids=eos_ids, refresh=refresh
-    )
+    run = partial(_loop, config=config, sampling=sampling, eos_ids=eos_ids, refresh=refresh)
     kinds = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QuantizedLinear))
     if any(isinstance(w, QuantizedLinear) for w in kinds):
         return run(params, state, key, limit)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.chat_template import gguf_template
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_file import GgufFile
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
@@ -131,4 +132,7 @@ def load_gguf(
                 progress=progress,
             )
             tokenizer = future.result()
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization)
+        chat = gguf_template(file.metadata, tokenizer, file.label)
+    return Model(
+        config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization, chat=chat
+    )

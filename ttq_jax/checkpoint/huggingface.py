@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.chat_template import read_template
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.model import FAMILIES, Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
@@ -146,4 +147,5 @@ def load_directory(
             config, source, modules, family.hf_edits, ignored=ignored, dtype=dtype,
             progress=progress,
         )  # fmt: skip
-    return Model(config, params, tokenizer, name, eos_ids)
+    chat = read_template(directory, tokenizer)
+    return Model(config, params, tokenizer, name, eos_ids, chat=chat)

@@ -110,6 +110,15 @@ class Tokenizer:
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def token(self, i: int) -> str | None:
+        """A token as it is written in a text or a template; None if there is no such token."""
+        return self._backend.id_to_token(i)
+
+    def is_special(self, i: int) -> bool:
+        """Whether a token is a mark, such as the end of a turn, and no part of a text."""
+        added = self._backend.get_added_tokens_decoder().get(i)
+        return added is not None and added.special
+
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """The text that new tokens add to a prompt, without special tokens.
 
