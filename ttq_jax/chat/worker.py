@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10
+SECONDS = 5
 """Of computing, for one line."""
 
 _MEMORY = 2**30
