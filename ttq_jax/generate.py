@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from ttq_jax.chat.ask import ask
+from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Decoding, Refresh, advance, begin
@@ -266,7 +266,7 @@ def made_of(
 
 def generate(
     model: Model,
-    texts: Sequence[Any],
+    texts: Sequence[Any] | Asked,
     *,
     recipe: Recipe | None,
     offline: Offline | None = None,
@@ -281,7 +281,8 @@ def generate(
     Args:
       model: from `load`.
       texts: the prompts; with `chat`, conversations: each a list of messages such as
-        {"role": "user", "content": "Hello"}, or a text, which is one message of the user's.
+        {"role": "user", "content": "Hello"}, or a text, which is one message of the user's; or
+        what `ask` made of them.
       recipe: how to quantize, see `preset`; None for the unquantized model.
       offline: from `prepare`; None prepares it here, except for recipes that need a corpus. For
         the next turn of a conversation, its `carried` is the last turn's `Generation.moments`.

@@ -1,4 +1,4 @@
-"""Chat templates: as transformers renders them, without a second BOS, and without mercy for a bad one."""
+"""Chat templates: rendered as by transformers, without a second BOS; a bad one is refused."""
 
 import dataclasses
 import json
@@ -126,7 +126,7 @@ def test_where_templates_are_found(model, tmp_path):
 BAD = {
     "{% for m in messages": "refuses the messages: unexpected end of template",
     "{{ raise_exception('no\nway') }}": "refuses the messages: no way",
-    "{{ messages.append }}{{ messages.append(1) }}": "attribute 'append' of 'list' object is unsafe",
+    "{{ messages.append }}{{ messages.append(1) }}": "attribute 'append' of 'list' object",
     "{{ ''.__class__.__mro__ }}": "unsafe",
     "{{ messages[0].content.nothing.at_all }}": "has no attribute",
     "{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}": "a text of 9899901 characters; at mo",
