@@ -3,26 +3,12 @@
 import json
 
 import pytest
-from tiny_files import write_model
 
 import ttq_jax as ttq
 from ttq_jax.checkpoint.store import load_messages
 
-CHATML = (
-    "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
-)
 SELECT = ("--recipe", "rtn", "--select", "layers/q")
 SHORT = ("--max-new-tokens", 4, *SELECT)
-
-
-@pytest.fixture(scope="module")
-def instruct(tmp_path_factory):
-    """A tiny model with a chat template whose end of turn is not its end of text."""
-    place = write_model(tmp_path_factory.mktemp("chat") / "tiny", eos_token_id=256)
-    settings = json.loads((place / "tokenizer_config.json").read_text())
-    (place / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
-    return str(place)
 
 
 @pytest.fixture

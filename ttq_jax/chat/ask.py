@@ -7,6 +7,7 @@ from typing import Any
 
 from ttq_jax.chat.render import Messages, Renderer
 from ttq_jax.checkpoint import Model
+from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.errors import expect, shown
 from ttq_jax.prompts import PromptError
 
@@ -91,6 +92,27 @@ def _end_of_turn(model: Model, whole: str | PromptError) -> tuple[int, ...]:
     return tuple(i for i in first if model.tokenizer.is_special(i))
 
 
+def template_of(model: Model) -> ChatTemplate:
+    """The chat template of a model that is to have one.
+
+    Args:
+      model: for a chat.
+
+    Returns:
+      It.
+
+    Raises:
+      PromptError: there is none.
+    """
+    if model.chat is None:
+        raise PromptError(
+            f"{model.name}: has no chat template, so that its messages have no form: expected one "
+            "in tokenizer_config.json, in chat_template.jinja or in the GGUF file. Leave out chat, "
+            "or use an instruct model"
+        )
+    return model.chat
+
+
 def ask(model: Model, texts: Any, *, chat: bool = False, render: Renderer | None = None) -> Asked:
     """Prompts as token ids.
 
@@ -114,15 +136,10 @@ def ask(model: Model, texts: Any, *, chat: bool = False, render: Renderer | None
     tokenizer, listed = model.tokenizer, _listed(texts, chat)
     if not chat:
         return Asked(listed, [tokenizer.encode(text) for text in listed], model.eos_ids)
-    if model.chat is None:
-        raise PromptError(
-            f"{model.name}: has no chat template, so that its messages have no form: expected one "
-            "in tokenizer_config.json, in chat_template.jinja or in the GGUF file. Leave out chat, "
-            "or use an instruct model"
-        )
+    template = template_of(model)
     jobs = [*((check_messages(one), True) for one in listed), (_PROBE, False)]
     with contextlib.nullcontext(render) if render else Renderer() as opened:
-        *made, shape = opened(model.chat, jobs)
+        *made, shape = opened(template, jobs)
     for one in made:
         if isinstance(one, PromptError):
             raise one

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 SECONDS = 5
 """Of computing, for one line."""
 
@@ -46,6 +48,8 @@ def _rendered(asked: dict[str, Any], render: Any) -> list[dict[str, str]]:
             )  # fmt: skip
             long = f"it makes a text of {len(text)} characters; at most {_LONGEST} are read"
             out.append({"error": long} if len(text) > _LONGEST else {"text": text})
+        except jinja2.TemplateSyntaxError as e:
+            out.append({"error": f"line {e.lineno}: {e.message}"})
         except Exception as e:  # whatever a template may raise
             out.append({"error": f"{e}" or type(e).__name__})
     return out

@@ -159,8 +159,9 @@ def _streamed(
     """Prints an answer while it is decoded."""
     with progress.stage("compiling and reading the prompt"):
         answer = stream(model, asked, **make)
+        first = list(itertools.islice(answer, 2))  # of each of the two programs one
     print_piece(show)
-    for piece in answer:
+    for piece in itertools.chain(first, answer):
         print_piece(piece)
     print_piece("\n")
     return answer.generation
