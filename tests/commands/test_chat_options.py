@@ -166,3 +166,17 @@ def test_a_conversation_without_messages_goes_on_as_a_chat(cli_json, instruct, t
     after = ttq.load_conversation(place, model, recipe)
     want = 0.5 * float(before["attn_in"].count[0]) + got["prompt_tokens"]
     assert float(after["attn_in"].count[0]) == want
+
+
+def test_a_real_instruct_model_answers_as_an_assistant(cli_json):
+    """Its GGUF file brings the template; without it the same words are a text to be continued."""
+    question = "What is the capital of France?"
+    (got,) = cli_json(
+        "generate", "--model", "smollm2", "--chat", "--prompt", question, "--max-new-tokens", 24
+    )
+    assert got["prompt"].startswith(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM"
+    )
+    assert got["prompt"].endswith(f"user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+    assert "Paris" in got["text"]
+    assert (got["stopped"], got["text"]) == ("end", got["text"].strip())
