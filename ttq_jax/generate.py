@@ -24,7 +24,7 @@ from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
-from ttq_jax.prompts import bucket, pad_prompts
+from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
@@ -168,6 +168,7 @@ def generate_tokens(
 def arguments(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
+    smallest: int = SMALLEST_BUCKET,
 ) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any]]:  # fmt: skip
     """What `generate_tokens` takes for one batch, but the limit.
 
@@ -180,6 +181,7 @@ def arguments(
       sampling: see `generate`.
       seed: see `generate`.
       chat: see `generate`.
+      smallest: the shortest bucket that prompts are padded to.
 
     Returns:
       The arrays, and the static arguments by name.
@@ -197,8 +199,9 @@ def arguments(
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     prompts = pad_prompts(
-        asked.rows, max_positions=model.config.max_positions, max_new_tokens=max_new_tokens
-    )
+        asked.rows, max_positions=model.config.max_positions, max_new_tokens=max_new_tokens,
+        smallest=smallest,
+    )  # fmt: skip
     check_selection(model.params, recipe)
     if offline is None:
         offline = prepare(model, recipe)

@@ -20,6 +20,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.decode import Decoding
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import answer, arguments, carried, made_of, read, separately
+from ttq_jax.prompts import SMALLEST_BUCKET
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.sampling import Sampling
@@ -248,6 +249,7 @@ class Stream:
 def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
+    smallest: int = SMALLEST_BUCKET,
 ) -> Stream:  # fmt: skip
     """Answers one prompt piece by piece; the tokens are those of `generate`.
 
@@ -260,6 +262,8 @@ def stream(
       sampling: see `generate`.
       seed: see `generate`.
       chat: see `generate`.
+      smallest: pad the prompt to this many tokens at least, so that the next ones of a
+        conversation, which are longer, need no other program.
 
     Returns:
       An iterator over pieces of text; its `generation` is the result.
@@ -274,6 +278,6 @@ def stream(
     asked = ask(model, prompt if isinstance(prompt, Asked) else [prompt], chat=chat)
     arrays, how = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,
-        sampling=sampling, seed=seed,
+        sampling=sampling, seed=seed, smallest=smallest,
     )  # fmt: skip
     return Stream(model, asked.rows, arrays, how, max_new_tokens, began)

@@ -35,7 +35,7 @@ def chat(cli, instruct, monkeypatch):
 
 
 def test_a_session_is_a_conversation_and_compiles_once(chat, instruct, tmp_path):
-    # A byte is a token: with this the session stays in the bucket of 256.
+    # A byte is a token: with this the session stays in one bucket, that of 256.
     system, place = "x" * 150, tmp_path / "kept"
     before = start._cache_size(), go_on._cache_size()
     code, out, err = chat(

@@ -37,6 +37,9 @@ from ttq_jax.sampling import Sampling
 from ttq_jax.stream import Stream, stream
 from ttq_jax.types import Generation, Offline
 
+# The shortest bucket: the first turns of a conversation are served by one program.
+_ROOM = 256
+
 _HELP = """\
 /recipe NAME  answer with another recipe from now on, such as best, or with a FILE.toml
 /stats        show the sizes and times of the last answer
@@ -139,7 +142,7 @@ class _Session:
                 f"may take {self.args.max_new_tokens}, and the model's context is {context}; "
                 "/reset begins a new one, and --max-new-tokens asks for shorter answers"
             )
-        program = self.recipe, bucket(length)
+        program = self.recipe, bucket(length, smallest=_ROOM)
         compiles = program not in self.seen
         show = (
             self.progress.stage("compiling and reading") if compiles else contextlib.nullcontext()
@@ -147,7 +150,7 @@ class _Session:
         with show:
             made = stream(
                 self.model, asked, recipe=self.recipe, offline=self.talk.offline(self.offline),
-                **self.how,
+                smallest=_ROOM, **self.how,
             )  # fmt: skip
             # The second piece comes from the other of the two programs.
             first = list(itertools.islice(made, 1 + compiles))
