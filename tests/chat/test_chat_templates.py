@@ -124,8 +124,8 @@ def test_where_templates_are_found(model, tmp_path):
 
 
 BAD = {
-    "{% for m in messages": "refuses the messages: unexpected end of template",
-    "{{ raise_exception('no\nway') }}": "refuses the messages: no way",
+    "{% for m in messages": "refuses the messages: line 1: unexpected end of template",
+    "{{ raise_exception('no\n\x1b[2Jway') }}": "refuses the messages: no \ufffd[2Jway",
     "{{ messages.append }}{{ messages.append(1) }}": "attribute 'append' of 'list' object",
     "{{ ''.__class__.__mro__ }}": "unsafe",
     "{{ messages[0].content.nothing.at_all }}": "has no attribute",
@@ -154,6 +154,14 @@ def test_an_endless_template_ends(model, monkeypatch):
         fine = dataclasses.replace(model, chat=ChatTemplate("{{ messages[0].content }}", {}))
         assert ask(fine, ["hello"], chat=True, render=render).texts == ["hello"]
     assert time.process_time() - start < 5
+
+
+def test_a_broken_installation_is_told(model, monkeypatch, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    fine = dataclasses.replace(model, chat=ChatTemplate("x", {}))
+    with pytest.raises(PromptError, match="transformers cannot be used; install ttq-jax again"):
+        ask(fine, ["hello"], chat=True)
 
 
 def test_conversations_are_checked(model):

@@ -106,6 +106,8 @@ def test_a_script_ends_at_a_line_that_cannot_be_done(chat, line, says):
 def test_what_cannot_chat_is_refused(chat, tiny, monkeypatch, cli):
     code, _, err = chat("Hi", model=tiny)
     assert (code, "has no chat template" in err) == (2, True)
+    code, _, err = chat("Hi", options=("--recipe", "awq"))
+    assert (code, "needs a calibration corpus" in err) == (2, True), err
     code, _, err = chat("Hi", new=0)
     assert (code, "--max-new-tokens of at least 1" in err) == (2, True)
     monkeypatch.setattr(sys, "stdin", None)

@@ -55,6 +55,18 @@ class Renderer:
         except BrokenPipeError:
             return ""
 
+    def _ended(self) -> str:
+        """Why the process is dead."""
+        assert self._process is not None
+        code = self._process.wait()
+        self.__exit__(None, None, None)
+        if code > 0:
+            return "transformers cannot be used; install ttq-jax again, with its dependencies"
+        return (
+            f"it takes more than {worker.SECONDS} seconds of computing, or too much memory. Use "
+            "the template of the model's authors, or leave out chat"
+        )
+
     def __call__(
         self, template: ChatTemplate, conversations: Sequence[tuple[Messages, bool]]
     ) -> list[str | PromptError]:
@@ -76,12 +88,7 @@ class Renderer:
         }  # fmt: skip
         answer = self._answer(json.dumps(asked))
         if not answer.endswith("\n"):
-            self.__exit__(None, None, None)
-            raise PromptError(
-                "the model's chat template could not be rendered: it takes more than "
-                f"{worker.SECONDS} seconds of computing, or too much memory. Use the template of "
-                "the model's authors, or leave out chat"
-            )
+            raise PromptError(f"the model's chat template could not be rendered: {self._ended()}")
         return [
             one["text"]
             if "text" in one
@@ -91,5 +98,5 @@ class Renderer:
 
 
 def _said(one: dict[str, str]) -> str:
-    """A template's complaint, on one line."""
-    return why(ValueError(one["error"]))
+    """A template's complaint, on one line, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in why(ValueError(one["error"])))

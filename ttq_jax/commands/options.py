@@ -65,7 +65,7 @@ def note_unused(args: argparse.Namespace, recipe: Recipe | None, progress: Progr
       progress: gets a line for each.
     """
     given = vars(args)
-    corpus = recipe is not None and recipe.source.reads_corpus and not given["prepared"]
+    corpus = recipe is not None and recipe.source.reads_corpus and not given.get("prepared")
     notes = {
         "seed": (given.get("temperature") == 0, "at temperature 0 nothing is drawn"),
         "per_prompt": (given.get("batch_size") == 1, "one prompt has its own weights anyway"),
