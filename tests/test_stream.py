@@ -1,5 +1,7 @@
 """An answer decoded a few tokens at a time is the answer of the one program."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def model(tmp_path_factory):
     return ttq.load(write_model(tmp_path_factory.mktemp("tiny") / "tiny"))
 
 
-RECIPE = ttq.preset("fast", bits=3, select="layers/(q|down)")
+RECIPE = ttq.preset("ttq", bits=3, select="layers/q")
 
 
 @pytest.mark.parametrize("how", [{}, {"sampling": HOT, "seed": 5}], ids=["greedy", "sampled"])
@@ -118,6 +120,16 @@ def test_a_character_is_held_until_its_bytes_are_there(model, monkeypatch):
     assert [p for p in pieces if "\ufffd" in p] == ["\ufffd."]
     assert "€" in pieces
     assert "漢" in pieces
+
+
+def test_a_broken_end_is_told_where_byte_fallback_spoils_what_was_said(model):
+    texts = iter(["", "ab€", "ab" + 4 * "\ufffd", "ab" + 5 * "\ufffd"])
+    answer = ttq.stream(model, "x", recipe=None, max_new_tokens=4)
+    tokenizer = SimpleNamespace(continuation=lambda prompt, new: next(texts))
+    answer._model = SimpleNamespace(tokenizer=tokenizer)
+    ends = iter([([1], False), ([1, 2], False), ([1, 2, 3], True)])
+    answer._new, answer._ended, answer._seen = [0], False, lambda: next(ends)
+    assert list(answer) == ["ab€", 4 * "\ufffd"]
 
 
 def test_a_reader_may_stop(model):

@@ -218,7 +218,8 @@ class Stream:
             text = self._model.tokenizer.continuation(self._rows[0], self._new)
             # A character whose bytes are not all there is decoded as replacement characters.
             whole = text if self._ended else text.rstrip("\ufffd")
-            if whole.startswith(said) and whole != said:
+            # Byte fallback spoils whole characters before a broken one, until that is whole.
+            if len(whole) > len(said) and (self._ended or whole.startswith(said)):
                 yield whole[len(said) :]
                 said = whole
             if self._ended:

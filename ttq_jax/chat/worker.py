@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 SECONDS = 5
-"""Of computing, for one line."""
+"""Of computing, for one conversation."""
 
 _MEMORY = 2**30
 _LONGEST = 2**22
@@ -41,6 +41,7 @@ def _rendered(asked: dict[str, Any], render: Any) -> list[dict[str, str]]:
     """Per conversation {"text": …}, or {"error": …}."""
     out = []
     for messages, answer_next in asked["conversations"]:
+        _limit_seconds()
         try:
             (text,), _ = render(
                 conversations=[messages], chat_template=asked["template"],
@@ -61,7 +62,6 @@ def main() -> None:
 
     _limit_memory()
     for line in sys.stdin:
-        _limit_seconds()
         print(json.dumps(_rendered(json.loads(line), render_jinja_template)), flush=True)
 
 

@@ -189,17 +189,17 @@ def _answer(
     else:
         made = generate(model, asked, batch_size=len(asked.rows), **how)
         progress.clear()
+    if not (args.stream or args.json):
+        for before, text in zip(heads, made.texts, strict=True):
+            print_text(before + _shown(text) if before else text)
     timings = None
     if args.timings:
         named, known = {args.method: recipe}, {args.method: offline}
         timings = time_answers(model, asked, named, offline=known, **make)[args.method]
     if args.json:
         _print_json(args, model, recipe, made, asked, of, make["sampling"], timings)
-        return made
-    for before, text in zip(heads, made.texts, strict=True):
-        if not args.stream:
-            print_text(before + _shown(text) if before else text)
-    _tell(args, recipe, made, timings, progress)
+    else:
+        _tell(args, recipe, made, timings, progress)
     return made
 
 
