@@ -28,7 +28,7 @@ with pytest.MonkeyPatch.context() as flags:
     jax.devices()
 
 ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
-              "offline", "generate", "evaluation.perplexity",
+              "offline", "generate", "stream", "evaluation.perplexity",
               "evaluation.continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"

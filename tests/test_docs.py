@@ -1,5 +1,6 @@
 """The guides' examples run, and the files that they name are there."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 GUIDES = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md",
-                 "experiments/RESULTS.md", "ttq_jax/quant/README.md", "pallas_kernels/README.md")
+                 "experiments/RESULTS.md", "ttq_jax/quant/README.md", "ttq_jax/chat/README.md",
+                 "pallas_kernels/README.md")
 }  # fmt: skip
 
 
@@ -35,6 +37,19 @@ def test_a_quantizer_of_your_own(tmp_path):
     }
     assert list(found) == ["NoScale", "PowerLaw", "PowersOfTwo"]
     assert max(found["PowerLaw"], found["PowersOfTwo"]) < found["NoScale"]
+
+
+def test_a_chat_of_your_own(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDES["ttq_jax/chat/README.md"], re.S)
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=quick,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "Paris" in first
+    assert "Rome" in second
 
 
 def test_a_sweep_of_your_own(tmp_path, monkeypatch, capsys):

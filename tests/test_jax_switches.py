@@ -82,6 +82,13 @@ def generated(recipe, **how):
     return got.tokens, got.moments, got.effective_bits, offline
 
 
+def streamed(recipe):
+    offline = ttq.prepare(MODEL, recipe, WINDOWS)
+    answer = ttq.stream(MODEL, TEXTS[0], recipe=recipe, offline=offline, max_new_tokens=12)
+    pieces = list(answer)
+    return pieces, answer.generation.tokens
+
+
 def scored(kind, recipe):
     protocol = ttq.Protocol(kind=kind, window=24, prompt_tokens=10)
     return ttq.perplexity(MODEL, WINDOWS, recipe=recipe, protocol=protocol).nll
@@ -143,6 +150,7 @@ CASES = {
         for n in ("none", "gptq", "paper", "ttq", "fast", "best")
     },
     "generate, the rest": functools.partial(generated, REST),
+    "stream, the rest": functools.partial(streamed, REST),
     "sample": functools.partial(
         generated, None, seed=-3, sampling=Sampling(temperature=1.0, top_k=20, top_p=0.9)
     ),

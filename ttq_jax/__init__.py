@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from ttq_jax.quant.source import Source
     from ttq_jax.quant.widths import Width
     from ttq_jax.sampling import Sampling
+    from ttq_jax.stream import Stream, stream
 
 __all__ = [
     "PRESETS",
@@ -75,6 +76,7 @@ __all__ = [
     "SearchedAlpha",
     "SecondOrder",
     "Source",
+    "Stream",
     "Width",
     "__version__",
     "calibrate",
@@ -91,6 +93,7 @@ __all__ = [
     "save_conversation",
     "save_offline",
     "save_recipe",
+    "stream",
     "time_answers",
     "with_settings",
 ]
@@ -113,6 +116,7 @@ _HOME = {
     "SearchedAlpha": "ttq_jax.quant.scaling",
     "SecondOrder": "ttq_jax.quant.second_order",
     "Source": "ttq_jax.quant.source",
+    "Stream": "ttq_jax.stream",
     "Width": "ttq_jax.quant.widths",
     "calibrate": "ttq_jax.offline.calibrate",
     "cut_windows": "ttq_jax.evaluation.corpora",
@@ -128,6 +132,7 @@ _HOME = {
     "save_conversation": "ttq_jax.checkpoint.store",
     "save_offline": "ttq_jax.checkpoint.store",
     "save_recipe": "ttq_jax.quant.recipe_text",
+    "stream": "ttq_jax.stream",
     "time_answers": "ttq_jax.evaluation.timings",
     "with_settings": "ttq_jax.quant.recipe_text",
 }

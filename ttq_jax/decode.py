@@ -1,7 +1,8 @@
 """Stage 5: the decode loop.
 
 It reads the packed weights of the blocks and the KV cache. Only a refresh reads the unquantized
-weights again.
+weights again. `begin` and `advance` are the loop in two parts: `decode` runs both to the end, a
+stream calls `advance` again and again with a larger limit.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
@@ -18,7 +20,7 @@ from ttq_jax.models.decoder import forward, logits, plain, unstack
 from ttq_jax.prefill import observing
 from ttq_jax.quant.moments import Reads
 from ttq_jax.sampling import Sampling, sample
-from ttq_jax.types import Cache, Moments, Params, QuantizedLinear
+from ttq_jax.types import Cache, Leaf, Moments, Params, QuantizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,29 @@ class Refresh:
     reads: Reads
     moments: dict[str, Moments]
     quantize: Callable[[dict[str, Moments], Params], Params]
+
+
+@struct.dataclass
+class Decoding:
+    """How far an answer is: what one step hands to the next.
+
+    Attributes:
+      step: int32[]; tokens chosen so far, per row.
+      token: int32[B]; the last one.
+      cache: of the prompts and of every chosen token but the last.
+      out: int32[B, capacity]; the chosen tokens.
+      done: bool[B]; whether a row has ended.
+      counts: int32[B]; tokens before a row's end.
+      finite: bool[]; whether the logit of every token that was chosen is finite.
+    """
+
+    step: Leaf
+    token: Leaf
+    cache: Cache
+    out: Leaf
+    done: Leaf
+    counts: Leaf
+    finite: Leaf
 
 
 def decode(
@@ -69,78 +94,150 @@ def decode(
       The tokens; per row, how many of them come before the end token; whether the logit of every
       token that was chosen is finite; and the moments of everything read, {} without a refresh.
     """
-    run = partial(
-        _loop, config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
-        refresh=refresh,
+    how: dict[str, Any] = {"config": config, "sampling": sampling, "eos_ids": eos_ids}
+    state = begin(params, cache, hidden, key, capacity=capacity, **how)
+    _, moments, state = advance(params, state, key, limit, refresh=refresh, **how)
+    return state.out, state.counts, state.finite, moments
+
+
+def _choose(
+    params: Params, hidden: Array, step: Array, key: Array, *, config: ModelConfig,
+    sampling: Sampling, eos_ids: tuple[int, ...],
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """The next token of each row, whether it ends the row, and whether its logit is finite."""
+    scores = logits(config, params, hidden)
+    token = sample(jax.random.fold_in(key, step), scores, sampling)
+    # NaN and infinity win the choice, so the chosen logit stands for all.
+    finite = jnp.isfinite(jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0])
+    end = jnp.any(token[:, None] == jnp.asarray(eos_ids, jnp.int32)[None], axis=1)
+    return token, end, finite
+
+
+def begin(
+    params: Params,
+    cache: Cache,
+    hidden: Float[Array, "B D"],
+    key: Array,
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    capacity: int,
+    eos_ids: tuple[int, ...],
+) -> Decoding:
+    """Chooses the first token of each row.
+
+    Args:
+      params: see `decode`, as all the others.
+      cache: the prompts'.
+      hidden: each prompt's last hidden state.
+      key: a PRNG key.
+      config: the model's.
+      sampling: how tokens are chosen.
+      capacity: columns of the output.
+      eos_ids: tokens that end a row.
+
+    Returns:
+      An answer of one token.
+    """
+    first, done, finite = _choose(
+        params, hidden, jnp.zeros((), jnp.int32), key, config=config, sampling=sampling,
+        eos_ids=eos_ids,
     )  # fmt: skip
+    out = jnp.zeros((hidden.shape[0], capacity), jnp.int32).at[:, 0].set(first)
+    counts = (~done).astype(jnp.int32)
+    return Decoding(jnp.ones((), jnp.int32), first, cache, out, done, counts, jnp.all(finite))
+
+
+def advance(
+    params: Params,
+    state: Decoding,
+    key: Array,
+    limit: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+    refresh: Refresh | None = None,
+) -> tuple[Params | None, dict[str, Moments], Decoding]:
+    """Goes on until every row has ended or reached the limit.
+
+    In one call or in several with growing limits, the tokens are the same.
+
+    Args:
+      params: the tree to decode from; with a refresh, the last call's.
+      state: of `begin`, or of the last call.
+      key: the same in every call.
+      limit: see `decode`.
+      config: see `decode`.
+      sampling: see `decode`.
+      eos_ids: see `decode`.
+      refresh: see `decode`; its `moments` are the last call's.
+
+    Returns:
+      The tree and the moments for the next call, None and {} without a refresh; and the answer.
+    """
+    run = partial(_loop, config=config, sampling=sampling, eos_ids=eos_ids, refresh=refresh)
     kinds = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QuantizedLinear))
     if any(isinstance(w, QuantizedLinear) for w in kinds):
-        return run(params, cache, hidden, key, limit)
+        return run(params, state, key, limit)
 
     # Decoding an unquantized tree is bound by memory bandwidth, where a CPU gains from `unstack`.
     # Packed layers are small enough for the scan, which compiles much faster.
-    def apart(params: Params, *rest: Any) -> tuple[Array, Array, Array, dict[str, Moments]]:
+    def apart(params: Params, *rest: Any) -> tuple[Params | None, dict[str, Moments], Decoding]:
         return run(unstack(params), *rest)
 
-    return jax.lax.platform_dependent(params, cache, hidden, key, limit, cpu=apart, default=run)
+    return jax.lax.platform_dependent(params, state, key, limit, cpu=apart, default=run)
 
 
 def _loop(
-    params: Params, cache: Cache, hidden: Array, key: Array, limit: Array, *,
-    config: ModelConfig, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
-    refresh: Refresh | None,
-) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
+    params: Params, state: Decoding, key: Array, limit: Array, *, config: ModelConfig,
+    sampling: Sampling, eos_ids: tuple[int, ...], refresh: Refresh | None,
+) -> tuple[Params | None, dict[str, Moments], Decoding]:  # fmt: skip
     """The loop itself."""
-    batch = hidden.shape[0]
-    ends = jnp.asarray(eos_ids, jnp.int32)
+    valid = jnp.ones((state.token.shape[0], 1), bool)
 
-    def choose(step: Array, hidden: Array) -> tuple[Array, Array]:
-        scores = logits(config, params, hidden)
-        token = sample(jax.random.fold_in(key, step), scores, sampling)
-        # NaN and infinity win the choice, so the chosen logit stands for all.
-        return token, jnp.isfinite(jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0])
+    def running(state: Decoding) -> Array:
+        return (state.step < limit) & ~jnp.all(state.done)
 
-    def is_end(token: Array) -> Array:
-        return jnp.any(token[:, None] == ends[None], axis=1)
-
-    def running(state: tuple) -> Array:
-        step, _, _, _, done, _, _ = state
-        return (step < limit) & ~jnp.all(done)
-
-    def one_token(tree: Params, state: tuple) -> tuple[tuple, dict[str, Any]]:
-        step, token, cache, out, done, counts, fine = state
-        valid = jnp.ones((batch, 1), bool)
+    def one_token(tree: Params, old: Decoding) -> tuple[Decoding, dict[str, Any]]:
         # What follows a row's end is computed and never used.
-        project = observing(~done[:, None], refresh.reads) if refresh else plain
-        hidden, cache, seen = forward(config, tree, token[:, None], valid, cache, project=project)
-        token, finite = choose(step, hidden[:, 0])
-        fine = fine & jnp.all(finite | done)
-        done = done | is_end(token)
-        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        return (step + 1, token, cache, out, done, counts + (~done).astype(jnp.int32), fine), seen
+        project = observing(~old.done[:, None], refresh.reads) if refresh else plain
+        hidden, cache, seen = forward(
+            config, tree, old.token[:, None], valid, old.cache, project=project
+        )
+        token, end, finite = _choose(
+            params, hidden[:, 0], old.step, key, config=config, sampling=sampling, eos_ids=eos_ids
+        )
+        done = old.done | end
+        new = Decoding(
+            step=old.step + 1,
+            token=token,
+            cache=cache,
+            out=jax.lax.dynamic_update_slice_in_dim(old.out, token[:, None], old.step, axis=1),
+            done=done,
+            counts=old.counts + (~done).astype(jnp.int32),
+            finite=old.finite & jnp.all(finite | old.done),
+        )
+        return new, seen
 
-    first, finite = choose(jnp.zeros((), jnp.int32), hidden)
-    done = is_end(first)
-    out = jnp.zeros((batch, capacity), jnp.int32).at[:, 0].set(first)
-    counts = (~done).astype(jnp.int32)
-    state: tuple = (jnp.ones((), jnp.int32), first, cache, out, done, counts, jnp.all(finite))
-    moments: dict[str, Moments] = {}
     if refresh is None:
-        state = jax.lax.while_loop(running, lambda s: one_token(params, s)[0], state)
-    else:
-        state, moments = _refreshed(params, refresh, running, one_token, state)
-    return state[3], state[5], state[6], moments
+        return None, {}, jax.lax.while_loop(running, lambda s: one_token(params, s)[0], state)
+    return _refreshed(params, refresh, running, one_token, state)
 
 
 def _refreshed(
-    params: Params, refresh: Refresh, running: Callable[[tuple], Array],
-    one_token: Callable[[Params, tuple], tuple[tuple, dict[str, Any]]], state: tuple,
-) -> tuple[tuple, dict[str, Moments]]:  # fmt: skip
-    """The loop in stretches of `refresh.every` tokens, with a refresh after each."""
+    params: Params, refresh: Refresh, running: Callable[[Decoding], Array],
+    one_token: Callable[[Params, Decoding], tuple[Decoding, dict[str, Any]]], state: Decoding,
+) -> tuple[Params, dict[str, Moments], Decoding]:  # fmt: skip
+    """The loop in stretches of `refresh.every` tokens after the first, a refresh between them."""
 
     def stretch(carry: tuple) -> tuple:
         tree, moments, state = carry
-        end = state[0] + refresh.every
+        # A stretch that a limit has cut short goes on without a refresh.
+        read = (state.step - 1) % refresh.every
+        end = state.step + refresh.every - read
+        due = (read == 0) & (state.step > 1)
+        tree = jax.lax.cond(due, refresh.quantize, lambda _, tree: tree, moments, tree)
 
         def step(inner: tuple) -> tuple:
             state, moments = inner
@@ -148,11 +245,9 @@ def _refreshed(
             return state, jax.tree.map(jnp.add, moments, seen)
 
         state, moments = jax.lax.while_loop(
-            lambda inner: running(inner[0]) & (inner[0][0] < end), step, (state, moments)
+            lambda inner: running(inner[0]) & (inner[0].step < end), step, (state, moments)
         )
-        tree = jax.lax.cond(running(state), refresh.quantize, lambda _, tree: tree, moments, tree)
         return tree, moments, state
 
     carry = (params, refresh.moments, state)
-    _, moments, state = jax.lax.while_loop(lambda carry: running(carry[2]), stretch, carry)
-    return state, moments
+    return jax.lax.while_loop(lambda carry: running(carry[2]), stretch, carry)

@@ -1,7 +1,7 @@
 """Text to text: prefill, moments, scale, pack and decode as one XLA program.
 
-`generate_tokens` is that program; `_one_tree` shows its stages in order. `generate` adds the
-tokenizer and padding.
+`generate_tokens` is that program: `read` and `answer` are its stages in order. `generate` adds the
+tokenizer and padding. `stream` runs the same two apart.
 """
 
 import dataclasses
@@ -15,46 +15,110 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.decode import Refresh, decode
-from ttq_jax.errors import expect, shown
+from ttq_jax.decode import Decoding, Refresh, advance, begin
+from ttq_jax.errors import expect
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
-from ttq_jax.prompts import PromptError, bucket, pad_prompts
+from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
 from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
 _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
-_EXAMPLE = "The sky is"
 
 
-def _one_tree(
-    params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
-    config: ModelConfig, recipe: Recipe | None, sampling: Sampling, capacity: int,
-    eos_ids: tuple[int, ...],
-) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
-    """Prompts that share one quantized tree."""
+def read(
+    params: Params, prompts: Prompts, offline: Offline, key: Array, *, config: ModelConfig,
+    recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
+) -> tuple[Params, dict[str, Moments], Decoding]:  # fmt: skip
+    """Prompts that share one quantized tree, up to their answers' first token.
+
+    Args:
+      params: see `generate_tokens`, as all the others.
+      prompts: see there.
+      offline: see there.
+      key: see there.
+      config: see there.
+      recipe: see there.
+      sampling: see there.
+      capacity: see there.
+      eos_ids: see there.
+
+    Returns:
+      The tree to decode from, the moments so far, and the answers.
+    """
     batch, length = prompts.tokens.shape
     dtype = params["embed"]["embedding"].dtype
     cache = empty_cache(config, batch, length + capacity, dtype)
     hidden, cache, packed, moments = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
+    state = begin(
+        packed, cache, last_hidden(hidden, prompts), key, config=config, sampling=sampling,
+        capacity=capacity, eos_ids=eos_ids,
+    )  # fmt: skip
+    return packed, moments, state
+
+
+def answer(
+    params: Params, packed: Params, moments: dict[str, Moments], state: Decoding,
+    offline: Offline, key: Array, limit: Array, *, config: ModelConfig, recipe: Recipe | None,
+    sampling: Sampling, eos_ids: tuple[int, ...],
+) -> tuple[Params | None, dict[str, Moments], Decoding]:  # fmt: skip
+    """The answers of `read`, decoded up to a limit.
+
+    Args:
+      params: see `generate_tokens`.
+      packed: from `read`; with a refresh, from the last call.
+      moments: likewise.
+      state: from `read`, or from the last call.
+      offline: see `generate_tokens`.
+      key: see there.
+      limit: see there.
+      config: see there.
+      recipe: see there.
+      sampling: see there.
+      eos_ids: see there.
+
+    Returns:
+      With a refresh the new tree, else None; the moments so far; and the answers.
+    """
     refresh = None
     if recipe is not None and recipe.source.refresh:
         again = lambda seen, _: requantize(params, seen, recipe, offline)  # noqa: E731
         refresh = Refresh(recipe.source.refresh, recipe.reads, moments, again)
-    out, counts, finite, grown = decode(
-        packed, cache, last_hidden(hidden, prompts), key, limit,
-        config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids, refresh=refresh,
+    tree, grown, state = advance(
+        packed, state, key, limit, config=config, sampling=sampling, eos_ids=eos_ids,
+        refresh=refresh,
     )  # fmt: skip
-    carried = recipe is not None and recipe.source.decay > 0
-    return out, counts, finite, (grown or moments) if carried else {}
+    return tree, grown or moments, state
+
+
+def _one_tree(
+    params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
+    capacity: int, **how: Any,
+) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
+    """Prompts that share one quantized tree, from the first token to the last."""
+    packed, moments, state = read(params, prompts, offline, key, capacity=capacity, **how)
+    _, moments, state = answer(params, packed, moments, state, offline, key, limit, **how)
+    return state.out, state.counts, state.finite, carried(how["recipe"], moments)
+
+
+def carried(recipe: Recipe | None, moments: dict[str, Moments]) -> dict[str, Moments]:
+    """Of the moments after an answer, what the next turn of a conversation gets."""
+    return moments if recipe is not None and recipe.source.decay > 0 else {}
+
+
+def separately(prompts: Prompts, key: Array) -> tuple[Prompts, Array]:
+    """Each prompt as a batch of its own, and a key for each; to be mapped over."""
+    rows = jax.tree.map(lambda x: x[:, None], prompts)
+    return rows, jax.random.split(key, prompts.tokens.shape[0])
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -95,58 +159,38 @@ def generate_tokens(
     )  # fmt: skip
     if recipe is None or recipe.batch == "pooled":
         return run(params, prompts, offline, key, limit)
-    rows = jax.tree.map(lambda x: x[:, None], prompts)
-    keys = jax.random.split(key, prompts.tokens.shape[0])
+    rows, keys = separately(prompts, key)
     one = lambda row, k: run(params, row, offline, k, limit)[:3]  # noqa: E731
     out, counts, finite = jax.vmap(one)(rows, keys)
     return out[:, 0], counts[:, 0], jnp.all(finite), {}
 
 
-def check_texts(texts: Any) -> list[str]:
-    """The prompts as a list.
-
-    Args:
-      texts: from a user.
-
-    Returns:
-      Strings, at least one.
-
-    Raises:
-      PromptError: none, or something else than a sequence of strings. A string by itself would be
-        taken letter by letter.
-    """
-    listed = list(texts) if isinstance(texts, Sequence) and not isinstance(texts, str) else []
-    if not listed or not all(isinstance(text, str) for text in listed):
-        raise PromptError(
-            f'texts: expected a list of prompts, as in ["{_EXAMPLE}"], got '
-            f"{type(texts).__name__} {shown(texts)}"
-        )
-    return listed
-
-
-def program(
-    model: Model, texts: Sequence[str], *, recipe: Recipe | None, offline: Offline | None = None,
-    max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0,
-) -> tuple[Callable[[int], Any], Prompts, Offline]:  # fmt: skip
-    """`generate_tokens` with everything set but the limit, for one batch.
+def arguments(
+    model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
+    max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
+    smallest: int = SMALLEST_BUCKET,
+) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any]]:  # fmt: skip
+    """What `generate_tokens` takes for one batch, but the limit.
 
     Args:
       model: see `generate`.
-      texts: one batch, read together.
+      texts: one batch, read together; or what `ask` made of it.
       recipe: see `generate`.
       offline: see `generate`.
       max_new_tokens: see `generate`.
       sampling: see `generate`.
       seed: see `generate`.
+      chat: see `generate`.
+      smallest: the shortest bucket that prompts are padded to.
 
     Returns:
-      limit -> what `generate_tokens` returns, computed; the padded prompts; and what was prepared.
+      The arrays, and the static arguments by name.
 
     Raises:
       PromptError: a prompt that is empty or does not fit the model's context.
       ConfigError: max_new_tokens below 1.
     """
-    expect("model", model, Model, "a model, from load()")
+    asked = ask(model, texts, chat=chat)
     expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
     expect("offline", offline, (Offline, type(None)), "what prepare() returned, or None")
     expect("max_new_tokens", max_new_tokens, (int, np.integer), "a whole number")
@@ -155,26 +199,77 @@ def program(
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     prompts = pad_prompts(
-        [model.tokenizer.encode(text) for text in check_texts(texts)],
-        max_positions=model.config.max_positions, max_new_tokens=max_new_tokens,
+        asked.rows, max_positions=model.config.max_positions, max_new_tokens=max_new_tokens,
+        smallest=smallest,
     )  # fmt: skip
     check_selection(model.params, recipe)
     if offline is None:
         offline = prepare(model, recipe)
     if recipe is not None and recipe.source.decay and not offline.carried:
-        begin = first_turn(model.params, model.config, recipe)
-        offline = dataclasses.replace(offline, carried=begin)
-    run = partial(
-        generate_tokens, model.params, prompts, offline, make_key(int(seed)),
-        config=model.config, recipe=recipe, sampling=sampling, capacity=bucket(max_new_tokens),
-        eos_ids=model.eos_ids,
-    )  # fmt: skip
-    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), prompts, offline
+        first = first_turn(model.params, model.config, recipe)
+        offline = dataclasses.replace(offline, carried=first)
+    how = {
+        "config": model.config, "recipe": recipe, "sampling": sampling,
+        "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids,
+    }  # fmt: skip
+    return (model.params, prompts, offline, make_key(int(seed))), how
+
+
+def program(
+    model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None, **rest: Any
+) -> tuple[Callable[[int], Any], Prompts, Offline]:
+    """`generate_tokens` with everything set but the limit, for one batch.
+
+    Args:
+      model: see `arguments`, as all the others.
+      texts: see there.
+      recipe: see there.
+      offline: see there.
+      **rest: see there.
+
+    Returns:
+      limit -> what `generate_tokens` returns, computed; the padded prompts; and what was prepared.
+    """
+    arrays, how = arguments(model, texts, recipe=recipe, offline=offline, **rest)
+    run = partial(generate_tokens, *arrays, **how)
+    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), arrays[1], arrays[2]
+
+
+def made_of(
+    model: Model, recipe: Recipe | None, offline: Offline, rows: Sequence[Sequence[int]],
+    new: list[list[int]], stopped: list[str], moments: dict[str, Moments], seconds: float,
+) -> Generation:  # fmt: skip
+    """The result for some answers.
+
+    Args:
+      model: see `generate`.
+      recipe: see `generate`.
+      offline: what the last of them was made with.
+      rows: token ids of the prompts.
+      new: of the answers.
+      stopped: see `Generation`.
+      moments: see `Generation`.
+      seconds: see `Generation`.
+
+    Returns:
+      The result.
+    """
+    shapes = decoded_shapes(model.params, model.config, recipe, offline)
+    return Generation(
+        tokens=new,
+        texts=list(map(model.tokenizer.continuation, rows, new)),
+        prompt_tokens=list(map(len, rows)),
+        stopped=stopped,
+        effective_bits=effective_bits(shapes),
+        model_bits=model_bits(shapes),
+        seconds=seconds,
+        moments=moments,
+    )
 
 
 def generate(
     model: Model,
-    texts: Sequence[str],
+    texts: Sequence[Any] | Asked,
     *,
     recipe: Recipe | None,
     offline: Offline | None = None,
@@ -182,12 +277,15 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     batch_size: int = 1,
+    chat: bool = False,
 ) -> Generation:
-    """Continues prompts with weights that are quantized for them.
+    """Continues prompts, or answers messages, with weights that are quantized for them.
 
     Args:
       model: from `load`.
-      texts: the prompts.
+      texts: the prompts; with `chat`, conversations: each a list of messages such as
+        {"role": "user", "content": "Hello"}, or a text, which is one message of the user's; or
+        what `ask` made of them.
       recipe: how to quantize, see `preset`; None for the unquantized model.
       offline: from `prepare`; None prepares it here, except for recipes that need a corpus. For
         the next turn of a conversation, its `carried` is the last turn's `Generation.moments`.
@@ -196,12 +294,14 @@ def generate(
       seed: of the sampling, the same for every batch.
       batch_size: prompts that are read together, >= 1. They share one quantized tree, unless the
         recipe's `batch` is "per_prompt". With a decay every batch is a turn of one conversation.
+      chat: render the model's chat template, and stop where it ends a turn.
 
     Returns:
       Tokens, texts, sizes and times, in the order of the prompts.
 
     Raises:
-      PromptError: no list of prompts, or one that is empty or does not fit the model's context.
+      PromptError: no list of prompts, or one that is empty or does not fit the model's context;
+        or messages without a chat template, or that it refuses.
       ConfigError: max_new_tokens or batch_size below 1.
       NotFiniteError: the logits are not finite.
       Error: an argument of another type.
@@ -209,33 +309,23 @@ def generate(
     expect("batch_size", batch_size, (int, np.integer), "a whole number")
     if batch_size < 1:
         raise ConfigError(f"batch_size: expected at least 1, got {batch_size}")
-    start, listed = time.perf_counter(), check_texts(texts)
-    said: dict[str, list[Any]] = {"tokens": [], "texts": [], "prompt_tokens": [], "stopped": []}
+    start, asked = time.perf_counter(), ask(model, texts, chat=chat)
+    made: list[list[int]] = []
     moments: dict[str, Moments] = {}
-    for at in range(0, len(listed), batch_size):
+    for at in range(0, len(asked.rows), batch_size):
         if moments and offline is not None:
             offline = dataclasses.replace(offline, carried=moments)
         run, prompts, offline = program(
-            model, listed[at : at + batch_size], recipe=recipe, offline=offline,
+            model, asked.part(at, at + batch_size), recipe=recipe, offline=offline,
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
         )  # fmt: skip
-        *answer, moments = run(max_new_tokens)
-        tokens, counts, finite = jax.device_get(answer)
+        *new, moments = run(max_new_tokens)
+        tokens, counts, finite = jax.device_get(new)
         if not finite:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
-        new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
-        padded = jax.device_get((prompts.tokens, prompts.valid))
-        read = [row[real].tolist() for row, real in zip(*padded, strict=True)]
-        said["tokens"] += new
-        said["texts"] += list(map(model.tokenizer.continuation, read, new))
-        said["prompt_tokens"] += list(map(len, read))
-        said["stopped"] += ["end" if len(ids) < max_new_tokens else "limit" for ids in new]
+        made += [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
     assert offline is not None
-    shapes = decoded_shapes(model.params, model.config, recipe, offline)
-    return Generation(
-        **said,
-        effective_bits=effective_bits(shapes),
-        model_bits=model_bits(shapes),
-        seconds=time.perf_counter() - start,
-        moments=moments,
+    stopped = ["end" if len(ids) < max_new_tokens else "limit" for ids in made]
+    return made_of(
+        model, recipe, offline, asked.rows, made, stopped, moments, time.perf_counter() - start
     )

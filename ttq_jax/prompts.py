@@ -115,6 +115,7 @@ def pad_prompts(
     max_positions: int,
     max_new_tokens: int = 0,
     pad_id: int = 0,
+    smallest: int = SMALLEST_BUCKET,
 ) -> Prompts:
     """Right-pads tokenized prompts to the bucket of the longest.
 
@@ -123,6 +124,7 @@ def pad_prompts(
       max_positions: the model's context, tokens.
       max_new_tokens: tokens of it to keep free for the answer.
       pad_id: any token id; it has no effect.
+      smallest: the shortest bucket.
 
     Returns:
       The batch.
@@ -143,7 +145,7 @@ def pad_prompts(
                 f"prompt {i + 1} has {len(row)} tokens and asks for {max_new_tokens} more, but the "
                 f"model's context is {max_positions} tokens; shorten the prompt or ask for fewer"
             )
-    length = bucket(max(map(len, rows)))
+    length = bucket(max(map(len, rows)), smallest=smallest)
     tokens = np.full((len(rows), length), pad_id, np.int32)
     valid = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

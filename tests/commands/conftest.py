@@ -13,6 +13,22 @@ def tiny(tmp_path_factory):
     return str(write_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<s>' + m.role + '\n' + m.content + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def instruct(tmp_path_factory):
+    """Path of a tiny model with a chat template, whose end of a turn is not its end of a text."""
+    place = tmp_path_factory.mktemp("chat") / "tiny"
+    write_model(place, eos_token_id=256, max_position_embeddings=4096)
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    (place / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    return str(place)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """Path of a text of some thousand bytes, which are the tiny model's tokens."""

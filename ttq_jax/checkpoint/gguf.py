@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.chat_template import gguf_template
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
@@ -152,7 +153,8 @@ def load_gguf(
                 progress=progress,
             )
             tokenizer = future.result()
+        chat = gguf_template(file.metadata, tokenizer, file.label)
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
-        notes=(*notes, *tokenizer.notes),
+        notes=(*notes, *tokenizer.notes), chat=chat,
     )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from ttq_jax.checkpoint.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_WANTED = ("*.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_WANTED = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
 # Second copies of the weights in other formats, which some repositories carry.
 _UNWANTED = ("original/*", "onnx/*", "consolidated*", "metal/*", "gguf/*", "*/*")
 

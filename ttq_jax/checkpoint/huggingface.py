@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint.assemble import Progress, assemble
+from ttq_jax.checkpoint.chat_template import read_template
 from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
@@ -180,5 +181,6 @@ def load_directory(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress,
             ignored=(head,) if config.tie_embeddings else (),
         )  # fmt: skip
+    chat = read_template(directory, tokenizer)
     notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes]
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes))
+    return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.config import ModelConfig
@@ -43,6 +44,7 @@ class Model:
       format: how the file's weights were quantized, as in "Q4_1"; "" if they were not.
       origin: which files it came from, see `checkpoint.origin`; empty if from none.
       notes: what its files left open or got wrong, and how it was read; a sentence each.
+      chat: how it wants messages to be written; None for a model that has no such form.
     """
 
     config: ModelConfig
@@ -53,6 +55,7 @@ class Model:
     format: str = ""
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    chat: ChatTemplate | None = None
 
     @property
     def dtype(self) -> str:

@@ -7,7 +7,7 @@ writes fluent text. So a store names both, and loading refuses a mismatch.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_destination",
     "fingerprint",
     "load_conversation",
+    "load_messages",
     "load_offline",
     "save_conversation",
     "save_offline",
@@ -44,8 +45,10 @@ __all__ = [
 
 _KINDS = {
     "offline": "what a recipe needs before any prompt (save_offline)",
-    "conversation": "the moments of a conversation (save_conversation)",
+    "conversation": "the moments and messages of a conversation (save_conversation)",
 }
+
+_UNQUANTIZED = {"moments": {"of": "none", "prior": "none"}}
 
 # Choices of a recipe that do not change a tree quantized before any prompt.
 _OF_THE_PROMPT = ("batch", "prefill")
@@ -100,9 +103,10 @@ def _identity(model: Model) -> dict[str, str]:
     return {"name": model.name, "dtype": dtype, "fingerprint": fingerprint(model)}
 
 
-def _about(kind: str, model: Model, recipe: Recipe) -> dict[str, Any]:
+def _about(kind: str, model: Model, recipe: Recipe | None) -> dict[str, Any]:
     """What a store's header says of its contents."""
-    return {"kind": kind, "recipe": recipe.describe(), "model": _identity(model)}
+    described = _UNQUANTIZED if recipe is None else recipe.describe()
+    return {"kind": kind, "recipe": described, "model": _identity(model)}
 
 
 def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offline) -> None:
@@ -166,26 +170,48 @@ def load_offline(
 
 
 def save_conversation(
-    path: str | Path, model: Model, recipe: Recipe, moments: dict[str, Moments]
-) -> None:
+    path: str | Path, model: Model, recipe: Recipe | None, moments: dict[str, Moments],
+    messages: Sequence[Mapping[str, str]] = (),
+) -> None:  # fmt: skip
     """Saves a conversation's state.
 
     Args:
       path: a directory; a store in it is replaced.
       model: the one it was held with.
-      recipe: one with a decay.
+      recipe: one with a decay, or any if there are messages.
       moments: per site, of the turns so far; `Generation.moments`.
+      messages: of the turns so far, each with a role and a content.
 
     Raises:
-      StoreError: not this recipe's moments, or the path is in use or cannot be written.
+      StoreError: nothing to save, not this recipe's moments, or the path is in use or cannot be
+        written.
     """
-    if not moments:
+    if not moments and not messages:
         raise StoreError(
             f"{path}: not saved: expected the moments of a conversation, got none; use a recipe "
             "with moments.decay above 0, which keeps them"
         )
-    _check_moments(f"{path}: not saved", moments, recipe)
-    write(path, _about("conversation", model, recipe), moments)
+    if moments and recipe is not None:
+        _check_moments(f"{path}: not saved", moments, recipe)
+    about = _about("conversation", model, recipe)
+    said = {"messages": [dict(one) for one in messages]} if messages else {}
+    write(path, about | said, moments)
+
+
+def load_messages(path: str | Path, model: Model) -> list[dict[str, str]]:
+    """The messages of a conversation that `save_conversation` wrote.
+
+    Args:
+      path: the directory.
+      model: the model it was held with, dense.
+
+    Returns:
+      The messages; none if it kept only moments.
+
+    Raises:
+      StoreError: not such a store, of another format or model, or damaged.
+    """
+    return _fitting(path, "conversation", model)[0].get("messages", [])
 
 
 def load_conversation(

@@ -52,6 +52,7 @@ HEADER: Schema = {
     "kind": frozenset(TREES),
     "model": {"name": str, "dtype": str, "fingerprint": str},
     "recipe": {"moments": {"of": str, "prior": str}},
+    "messages?": [{"role": str, "content": str}],
     "tree": dict,
     "files": {"*": {"bytes": range(2**63), "sha256": str}},
 }

@@ -129,6 +129,11 @@ class Tokenizer:
         """
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def is_special(self, i: int) -> bool:
+        """Whether a token is a mark, such as the end of a turn, and no part of a text."""
+        added = self._backend.get_added_tokens_decoder().get(i)
+        return added is not None and added.special
+
     def continuation(self, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         """The text that new tokens add to a prompt, without special tokens.
 

@@ -20,12 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ttq_jax.commands.failures import UNUSABLE, explain
+from ttq_jax.commands.interrupts import Stopped, interruptible, tell, tell_stopped
 from ttq_jax.commands.output import write
-from ttq_jax.files import abandon
-
-
-class _Stopped(BaseException):
-    """A signal that ends the process; its number is the argument."""
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -41,49 +37,12 @@ def _run(args: argparse.Namespace) -> None:
     importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
 
 
-def _interruptible(args: argparse.Namespace) -> None:
-    """Runs the command in another thread: only the main thread can receive Ctrl-C.
-
-    Compiling and decoding are single calls into XLA, which would delay it for many seconds.
-
-    Raises:
-      KeyboardInterrupt: Ctrl-C, when the command had just ended.
-      _Stopped: another signal, likewise.
-    """
-    failure: list[BaseException] = []
-    # Not Thread.join: interrupted, it forgets that the thread still runs (bpo-45274).
-    ended = threading.Event()
-
-    def work() -> None:
-        try:
-            _run(args)
-        except BaseException as e:
-            failure.append(e)
-        finally:
-            ended.set()
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        ended.wait()
-    except (KeyboardInterrupt, _Stopped) as e:
-        if ended.is_set():
-            raise
-        # A second Ctrl-C would stop the tidying up.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = _stopped(e)
-        abandon()
-        # XLA cannot be asked to stop, and a normal exit would wait for it or crash in it.
-        os._exit(code)
-    if failure:
-        raise failure[0]
-
-
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, unless the caller handles them."""
 
     def stop(number: int, _: object) -> None:
-        raise _Stopped(number)
+        raise Stopped(number)
 
     main_thread = threading.current_thread() is threading.main_thread()
     # nohup has SIGHUP ignored.
@@ -99,19 +58,6 @@ def _signals() -> Iterator[None]:
     finally:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _tell(text: str) -> None:
-    """Prints a line on stderr, if there is one that takes it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _stopped(e: KeyboardInterrupt | _Stopped) -> int:
-    """Says that a signal ended the command; returns the exit code."""
-    number = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.Signals(e.args[0])
-    _tell("\nttq: interrupted" if number == signal.SIGINT else f"\nttq: ended by {number.name}")
-    return 128 + number
 
 
 def _open_streams() -> None:
@@ -164,12 +110,14 @@ def _command(words: Sequence[str]) -> int:
         else:
             from ttq_jax.commands.parsers import build_parser
 
-            _interruptible(build_parser().parse_args(words))
+            args = build_parser().parse_args(words)
+            # A chat reads lines in the main thread, and runs only what takes long in another one.
+            _run(args) if args.command == "chat" else interruptible(lambda: _run(args))
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else UNUSABLE if e.code else 0
         if isinstance(e.code, str):
-            _tell(e.code)
+            tell(e.code)
     write("")  # what others printed
     return code
 
@@ -187,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _signals():
             return _command(words)
-    except (KeyboardInterrupt, _Stopped) as e:
-        return _stopped(e)
+    except (KeyboardInterrupt, Stopped) as e:
+        return tell_stopped(e)
     except BrokenPipeError:
         return 141
     except BaseException as e:
@@ -196,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.suppress(OSError, ValueError):
                 traceback.print_exception(e)
         code, text = explain(e)
-        _tell(f"ttq: error: {text}")
+        tell(f"ttq: error: {text}")
         return code
     finally:
         _flushed(sys.stdout)

@@ -3,11 +3,16 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from ttq_jax.chat.ask import check_messages
+from ttq_jax.chat.render import Messages
 from ttq_jax.config import ConfigError
+from ttq_jax.errors import shown
 from ttq_jax.evaluation.preparation import Needs
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.files import check_destination
+from ttq_jax.foreign import parse_json
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
@@ -60,7 +65,7 @@ def note_unused(args: argparse.Namespace, recipe: Recipe | None, progress: Progr
       progress: gets a line for each.
     """
     given = vars(args)
-    corpus = recipe is not None and recipe.source.reads_corpus and not given["prepared"]
+    corpus = recipe is not None and recipe.source.reads_corpus and not given.get("prepared")
     notes = {
         "seed": (given.get("temperature") == 0, "at temperature 0 nothing is drawn"),
         "per_prompt": (given.get("batch_size") == 1, "one prompt has its own weights anyway"),
@@ -106,17 +111,17 @@ def _read_prompts(path: str) -> str:
     return decode(sys.stdin.buffer.read(), "standard input", PromptError)
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
+def prompts_of(args: argparse.Namespace) -> list[Any]:
     """The prompts, none empty.
 
     Args:
       args: with a prompt or the name of a prompts file.
 
     Returns:
-      One text per prompt.
+      One text per prompt; of JSON lines with --chat one list of messages per line.
 
     Raises:
-      PromptError: one is empty, or the file cannot be read.
+      PromptError: one is empty or no conversation, or the file cannot be read.
     """
     if args.prompt is not None:
         prompts, where = [args.prompt], "the prompt"
@@ -127,4 +132,22 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         if not prompt.strip():
             line = "" if args.prompt is not None else f", line {i + 1}"
             raise PromptError(f"{where}{line}: expected some text, found none")
+    if args.chat and args.prompts_file and args.prompts_file.endswith(".jsonl"):
+        return [_conversation(line, f"{where}, line {i + 1}") for i, line in enumerate(prompts)]
     return prompts
+
+
+def _conversation(line: str, where: str) -> Messages:
+    """The messages of one JSON line.
+
+    Raises:
+      PromptError: it is no conversation.
+    """
+    value = parse_json(line, where, PromptError)
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise PromptError(
+            f"{where}: expected a list of messages, or an object with such a list as messages, got "
+            f"{shown(value)}"
+        )
+    return check_messages(messages)

@@ -41,11 +41,20 @@ def print_json(data: dict[str, Any]) -> None:
     write(json.dumps(_finite(data), ensure_ascii=plain, allow_nan=False) + "\n")
 
 
+def print_piece(text: str) -> None:
+    """Prints a piece of a text on stdout at once, as far as its encoding can show it.
+
+    Args:
+      text: any.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    write(text.encode(encoding, "replace").decode(encoding))
+
+
 def print_text(text: str) -> None:
     """Prints lines on stdout, also where its encoding cannot show every character.
 
     Args:
       text: without the last line end.
     """
-    encoding = sys.stdout.encoding or "utf-8"
-    write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    print_piece(text + "\n")

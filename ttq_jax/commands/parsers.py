@@ -8,6 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
+from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
 from ttq_jax.commands.output import write
 from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
 
@@ -42,9 +43,12 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     group = parser.add_argument_group("output and environment")
-    group.add_argument("--json", action="store_true", help="print JSON on stdout and nothing else")
+    if json:
+        group.add_argument(
+            "--json", action="store_true", help="print JSON on stdout and nothing else"
+        )
     group.add_argument("--quiet", action="store_true", help="print no progress on stderr")
     group.add_argument("--debug", action="store_true", help="show the Python trace of an error")
     group.add_argument("--cache-dir", metavar="DIR", help="cache compiled programs here")
@@ -171,16 +175,8 @@ def _generate_parser(commands: Any) -> None:
         "--prompts-file", metavar="F", help="UTF-8 text file, one prompt per line; - reads stdin"
     )
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=64, metavar="N",
-        help="generate at most N tokens (default: %(default)s)")  # fmt: skip
-    add("--temperature", type=float, default=0.0,
-        help="sampling temperature; 0 takes the likeliest token (default: 0)")  # fmt: skip
-    add("--top-k", type=int, default=0, metavar="K",
-        help="sample from the K likeliest tokens; 0 from all (default: 0)")  # fmt: skip
-    add("--top-p", type=float, default=1.0, metavar="P",
-        help="sample from the likeliest tokens that together reach probability P "
-        "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=int, help="seed of the sampling (default: 0)")
+    add_chat(parser)
+    add_asking(parser, 64)
     add("--batch-size", type=int, default=1, metavar="B",
         help="read B prompts together; they share one set of quantized weights unless "
         "--per-prompt is given (default: %(default)s)")  # fmt: skip
@@ -189,14 +185,24 @@ def _generate_parser(commands: Any) -> None:
     add("--timings", action="store_true",
         help="after each answer, run its program ten times more and tell how long it takes"
         )  # fmt: skip
-    add("--conversation", metavar="DIR",
-        help="treat the prompts as turns of one conversation. DIR keeps the activations' moments "
-        "between calls, not the text. Needs a recipe with moments.decay above 0, the weight of "
-        "the last turn in the next one")  # fmt: skip
+    add_conversation(parser)
     _add_prepared(parser)
     _add_recipe(parser)
     _add_calibration(parser)
     _add_common(parser)
+
+
+def _chat_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat", help="talk with an instruct model; each answer has weights made for it"
+    )
+    _add_model(parser)
+    add_system(parser)
+    add_asking(parser, 512)
+    add_conversation(parser)
+    _add_recipe(parser)
+    _add_calibration(parser)
+    _add_common(parser, json=False)
 
 
 def _add_window(parser: argparse.ArgumentParser) -> None:
@@ -364,6 +370,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="quantize a real model four ways, in minutes")
     _add_common(demo)
     _generate_parser(commands)
+    _chat_parser(commands)
     _perplexity_parser(commands)
     _prepare_parser(commands)
     _allocate_parser(commands)

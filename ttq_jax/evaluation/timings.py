@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ttq_jax.chat.ask import Asked
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError
 from ttq_jax.generate import program
@@ -81,7 +82,7 @@ class Timings:
 
 
 def time_answers(
-    model: Model, texts: Sequence[str], recipes: Mapping[str, Recipe | None], *,
+    model: Model, texts: Sequence[str] | Asked, recipes: Mapping[str, Recipe | None], *,
     offline: Mapping[str, Offline] | None = None, max_new_tokens: int = 64,
     sampling: Sampling = Sampling(), seed: int = 0, runs: int = RUNS,
     clock: Callable[[], float] = time.perf_counter,
@@ -90,7 +91,7 @@ def time_answers(
 
     Args:
       model: see `generate`.
-      texts: one batch, read together.
+      texts: one batch, read together; or what `ask` made of it.
       recipes: name -> recipe, see `generate`.
       offline: name -> what `prepare` made for that recipe; what is missing is prepared here.
       max_new_tokens: see `generate`; an end token may stop an answer before.
