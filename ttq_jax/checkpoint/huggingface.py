@@ -1,6 +1,7 @@
 """Loads a Hugging Face directory: config.json, safetensors and the tokenizer's files."""
 
 import dataclasses
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
-from ttq_jax.foreign import COUNT, read_json
+from ttq_jax.foreign import COUNT, named, read_json
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
 
@@ -182,5 +183,8 @@ def load_directory(
             ignored=(head,) if config.tie_embeddings else (),
         )  # fmt: skip
     chat = read_template(directory, tokenizer)
+    parts = [n for n in source.left_out if any(fnmatchcase(n, p) for p in family.hf_ignored)]
+    if parts:
+        notes += [f"only the text model is read; left out: {named(parts)}"]
     notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes]
     return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat)

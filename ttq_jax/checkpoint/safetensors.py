@@ -26,6 +26,7 @@ class Safetensors:
     Attributes:
       label: the directory.
       shapes: tensor name to shape.
+      left_out: the names that were not looked at.
       notes: which of several files were read; a sentence each.
     """
 
@@ -42,12 +43,14 @@ class Safetensors:
         """
         self.label = str(directory)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.left_out: list[str] = []
         self.notes: list[str] = []
         self._slices: dict[str, Any] = {}
         check_plain(directory, (name for f in files.values() for name in f.keys()))  # noqa: SIM118
         for path, file in files.items():
             for name in file.keys():  # noqa: SIM118
                 if any(fnmatchcase(name, pattern) for pattern in ignored):
+                    self.left_out.append(name)
                     continue
                 part = file.get_slice(name)
                 if part.get_dtype() not in _DTYPES:

@@ -37,7 +37,7 @@ class Family:
       hf_modules: names in safetensors files, without prefix.
       hf_prefixes: prefixes that the names may have; the first that matches is used.
       hf_heads: full names of the head; not loaded where it is tied to the embedding.
-      hf_ignored: patterns (fnmatch) of tensors that are left out on purpose.
+      hf_ignored: patterns (fnmatch) of tensors that are left out on purpose, with a note.
       hf_edits: module to edit.
       end: the token that ends a text where no file names one, as in transformers; or None.
       gguf_arch: value of a GGUF's `general.architecture`, or None where llama.cpp has none.

@@ -20,24 +20,11 @@ from ttq_jax.models.family import (
     ignore_common,
     make_rope,
 )
-from ttq_jax.models.settings import disagree
+from ttq_jax.models.settings import disagree, text_settings
 from ttq_jax.models.sizes import every, gguf_sizes, hf_sizes, sliding_layers
 
 _GLOBAL_THETA, _LOCAL_THETA = 1_000_000.0, 10_000.0
 _PATTERN, _POSITIONS = 6, 131_072
-
-
-def _text_settings(s: Settings) -> Settings:
-    """The text part of a vision model's config.json, or config.json itself."""
-    if "text_config" not in s:
-        return s
-    ignore_common(s)
-    s.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
-             "image_token_index")  # fmt: skip
-    text = s.inside("text_config")
-    # The wrapper's counts, as in transformers, where it is true by default.
-    text.override("tie_word_embeddings", s.flag("tie_word_embeddings", True))
-    return text
 
 
 def _ropes(s: Settings) -> tuple[Rope, Rope]:
@@ -101,7 +88,10 @@ def hf_config(s: Settings) -> ModelConfig:
     Returns:
       Its config.
     """
-    outer, s = s, _text_settings(s)
+    outer = s
+    s = text_settings(
+        s, "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", tied=True
+    )
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
     # Some files have both; transformers reads the one that Llama has not.

@@ -270,3 +270,24 @@ def ignore_common(settings: Settings) -> None:
     # Some tools write a window's keys beside the switch that turns it off.
     if settings.peek("use_sliding_window") is False:
         settings.ignore("sliding_window", "max_window_layers")
+
+
+def text_settings(s: Settings, *beside: str, tied: bool) -> Settings:
+    """The text part of a model that also reads pictures, or the settings themselves.
+
+    Args:
+      s: config.json.
+      *beside: keys that concern the other parts; "vision_config" always does.
+      tied: whether the head is tied where the outer settings do not say it. Theirs count, as in
+        transformers.
+
+    Returns:
+      The settings to read; `finish` is called on both.
+    """
+    if "text_config" not in s:
+        return s
+    ignore_common(s)
+    s.ignore("vision_config", *beside)
+    text = s.inside("text_config")
+    text.override("tie_word_embeddings", s.flag("tie_word_embeddings", tied))
+    return text
