@@ -126,9 +126,7 @@ def _ids_of_sentencepiece(data: bytes) -> list[int]:
 
 
 def _reads_as_sentencepiece(found: Model, said: list[int]) -> bool:
-    # Where it may differ, it says so.
-    ids = found.tokenizer.encode(_TEXT, add_bos=False)
-    return _ids_exist(found, said) and (ids == said or bool(found.tokenizer.notes))
+    return _ids_exist(found, said) and found.tokenizer.encode(_TEXT, add_bos=False) == said
 
 
 def _tensors_of_safetensors(data: bytes) -> dict[str, np.ndarray]:

@@ -6,14 +6,11 @@ stop says nonsense. A text has one begin, and the tokenizer's is the one that pr
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.errors import shown
 from ttq_jax.foreign import Schema, read_json
-
-if TYPE_CHECKING:
-    import tokenizers
 
 
 def read_optional(path: Path, schema: Schema) -> tuple[dict[str, Any], list[str]]:
@@ -35,7 +32,7 @@ def read_optional(path: Path, schema: Schema) -> tuple[dict[str, Any], list[str]
 
 
 def settled_begin(
-    own: int | None, named: Mapping[str, int], backend: "tokenizers.Tokenizer"
+    own: int | None, named: Mapping[str, int], backend: Any
 ) -> tuple[int | None, list[str]]:
     """The token that begins a text.
 
@@ -57,7 +54,7 @@ def settled_begin(
 
 
 def settled_ends(
-    named: Iterable[int], backend: "tokenizers.Tokenizer", *, rows: int | None, default: int | None
+    named: Iterable[int], backend: Any, *, rows: int | None, default: int | None
 ) -> tuple[tuple[int, ...], list[str]]:
     """The tokens that end a text.
 
@@ -85,7 +82,7 @@ def settled_ends(
     return (), [*notes, "no file names a token that ends a text: answers run to their limit"]
 
 
-def _told(backend: "tokenizers.Tokenizer", i: int) -> str:
+def _told(backend: Any, i: int) -> str:
     """A token for a message."""
     token = backend.id_to_token(i)
     return f"token {i}" if token is None else f"{shown(token)} ({i})"

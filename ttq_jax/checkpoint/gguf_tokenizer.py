@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _KEY = "tokenizer.ggml."
-# SentencePiece's kinds of pieces. JOINS are those that others may merge into.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, _UNUSED, BYTE = range(1, 7)
-JOINS = frozenset({NORMAL, USER_DEFINED, _UNUSED})
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 # How text is cut before merging, one entry per way a vocabulary was trained.
 _QWEN2 = (
@@ -143,7 +141,7 @@ def _check_distinct(vocab: Collection[str], tokens: Collection[str], label: str)
         )
 
 
-def implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
+def _implied_merges(vocab: Collection[str], ranked: Iterable[str]) -> list[tuple[str, str]]:
     """All pairs of tokens whose union is a token.
 
     Args:
@@ -175,8 +173,9 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
     _check_distinct(vocab, tokens, label)
+    joins = {_NORMAL, _USER_DEFINED, _UNUSED}
     mergeable = {
-        t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in JOINS
+        t: i for (t, i), k in zip(vocab.items(), types.tolist(), strict=True) if k in joins
     }
     # Gemma's scores do not follow its merge order; its token order does.
     ranked = list(mergeable) if gemma else sorted(mergeable, key=lambda t: -scores[mergeable[t]])
@@ -184,7 +183,7 @@ def _sentencepiece(meta: Mapping[str, Any], label: str) -> "tokenizers.Tokenizer
     with refused(f"{label}: its vocabulary is inconsistent"):
         model = models.BPE(
             vocab,
-            implied_merges(mergeable, ranked),
+            _implied_merges(mergeable, ranked),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -209,12 +208,12 @@ def _add_special(backend: "tokenizers.Tokenizer", meta: Mapping[str, Any]) -> No
     tokens, types = meta[_KEY + "tokens"], meta.get(_KEY + "token_type")
     if types is None:
         return
-    whole: dict[int, list[AddedToken]] = {CONTROL: [], USER_DEFINED: []}
+    whole: dict[int, list[AddedToken]] = {_CONTROL: [], _USER_DEFINED: []}
     for token, kind in zip(tokens, types.tolist(), strict=True):
         if kind in whole and backend.token_to_id(token) is not None:
-            whole[kind].append(AddedToken(token, normalized=False, special=kind == CONTROL))
-    backend.add_special_tokens(whole[CONTROL])
-    backend.add_tokens(whole[USER_DEFINED])
+            whole[kind].append(AddedToken(token, normalized=False, special=kind == _CONTROL))
+    backend.add_special_tokens(whole[_CONTROL])
+    backend.add_tokens(whole[_USER_DEFINED])
 
 
 def build_tokenizer(
@@ -261,7 +260,7 @@ def build_tokenizer(
     # llama.cpp's defaults where the header is silent.
     implied = kind == "llama" or meta.get(_KEY + "pre") in ("llama-bpe", "llama3", "llama-v3")
     begin = meta.get(_KEY + "bos_token_id")
-    if begin is None and kind == "llama" and meta[_KEY + "token_type"][1:2].tolist() == [CONTROL]:
+    if begin is None and kind == "llama" and meta[_KEY + "token_type"][1:2].tolist() == [_CONTROL]:
         begin = 1
     return Tokenizer(
         backend,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttq_jax.checkpoint.ends import read_optional, settled_begin, settled_ends
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.sentencepiece_file import content, from_model
+from ttq_jax.checkpoint.sentencepiece_file import PieceTokenizer, content
 from ttq_jax.checkpoint.tokenizer import Tokenizer, refused
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, check, is_file, parse_json, read_bytes, read_json
@@ -65,6 +65,9 @@ def _fast_backend(path: Path) -> "tokenizers.Tokenizer":
         raise CheckpointError(f"{path}: two tokens have the same id. Download it again")
     with refused(f"{path}: cannot be read"):
         backend = tokenizers.Tokenizer.from_str(raw.decode("utf-8-sig"))
+    # The author's training script may have left truncation or padding on.
+    backend.no_truncation()
+    backend.no_padding()
     # The library counts on where a written id does not follow from the vocabulary.
     for token in data.get("added_tokens") or ():
         found = backend.token_to_id(token["content"])
@@ -119,26 +122,22 @@ def load_tokenizer(
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path, CheckpointError, _SETTINGS) if path.exists() else {}
-    adds, found = settings.get("add_bos_token"), None
+    adds = settings.get("add_bos_token")
+    own: dict[str, int | None] = {"bos": None, "eos": None}
+    backend: Any
     if (directory / "tokenizer.json").exists():
         backend = _fast_backend(directory / "tokenizer.json")
     elif is_file(directory / "tokenizer.model"):
-        found = from_model(directory, settings)
-        # As transformers' tokenizers for such files do.
-        backend, adds = found.backend, adds is not False
+        backend = PieceTokenizer(directory, settings)
+        # Such prompts begin with it, as in transformers, unless the settings say otherwise.
+        adds, own = adds is not False, dict(backend.ids)
     else:
         backend = _hub_backend(directory)
-    # A tokenizer.json may ask for truncation or padding, as its author's training script left it.
-    backend.no_truncation()
-    backend.no_padding()
     more, notes = read_optional(directory / "special_tokens_map.json", _NAMED)
-    own: dict[str, int | None] = {"bos": None, "eos": None}
     for name in own:
         texts = (content(one.get(f"{name}_token")) for one in (settings, more))
-        if text := next(filter(None, texts), None):
-            own[name] = backend.token_to_id(text)
-        if found is not None and own[name] is None:
-            own[name] = found.ids[name]
+        text = next(filter(None, texts), None)
+        own[name] = backend.token_to_id(text or "") if text else own[name]
     with refused(f"{directory}: its tokenizer cannot read a text"):
         leading = _leading_special(backend)
     if adds is None:
@@ -150,6 +149,5 @@ def load_tokenizer(
     eos_ids, told_too = settled_ends(named, backend, rows=rows, default=default_end)
     return Tokenizer(
         backend, bos_id=begin, adds_bos=bool(adds), eos_ids=eos_ids, rows=rows,
-        leading_space=found is not None and found.leading_space,
-        notes=(*(found.notes if found else ()), *notes, *told, *told_too),
+        notes=(*notes, *told, *told_too),
     )  # fmt: skip

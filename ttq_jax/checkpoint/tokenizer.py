@@ -3,15 +3,12 @@
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.errors import shown
 from ttq_jax.foreign import why
 from ttq_jax.prompts import check_ids
-
-if TYPE_CHECKING:
-    import tokenizers
 
 
 @contextlib.contextmanager
@@ -50,26 +47,25 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: "tokenizers.Tokenizer",
+        backend: Any,
         *,
         bos_id: int | None,
         adds_bos: bool,
         eos_ids: Iterable[int] = (),
         vocab_size: int | None = None,
         rows: int | None = None,
-        leading_space: bool = False,
         notes: tuple[str, ...] = (),
     ):
         """Wraps a fast tokenizer.
 
         Args:
-          backend: does the work; its post-processor is not used.
+          backend: does the work: a `tokenizers.Tokenizer`, of which the post-processor is not used,
+            or what has its methods.
           bos_id: the begin-of-text token, or None.
           adds_bos: whether prompts start with it.
           eos_ids: tokens that end a text.
           vocab_size: one more than the largest token id; None to find out.
           rows: see the attribute.
-          leading_space: a text that begins with no added token is read with a space before it.
           notes: see the attribute.
         """
         self._backend = backend
@@ -79,8 +75,6 @@ class Tokenizer:
         if vocab_size is None:
             vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size, self.rows, self.notes = vocab_size, rows, notes
-        added = backend.get_added_tokens_decoder().values() if leading_space else ()
-        self._spaced = tuple(token.content for token in added) if leading_space else None
 
     @property
     def ordinary_size(self) -> int:
@@ -108,9 +102,7 @@ class Tokenizer:
           PromptError: the text contains a token that the model has no row for.
         """
         with refused(f"the model's tokenizer cannot read {shown(text)}"):
-            spaced = self._spaced is not None and text and not text.startswith(self._spaced)
-            read = f" {text}" if spaced else text
-            ids = self._backend.encode(read, add_special_tokens=False).ids
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         if self.rows is not None and max(ids, default=0) >= self.rows:
             check_ids(ids, self.rows, self, f"the text {shown(text)}")
         begun = ids[:1] == [self.bos_id]
