@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 SECONDS = 5
 """Of computing, for one conversation."""
 
@@ -39,6 +37,8 @@ def _limit_seconds() -> None:
 
 def _rendered(asked: dict[str, Any], render: Any) -> list[dict[str, str]]:
     """Per conversation {"text": …}, or {"error": …}."""
+    import jinja2
+
     out = []
     for messages, answer_next in asked["conversations"]:
         _limit_seconds()
