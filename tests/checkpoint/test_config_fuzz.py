@@ -7,18 +7,15 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from parity import our_logits, their_logits
 from tiny_models import write_checkpoint
 
 from ttq_jax.checkpoint import CheckpointError, load
-from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, logits
 
 LENGTH, ORIGINAL = 48, 32
 TOKENS = np.random.default_rng(4).integers(2, 256, (1, LENGTH))
@@ -101,7 +98,7 @@ def _no_checkpoints_left():
         base(variant)[0].rmdir()
 
 
-def their_logits(raw, weights):
+def logits_of(raw, weights):
     """transformers' logits of a config.json with these weights."""
     # Head and embedding are two in these weights, which decides, as in `from_pretrained`.
     untied = copy.deepcopy(raw) | {"tie_word_embeddings": False}
@@ -109,18 +106,7 @@ def their_logits(raw, weights):
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     model.load_state_dict(weights)
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
-
-
-def our_logits(model):
-    cache = empty_cache(model.config, *TOKENS.shape, jnp.float32)
-    tokens = jnp.asarray(TOKENS, jnp.int32)
-    valid = jnp.ones(tokens.shape, bool)
-    # Nothing is compiled: each config would be another program.
-    with jax.disable_jit():
-        hidden, _, _ = forward(model.config, model.params, tokens, valid, cache)
-        return np.asarray(logits(model.config, model.params, hidden))
+    return their_logits(model, TOKENS)
 
 
 def without_nulls(raw):
@@ -147,12 +133,15 @@ def check(variant, changes):
         path.write_text(saved)
     weights = reference.state_dict()
     try:
-        theirs = their_logits(raw, weights)
+        theirs = logits_of(raw, weights)
     except Exception:
         # Some keys may not be null there, which is no setting here.
-        theirs = their_logits(without_nulls(raw), weights)
+        theirs = logits_of(without_nulls(raw), weights)
+    # Nothing is compiled: each config would be another program.
+    with jax.disable_jit():
+        ours = our_logits(model, TOKENS)
     np.testing.assert_allclose(
-        our_logits(model), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max(), err_msg=str(changes)
+        ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max(), err_msg=str(changes)
     )
 
 

@@ -6,17 +6,15 @@ One tiny checkpoint a family is saved; tests edit its config.json and its tensor
 import json
 import shutil
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from parity import assert_same_logits, our_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, write_checkpoint
 
 from ttq_jax.checkpoint import CheckpointError, load
-from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, logits
 
 
 @pytest.fixture(scope="module")
@@ -49,28 +47,14 @@ def text(length=24, seed=1):
     return np.random.default_rng(seed).integers(2, 256, (1, length))
 
 
-def our_logits(model, tokens):
-    cache = empty_cache(model.config, *tokens.shape, jnp.float32)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    hidden, _, _ = forward(model.config, model.params, tokens, jnp.ones(tokens.shape, bool), cache)
-    return np.asarray(logits(model.config, model.params, hidden))
-
-
-def their_logits(directory, tokens):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", dtype=torch.float32
-    )
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(tokens)).logits.numpy()
-
-
 def assert_same(directory, tokens=None, **options):
     """Loads a directory here and there; returns our model."""
     tokens = text() if tokens is None else tokens
-    model, theirs = load(directory, **options), their_logits(directory, tokens)
-    np.testing.assert_allclose(
-        our_logits(model, tokens), theirs, rtol=0, atol=1e-4 * np.abs(theirs).max()
+    model = load(directory, **options)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float32
     )
+    assert_same_logits(reference.eval(), model, tokens)
     return model
 
 

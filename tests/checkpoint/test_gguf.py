@@ -4,28 +4,13 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from parity import assert_same_logits
 from tiny_gguf import header_of, tensors_of, tokenizer_header, write_gguf
 from tiny_models import VARIANTS, VOCAB, make_model
 
 from ttq_jax.checkpoint import CheckpointError, load
-from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, logits
 
-
-def our_logits(model, tokens):
-    tokens = jnp.asarray(tokens, jnp.int32)
-    cache = empty_cache(model.config, *tokens.shape, jnp.float32)
-    hidden, _, _ = forward(model.config, model.params, tokens, jnp.ones(tokens.shape, bool), cache)
-    return np.asarray(logits(model.config, model.params, hidden))
-
-
-def assert_same_logits(reference, model):
-    tokens = np.random.default_rng(0).integers(2, VOCAB, (2, 12))
-    with torch.no_grad():
-        theirs = reference(torch.from_numpy(tokens)).logits.numpy()
-    ours = our_logits(model, tokens)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+TOKENS = np.random.default_rng(0).integers(2, VOCAB, (2, 12))
 
 
 CASES = {
@@ -59,7 +44,7 @@ def test_architectures_match_transformers(variant, tmp_path):
     write_gguf(path, arch, header, tensors_of(reference, arch))
     model = load(path)
     assert model.config.tie_embeddings == reference.config.tie_word_embeddings
-    assert_same_logits(reference, model)
+    assert_same_logits(reference, model, TOKENS)
 
 
 # Gemma3's header does not say what it takes for granted: every sixth layer is full, its own
@@ -91,7 +76,7 @@ def test_gemma3_matches_transformers(period, tmp_path, monkeypatch):
     header |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
     path = tmp_path / "m.gguf"
     write_gguf(path, "gemma3", header, tensors_of(reference, "gemma3"))
-    assert_same_logits(reference, load(path))
+    assert_same_logits(reference, load(path), TOKENS)
 
 
 def test_gemma2_matches_transformers(tmp_path, monkeypatch):
@@ -103,7 +88,7 @@ def test_gemma2_matches_transformers(tmp_path, monkeypatch):
     write_gguf(tmp_path / "m.gguf", "gemma2", header, tensors_of(reference, "gemma2"))
     model = load(tmp_path / "m.gguf")
     assert model.config.sliding_layers == (True, False, True, False)
-    assert_same_logits(reference, model)
+    assert_same_logits(reference, model, TOKENS)
 
 
 def llama3_factors(head_dim, theta, factor, low, high, original):
@@ -124,7 +109,7 @@ def test_llama3_scaling_is_recognized_from_its_factors(tmp_path, monkeypatch):
     write_gguf(tmp_path / "m.gguf", "llama", header, tensors)
     model = load(tmp_path / "m.gguf")
     assert model.config.rope.scaling == "llama3"
-    assert_same_logits(reference, model)
+    assert_same_logits(reference, model, TOKENS)
     tensors["rope_freqs.weight"] = factors**2
     write_gguf(tmp_path / "n.gguf", "llama", header, tensors)
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is not the rope scaling"):

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import shown
-from ttq_jax.foreign import is_file, named, read_bytes, read_json
+from ttq_jax.foreign import named, read_bytes
 
 # The longest published template has 30 kB.
 _BYTES = 2**20
@@ -62,7 +63,7 @@ def _tokens(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> dict[str, str]
     return {name: text for name, text in found.items() if text is not None}
 
 
-def read_template(directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+def read_template(directory: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate | None, list[str]]:
     """The chat template of a Hugging Face directory.
 
     A file of its own wins over tokenizer_config.json, as in transformers.
@@ -72,19 +73,18 @@ def read_template(directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
       tokenizer: of the same directory.
 
     Returns:
-      The template; None if there is none.
+      The template, None if there is none; and a note for a damaged chat_template.json.
 
     Raises:
       CheckpointError: a file is damaged, or holds only templates for something else than chat.
     """
     settings: dict[str, Any] = {}
-    text = None
+    text, notes = None, {}
     for name in ("chat_template.json", "special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
-        if is_file(path):
-            raw = read_json(path, CheckpointError, _TEMPLATES)
-            settings |= raw
-            text = _default(raw.get("chat_template"), str(path)) or text
+        raw, notes[name] = read_optional(path, _TEMPLATES)
+        settings |= raw
+        text = _default(raw.get("chat_template"), str(path)) or text
     path = directory / "chat_template.jinja"
     if path.exists():
         raw_text = read_bytes(path, CheckpointError, _BYTES)
@@ -92,7 +92,9 @@ def read_template(directory: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
             text = raw_text.decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise CheckpointError(f"{path}: expected UTF-8 text. Download it again") from e
-    return ChatTemplate(text, _tokens(tokenizer, settings)) if text else None
+    # Of the other two the tokenizer's reader tells.
+    found = ChatTemplate(text, _tokens(tokenizer, settings)) if text else None
+    return found, notes["chat_template.json"]
 
 
 def gguf_template(meta: Mapping[str, Any], tokenizer: Tokenizer, label: str) -> ChatTemplate | None:

@@ -182,9 +182,11 @@ def load_directory(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress,
             ignored=(head,) if config.tie_embeddings else (),
         )  # fmt: skip
-    chat = read_template(directory, tokenizer)
-    parts = [n for n in source.left_out if any(fnmatchcase(n, p) for p in family.hf_ignored)]
+    chat, untold = read_template(directory, tokenizer)
+    parts = [
+        n for n in sorted(source.left_out) if any(fnmatchcase(n, p) for p in family.hf_ignored)
+    ]
     if parts:
         notes += [f"only the text model is read; left out: {named(parts)}"]
-    notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes]
+    notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes, *untold]
     return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat)

@@ -90,7 +90,12 @@ def hf_config(s: Settings) -> ModelConfig:
     """
     outer = s
     s = text_settings(
-        s, "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index", tied=True
+        s,
+        "mm_tokens_per_image",
+        "boi_token_index",
+        "eoi_token_index",
+        "image_token_index",
+        tied=True,
     )
     ignore_common(s)
     s.require("use_bidirectional_attention", False)
