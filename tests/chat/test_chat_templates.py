@@ -14,7 +14,7 @@ from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint.chat_template import ChatTemplate, gguf_template, read_template
 from ttq_jax.checkpoint.errors import CheckpointError
-from ttq_jax.checkpoint.tokenizer import load_tokenizer
+from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.prompts import PromptError
 
 USER = {"role": "user", "content": "  Wie groß ist 2 < 3? "}
@@ -45,11 +45,12 @@ def with_template(model, directory, text, bos="<s>", eos="</s>", special=()):
         "add_bos_token": bos is not None, "chat_template": text,
     }  # fmt: skip
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(directory, eos_ids=[backend.token_to_id(eos)])
+    size = backend.get_vocab_size()
+    tokenizer = load_tokenizer(directory, rows=size, ends=[backend.token_to_id(eos)])
     config = dataclasses.replace(model.config, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(
         model, config=config, tokenizer=tokenizer, eos_ids=tokenizer.eos_ids,
-        chat=read_template(directory, tokenizer),
+        chat=read_template(directory, tokenizer)[0],
     )  # fmt: skip
 
 
