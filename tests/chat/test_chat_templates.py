@@ -91,7 +91,7 @@ def test_where_templates_are_found(model, tmp_path):
             content = content if isinstance(content, str) else json.dumps(content)
             (tmp_path / name.replace("__", ".")).write_text(content)
         try:
-            return read_template(tmp_path, model.tokenizer)
+            return read_template(tmp_path, model.tokenizer)[0]
         finally:
             for name in files:
                 (tmp_path / name.replace("__", ".")).unlink()
