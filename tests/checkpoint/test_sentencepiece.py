@@ -126,6 +126,14 @@ def test_spaces_before_a_text_and_behind_special_tokens(settings, behind, first,
     assert spelled(" q")[-1:] == ["q"] and "".join(spelled(" q")) == f"{first}▁q"
 
 
+def test_an_answer_keeps_its_first_space(write):
+    ours = opened(write(trained()))
+    prompt, whole = ours.encode("The statement is"), ours.encode("The statement is not é")
+    assert whole[: len(prompt)] == prompt
+    assert ours.decode(whole[len(prompt) :]) == "not é"
+    assert ours.continuation(prompt, whole[len(prompt) :]) == " not é"
+
+
 def test_tokens_that_were_added_later(write):
     n = sentencepiece.SentencePieceProcessor(model_proto=trained()).vocab_size()
     write(

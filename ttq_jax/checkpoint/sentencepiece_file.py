@@ -146,8 +146,9 @@ class PieceTokenizer:
                     f"{directory}: the added token {shown(text)} has id {i}, but by the vocabulary "
                     f"it is {self._vocab[text]}. Download its tokenizer again"
                 )
+        already = {token["content"] for token in listed.values()}
         for text in special:
-            if text not in {token["content"] for token in listed.values()}:
+            if text not in already:
                 self._add(text, {"special": True})
         self._cut = re.compile("|".join(map(self._pattern, self._longest_first())) or r"(?!)")
 
@@ -175,7 +176,8 @@ class PieceTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Any:
         """Token ids of a text, as the attribute `ids` of what is returned."""
-        ids, at = [], 0
+        ids: list[int] = []
+        at = 0
         for found in self._cut.finditer(text):
             ids += self._stretch(text[at : found.start()], first=not at)
             ids.append(self._vocab[found[found.lastindex or 0]])
