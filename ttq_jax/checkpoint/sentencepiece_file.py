@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # The largest published one has 5 MB.
 _BYTES = 2**26
 _CONTROL = 3
+_SPACES = re.compile(r"\s*")
 _FLAGS = ("lstrip", "rstrip", "single_word", "special")
 _ADDED = {"content": str} | {f"{flag}?": (None, bool) for flag in _FLAGS}
 _NAMES = tuple(f"{one}_token" for one in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -170,18 +171,20 @@ class PieceTokenizer:
     @staticmethod
     def _pattern(token: "tokenizers.AddedToken") -> str:
         """What an added token matches in a text."""
-        text = f"({re.escape(token.content)})"
-        text = rf"(?<!\w){text}(?!\w)" if token.single_word else text
-        return (r"\s*" if token.lstrip else "") + text + (r"\s*" if token.rstrip else "")
+        text = re.escape(token.content)
+        return rf"(?<!\w){text}(?!\w)" if token.single_word else text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Any:
         """Token ids of a text, as the attribute `ids` of what is returned."""
         ids: list[int] = []
         at = 0
         for found in self._cut.finditer(text):
-            ids += self._stretch(text[at : found.start()], first=not at)
-            ids.append(self._vocab[found[found.lastindex or 0]])
-            at = found.end()
+            i, stretch = self._vocab[found[0]], text[at : found.start()]
+            token = self._added[i]
+            ids += self._stretch(stretch.rstrip() if token.lstrip else stretch, first=not at)
+            ids.append(i)
+            behind = _SPACES.match(text, found.end()) if token.rstrip else None
+            at = behind.end() if behind else found.end()
         return SimpleNamespace(ids=ids + self._stretch(text[at:], first=not at))
 
     def _stretch(self, text: str, *, first: bool) -> list[int]:
