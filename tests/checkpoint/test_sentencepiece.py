@@ -126,6 +126,14 @@ def test_spaces_before_a_text_and_behind_special_tokens(settings, behind, first,
     assert spelled(" q")[-1:] == ["q"] and "".join(spelled(" q")) == f"{first}▁q"
 
 
+def test_an_answer_keeps_its_first_space(write):
+    ours = opened(write(trained()))
+    prompt, whole = ours.encode("The statement is"), ours.encode("The statement is not é")
+    assert whole[: len(prompt)] == prompt
+    assert ours.decode(whole[len(prompt) :]) == "not é"
+    assert ours.continuation(prompt, whole[len(prompt) :]) == " not é"
+
+
 def test_tokens_that_were_added_later(write):
     n = sentencepiece.SentencePieceProcessor(model_proto=trained()).vocab_size()
     write(
@@ -134,7 +142,7 @@ def test_tokens_that_were_added_later(write):
         tokenizer_config={
             "added_tokens_decoder": {
                 "0": {"content": "<unk>", "special": True},
-                str(n + 1): {"content": "<b>", "special": False, "lstrip": True},
+                str(n + 1): {"content": "<b>", "special": False, "lstrip": True, "rstrip": True},
                 str(n + 2): {"content": "<c>", "special": True, "normalized": False},
             },
             "unk_token": "<unk>",
@@ -147,7 +155,10 @@ def test_tokens_that_were_added_later(write):
     ours = opened(directory)
     assert ours.encode("<a><c><d>[PAD]</s><unk>", add_bos=False) == [n, n + 2, n + 4, n + 3, 2, 0]
     plain = ours.encode("x", add_bos=False)
-    assert ours.encode("x  <b>x", add_bos=False) == [*plain, n + 1, *plain]
+    assert ours.encode("x  <b> \nx", add_bos=False) == [*plain, n + 1, *plain]
+    assert ours.encode("  <b>  <b>", add_bos=False) == [n + 1, n + 1]
+    # Many spaces take no longer than many letters.
+    assert len(ours.encode(" " * 200_000 + "<a>", add_bos=False)) > 1000
     # Special ones are hidden.
     assert ours.decode([*plain, n, n + 1, n + 2, n + 3, 2]) == "x<b>"
     assert ours.vocab_size == n + 5

@@ -48,6 +48,14 @@ def test_windows_are_consecutive_and_whole(bos):
     np.testing.assert_array_equal(cut_windows(Letters(bos), text, 8, max_windows=9), windows)
 
 
+def test_a_text_that_begins_with_the_begin_gets_no_second_one():
+    text = "abcdefghijkl"
+    for bos in (True, False):
+        twice = cut_windows(Letters(bos), "\0" + text, 4)
+        expected = text if bos else "\0" + text
+        np.testing.assert_array_equal(twice, cut_windows(Letters(bos), expected, 4))
+
+
 def test_few_windows_of_a_long_text_do_not_read_all_of_it():
     tokenizer, text = Letters(True), "abcdefg" * 100_000
     windows = cut_windows(tokenizer, text, 8, max_windows=2)

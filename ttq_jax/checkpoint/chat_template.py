@@ -12,7 +12,7 @@ from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import shown
-from ttq_jax.foreign import named, read_bytes
+from ttq_jax.foreign import is_file, named, read_bytes, read_json
 
 # The longest published template has 30 kB.
 _BYTES = 2**20
@@ -78,13 +78,14 @@ def read_template(directory: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate |
     Raises:
       CheckpointError: a file is damaged, or holds only templates for something else than chat.
     """
-    settings: dict[str, Any] = {}
-    text, notes = None, {}
-    for name in ("chat_template.json", "special_tokens_map.json", "tokenizer_config.json"):
-        path = directory / name
-        raw, notes[name] = read_optional(path, _TEMPLATES)
-        settings |= raw
-        text = _default(raw.get("chat_template"), str(path)) or text
+    alone, notes = read_optional(directory / "chat_template.json", _TEMPLATES)
+    # A damaged one is told of where the tokenizer is read.
+    named_tokens, _ = read_optional(directory / "special_tokens_map.json", {})
+    path = directory / "tokenizer_config.json"
+    own = read_json(path, CheckpointError, _TEMPLATES) if is_file(path) else {}
+    settings = alone | named_tokens | own
+    text = _default(own.get("chat_template"), str(path))
+    text = text or _default(alone.get("chat_template"), str(directory / "chat_template.json"))
     path = directory / "chat_template.jinja"
     if path.exists():
         raw_text = read_bytes(path, CheckpointError, _BYTES)
@@ -92,9 +93,7 @@ def read_template(directory: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate |
             text = raw_text.decode("utf-8-sig")
         except UnicodeDecodeError as e:
             raise CheckpointError(f"{path}: expected UTF-8 text. Download it again") from e
-    # Of the other two the tokenizer's reader tells.
-    found = ChatTemplate(text, _tokens(tokenizer, settings)) if text else None
-    return found, notes["chat_template.json"]
+    return (ChatTemplate(text, _tokens(tokenizer, settings)) if text else None), notes
 
 
 def gguf_template(meta: Mapping[str, Any], tokenizer: Tokenizer, label: str) -> ChatTemplate | None:

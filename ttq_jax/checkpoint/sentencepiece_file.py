@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # The largest published one has 5 MB.
 _BYTES = 2**26
 _CONTROL = 3
+_SPACES = re.compile(r"\s*")
 _FLAGS = ("lstrip", "rstrip", "single_word", "special")
 _ADDED = {"content": str} | {f"{flag}?": (None, bool) for flag in _FLAGS}
 _NAMES = tuple(f"{one}_token" for one in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -146,8 +147,9 @@ class PieceTokenizer:
                     f"{directory}: the added token {shown(text)} has id {i}, but by the vocabulary "
                     f"it is {self._vocab[text]}. Download its tokenizer again"
                 )
+        already = {token["content"] for token in listed.values()}
         for text in special:
-            if text not in {token["content"] for token in listed.values()}:
+            if text not in already:
                 self._add(text, {"special": True})
         self._cut = re.compile("|".join(map(self._pattern, self._longest_first())) or r"(?!)")
 
@@ -169,17 +171,20 @@ class PieceTokenizer:
     @staticmethod
     def _pattern(token: "tokenizers.AddedToken") -> str:
         """What an added token matches in a text."""
-        text = f"({re.escape(token.content)})"
-        text = rf"(?<!\w){text}(?!\w)" if token.single_word else text
-        return (r"\s*" if token.lstrip else "") + text + (r"\s*" if token.rstrip else "")
+        text = re.escape(token.content)
+        return rf"(?<!\w){text}(?!\w)" if token.single_word else text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> Any:
         """Token ids of a text, as the attribute `ids` of what is returned."""
-        ids, at = [], 0
+        ids: list[int] = []
+        at = 0
         for found in self._cut.finditer(text):
-            ids += self._stretch(text[at : found.start()], first=not at)
-            ids.append(self._vocab[found[found.lastindex or 0]])
-            at = found.end()
+            i, stretch = self._vocab[found[0]], text[at : found.start()]
+            token = self._added[i]
+            ids += self._stretch(stretch.rstrip() if token.lstrip else stretch, first=not at)
+            ids.append(i)
+            behind = _SPACES.match(text, found.end()) if token.rstrip else None
+            at = behind.end() if behind else found.end()
         return SimpleNamespace(ids=ids + self._stretch(text[at:], first=not at))
 
     def _stretch(self, text: str, *, first: bool) -> list[int]:

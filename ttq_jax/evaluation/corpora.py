@@ -160,6 +160,8 @@ def cut_windows(
             f"got {window} and {max_windows}"
         )
     ids = _encode_enough(tokenizer, text, None if max_windows is None else body * max_windows)
+    # A text that begins with the token, as a rendered template may, gets no second one.
+    ids = ids[len(begin) :] if begin and tuple(ids[: len(begin)]) == begin else ids
     n = len(ids) // body
     if n == 0:
         raise CorpusError(

@@ -1,0 +1,110 @@
+"""Prompts of very different lengths, very short ones, dead groups, and groups of a whole column."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import random_rows, small_config, small_params
+from tiny_files import write_model
+
+import ttq_jax as ttq
+from ttq_jax.generate import generate_tokens
+from ttq_jax.linear import dense_weight
+from ttq_jax.prompts import pad_prompts
+from ttq_jax.quant.convert import quantize
+from ttq_jax.quant.moments import observe
+from ttq_jax.quant.second_order import SecondOrder
+from ttq_jax.sampling import make_key
+from ttq_jax.types import Offline
+
+CONFIG = small_config(d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, embed_dim=32)
+PARAMS = small_params(CONFIG)
+ONE, LONG = random_rows([1, 500], seed=3)
+
+
+def answers(rows, recipe):
+    prompts = pad_prompts(rows, max_positions=CONFIG.max_positions, max_new_tokens=8)
+    out, counts, finite, _ = generate_tokens(
+        PARAMS, prompts, Offline(), make_key(0), jnp.int32(8), config=CONFIG, recipe=recipe,
+        sampling=ttq.Sampling(), capacity=8, eos_ids=(),
+    )  # fmt: skip
+    assert finite and counts.tolist() == [8] * len(rows)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("name", ["none", "ttq"])
+def test_one_token_beside_five_hundred(name):
+    """In float32 a row's answer is that of its prompt alone: padding reaches no moment."""
+    recipe = None
+    if name != "none":
+        recipe = ttq.preset(name, bits=3, group_size=16, batch="per_prompt", select="layers/q")
+    together = answers([ONE, LONG], recipe)
+    assert together == [*answers([ONE], recipe), *answers([LONG], recipe)]
+    assert together[0] != together[1]
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.01])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_second_order_from_a_few_tokens(tokens, damping):
+    """On what it saw it is never worse than rounding to nearest, and elsewhere it stays finite."""
+    rng = np.random.default_rng(tokens)
+    w = jnp.asarray(rng.normal(size=(64, 48)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(tokens, 64)), jnp.float32)
+    errors = {}
+    for name in ("nearest", "second"):
+        recipe = ttq.preset("gptq", bits=3, group_size=32)
+        if name == "nearest":
+            recipe = dataclasses.replace(recipe, rounding=ttq.Nearest())
+        else:
+            recipe = dataclasses.replace(
+                recipe, rounding=dataclasses.replace(recipe.rounding, damping=damping)
+            )
+            assert isinstance(recipe.rounding, SecondOrder)
+        moments = observe(x, jnp.ones(tokens, bool), recipe.reads)
+        dense = dense_weight(quantize(w, moments, recipe))
+        assert jnp.isfinite(dense).all()
+        errors[name] = float(jnp.linalg.norm(x @ (dense - w)))
+        assert jnp.linalg.norm(dense - w) < 0.5 * jnp.linalg.norm(w)
+    assert errors["second"] < errors["nearest"]
+
+
+def test_a_prompt_of_one_token_is_answered_through_second_order():
+    for damping in (0.3, 0.01):
+        recipe = ttq.preset("best", bits=3, group_size=16, select="layers/(q|down)")
+        rounding = SecondOrder(damping=damping)
+        assert answers([ONE], dataclasses.replace(recipe, rounding=rounding))
+
+
+@pytest.mark.parametrize("name", ["rtn", "hqq", "ttq", "fast", "best"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_groups_of_zeros_and_of_denormals(name, dtype):
+    """They come out as zeros, or as small as they were; the other groups as without them."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 40)).astype(np.float32)
+    w[:16], w[16:32] = 0, 1e-41 * w[16:32]
+    x = jnp.asarray(rng.normal(size=(30, 64)), jnp.float32)
+    recipe = ttq.preset(name, bits=3, group_size=16)
+    grid = dataclasses.replace(recipe.grid, store_dtype=dtype)
+    recipe = dataclasses.replace(recipe, grid=grid)
+    moments = observe(x, jnp.ones(30, bool), recipe.reads)
+    dense = np.asarray(dense_weight(quantize(jnp.asarray(w), moments, recipe)))
+    assert np.isfinite(dense).all()
+    np.testing.assert_array_equal(dense[:16], 0)
+    assert np.abs(dense[16:32]).max() < 1e-6
+    assert np.linalg.norm(dense[32:] - w[32:]) < 0.35 * np.linalg.norm(w[32:])
+
+
+def test_a_group_of_a_whole_column_is_prepared_loaded_and_decoded(tmp_path):
+    model = ttq.load(write_model(tmp_path / "tiny"))
+    recipe = ttq.preset("rtn", bits=4, group_size=-1)
+    made = ttq.prepare(model, recipe)
+    sizes = {leaf.group_size for leaf in made.packed["layers"].values() if hasattr(leaf, "planes")}
+    ttq.save_offline(tmp_path / "store", model, recipe, made)
+    found = ttq.load_offline(tmp_path / "store", model, recipe)
+    jax.tree.map(np.testing.assert_array_equal, found.packed, made.packed)
+    how = {"recipe": recipe, "max_new_tokens": 4}
+    first = ttq.generate(model, ["a b"], offline=found, **how)
+    assert first.tokens == ttq.generate(model, ["a b"], offline=made, **how).tokens
+    assert len(first.tokens[0]) == 4 and sizes <= {64, 96}
