@@ -293,3 +293,19 @@ def test_gguf_headers_name_their_provenance(tmp_path):
     )
     model = load(tmp_path / "n.gguf", ignore_keys=["llama.odd_key"])
     assert model.notes == ("llama.odd_key = 1 is ignored, as asked",)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scaling.type": ["yarn"]}, {"scaling.type": 3}, {"scaling.type": "longrope"},
+        {"scaling.type": "longrope", "long_factors": [2.0], "short_factors": [1.0],
+         "scaling.factor": 2.0},
+        {"scaling.type": "yarn", "long_factors": [2.0], "short_factors": [1.0]},
+        {"scaling.type": "none", "long_factors": [2.0]},
+    ],
+)  # fmt: skip
+def test_gguf_scalings_that_cannot_be_served(keys):
+    header = {f"llama.rope.{key}": value for key, value in keys.items()}
+    with pytest.raises(ConfigError, match=r"llama\.rope\.scaling\.type = .* is not implemented"):
+        gguf_rope(Settings(header | {"llama.context_length": CONTEXT}), "llama")
