@@ -109,10 +109,6 @@ def logits_of(raw, weights):
     return their_logits(model, TOKENS)
 
 
-def without_nulls(raw):
-    return {k: v for k, v in raw.items() if v is not None}
-
-
 def check(variant, changes):
     directory, reference = base(variant)
     path = directory / "config.json"
@@ -136,7 +132,8 @@ def check(variant, changes):
         theirs = logits_of(raw, weights)
     except Exception:
         # Some keys may not be null there, which is no setting here.
-        theirs = logits_of(without_nulls(raw), weights)
+        nulls = {key for key, value in changes.items() if value is None}
+        theirs = logits_of({k: v for k, v in raw.items() if k not in nulls}, weights)
     # Nothing is compiled: each config would be another program.
     with jax.disable_jit():
         ours = our_logits(model, TOKENS)

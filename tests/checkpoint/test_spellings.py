@@ -211,3 +211,12 @@ def test_a_key_inside_a_wrapper_is_ignored_by_its_path(tmp_path):
         "text_config.odd = 1 is ignored, as asked",
         "--ignore-key more has no effect: there is no such key",
     ]
+
+
+def test_a_note_is_said_once(tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 2.0, "attn_factor": 0.9, "odd": 1}
+    write_model(tmp_path, rope_scaling=yarn)
+    _, _, notes = read_config(tmp_path, ("rope_scaling.odd",))
+    assert [note.partition(" is ")[0] for note in notes] == [
+        "rope_scaling.attn_factor = 0.9", "rope_scaling.odd = 1",
+    ]  # fmt: skip

@@ -75,6 +75,7 @@ def ours(model, rows, prefill=None):
     valid = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row)], valid[i, : len(row)] = row, True
+    tokens, valid = jnp.asarray(tokens), jnp.asarray(valid)
     cache = empty_cache(model.config, len(rows), length, jnp.float32)
 
     @jax.jit
@@ -95,14 +96,12 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("name", list(SCALINGS))
-def test_texts_of_every_length(name, saved):
+def test_texts_of_every_length_each_with_its_own_rotation(name, saved):
+    """One batch: the longest row does not decide for the others."""
     reference, directory = saved(rope_parameters=entry(name))
-    model = load(directory)
-    lengths = [5, 3 * CONTEXT]
-    if model.config.rope.grows:
-        lengths += [ORIGINAL, ORIGINAL + 1, CONTEXT, CONTEXT + 1]
-    for row in tokens_of(*lengths):
-        assert_close(ours(model, [row])[0], theirs(reference, row))
+    rows = tokens_of(5, ORIGINAL, ORIGINAL + 1, CONTEXT, CONTEXT + 1, 2 * CONTEXT)
+    for row, got in zip(rows, ours(load(directory), rows), strict=True):
+        assert_close(got[: len(row)], theirs(reference, row))
 
 
 @pytest.mark.parametrize("name", list(SCALINGS))
@@ -125,14 +124,6 @@ def test_decoding_across_the_original_context(name, saved):
     got = ours(model, [row], prefill=ORIGINAL - 2)[0]
     for n in (ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, CONTEXT, CONTEXT + 1, CONTEXT + 6):
         assert_close(got[n - 1], theirs(reference, row[:n])[-1])
-
-
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
-def test_rows_of_a_batch_have_rotations_of_their_own(name, saved):
-    reference, directory = saved(rope_parameters=entry(name))
-    model, rows = load(directory), tokens_of(9, 2 * CONTEXT)
-    for row, got in zip(rows, ours(model, rows), strict=True):
-        assert_close(got[: len(row)], theirs(reference, row))
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
@@ -276,8 +267,9 @@ def test_gguf_files_say_it_in_their_own_keys(name, saved, tmp_path):
     write_gguf(path, "llama", header | GGUF_KEYS[name], tensors)
     model = load(path)
     assert model.config.max_positions == load(directory).config.max_positions
-    for row in tokens_of(ORIGINAL - 3, CONTEXT):
-        assert_close(ours(model, [row])[0], theirs(reference, row))
+    rows = tokens_of(ORIGINAL - 3, CONTEXT)
+    for row, got in zip(rows, ours(model, rows), strict=True):
+        assert_close(got[: len(row)], theirs(reference, row))
 
 
 @pytest.mark.parametrize("rotated", [16, 12])
@@ -301,3 +293,19 @@ def test_gguf_headers_name_their_provenance(tmp_path):
     )
     model = load(tmp_path / "n.gguf", ignore_keys=["llama.odd_key"])
     assert model.notes == ("llama.odd_key = 1 is ignored, as asked",)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"scaling.type": ["yarn"]}, {"scaling.type": 3}, {"scaling.type": "longrope"},
+        {"scaling.type": "longrope", "long_factors": [2.0], "short_factors": [1.0],
+         "scaling.factor": 2.0},
+        {"scaling.type": "yarn", "long_factors": [2.0], "short_factors": [1.0]},
+        {"scaling.type": "none", "long_factors": [2.0]},
+    ],
+)  # fmt: skip
+def test_gguf_scalings_that_cannot_be_served(keys):
+    header = {f"llama.rope.{key}": value for key, value in keys.items()}
+    with pytest.raises(ConfigError, match=r"llama\.rope\.scaling\.type = .* is not implemented"):
+        gguf_rope(Settings(header | {"llama.context_length": CONTEXT}), "llama")

@@ -94,7 +94,8 @@ def _known(positions: int | float | None) -> int | float:
     """
     if positions is None:
         raise ConfigError(
-            "expected the model's context (max_position_embeddings), found none; add it"
+            "expected the model's context, which its rope scaling needs (max_position_embeddings), "
+            "found none; add it"
         )
     return positions
 
@@ -140,9 +141,9 @@ def make_rope(
         raise ConfigError("expected a rope_theta, found none; add it")
     old, new = (_OLD_KINDS.get(k, k) if isinstance(k, str) else k
                 for k in (s.take("type", None), s.take("rope_type", None)))  # fmt: skip
-    if new and old and new != old:
+    if None not in (new, old) and new != old:
         disagree(s.label("rope_type"), new, s.label("type"), old)
-    kind = new or old or "default"
+    kind = next(k for k in (new, old, "default") if k is not None)
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(
             f"{s.label('rope_type')}: rope scaling {shown(kind)} is not implemented; expected one "
@@ -192,10 +193,12 @@ def hf_rope(settings: Settings, default_theta: float = 10000.0, *, partial: bool
             positions=settings.integer("max_position_embeddings", None),
         )  # fmt: skip
 
-    new, old = settings.mapping("rope_parameters"), settings.mapping("rope_scaling")
-    if new and old and read("rope_parameters") != read("rope_scaling"):
-        disagree("rope_parameters", new, "rope_scaling", old)
-    return read("rope_scaling" if old else "rope_parameters")
+    given = [name for name in ("rope_parameters", "rope_scaling") if settings.mapping(name)]
+    ropes = [read(name) for name in given or ["rope_parameters"]]
+    if ropes[0] != ropes[-1]:
+        new, old = ((settings.label(name), settings.mapping(name)) for name in given)
+        disagree(*new, *old)
+    return ropes[-1]
 
 
 def gguf_rope(
@@ -233,6 +236,8 @@ def gguf_rope(
     how: dict[str, Any] = {"theta": settings.number(at("freq_base"), default_theta)}
     if head_dim is not None:
         how["partial"] = settings.integer(at("dimension_count"), head_dim) / head_dim
+    if not isinstance(kind, str):
+        kind = shown(kind)
     if long or short:
         kind = "longrope" if kind in {"none", "longrope"} else f"{kind} with factors"
     if kind == "none" or (kind == "linear" and factor == 1):
@@ -246,7 +251,7 @@ def gguf_rope(
             beta_fast=settings.number(at("scaling.yarn_beta_fast"), 32.0),
             beta_slow=settings.number(at("scaling.yarn_beta_slow"), 1.0),
         )  # fmt: skip
-    if kind == "longrope" and long and short:
+    if kind == "longrope" and long and short and factor == 1:
         return Rope(
             **how, scaling="longrope", original_positions=_known(original), long_factors=long,
             short_factors=short, attention_factor=magnitude,
