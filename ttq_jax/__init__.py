@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ttq_jax.checkpoint import Model, load
     from ttq_jax.checkpoint.store import (
         load_conversation,
+        load_messages,
         load_offline,
         save_conversation,
         save_offline,
@@ -84,6 +85,7 @@ __all__ = [
     "generate",
     "load",
     "load_conversation",
+    "load_messages",
     "load_offline",
     "load_recipe",
     "perplexity",
@@ -123,6 +125,7 @@ _HOME = {
     "generate": "ttq_jax.generate",
     "load": "ttq_jax.checkpoint",
     "load_conversation": "ttq_jax.checkpoint.store",
+    "load_messages": "ttq_jax.checkpoint.store",
     "load_offline": "ttq_jax.checkpoint.store",
     "load_recipe": "ttq_jax.quant.recipe_text",
     "perplexity": "ttq_jax.evaluation.perplexity",

@@ -15,6 +15,7 @@ from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint.chat_template import ChatTemplate, gguf_template, read_template
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
+from ttq_jax.checkpoint.hub import _UNWANTED, _WANTED
 from ttq_jax.prompts import PromptError
 
 USER = {"role": "user", "content": "  Wie groß ist 2 < 3? "}
@@ -122,6 +123,15 @@ def test_where_templates_are_found(model, tmp_path):
     assert gguf_template({}, model.tokenizer, "x") is None
     with pytest.raises(CheckpointError, match=r"x: tokenizer\.chat_template: expected a text"):
         gguf_template({"tokenizer.chat_template": 3}, model.tokenizer, "x")
+
+
+def test_a_download_brings_them():
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"]
+    files = [*names, "onnx/chat_template.jinja", "README.md", "pytorch_model.bin"]
+    how = {"allow_patterns": list(_WANTED), "ignore_patterns": list(_UNWANTED)}
+    assert list(filter_repo_objects(files, **how)) == names
 
 
 BAD = {
