@@ -76,7 +76,31 @@ KEYS = {
         "use_bidirectional_attention": [False, None, True],
         "hidden_activation": ["gelu_pytorch_tanh", "silu", None],
     },
+    "mistral-window": COMMON | ROPE | {"sliding_window": [None, 4, 0]},
+    "qwen2": COMMON | ROPE | WINDOW | {"use_mrope": [False, True, None]},
+    "gemma2-no-caps-untied": COMMON
+    | ROPE
+    | {
+        "sliding_window": [4, 5], "layer_types": [None, [_SLIDING, _FULL] * 2, [_SLIDING] * 4],
+        "query_pre_attn_scalar": [16, 20], "final_logit_softcapping": [1.5, None],
+        "attn_logit_softcapping": [2.0, None], "use_bidirectional_attention": [False, None, True],
+        "hidden_activation": ["gelu_pytorch_tanh", "silu", None],
+    },
+    "phi3": COMMON | ROPE | {"sliding_window": [None, 4], "resid_pdrop": [0.1]},
+    "smollm3-list-sliding": COMMON
+    | ROPE
+    | WINDOW
+    | {"no_rope_layers": [None, [1, 0, 1], [1] * 3, [0, 1]], "no_rope_layer_interval": [2, 4]},
+    "olmo2": COMMON | ROPE | {"clip_qkv": [None, 8.0]},
+    "granite-untied-biases": COMMON
+    | ROPE
+    | {
+        "attention_multiplier": [0.1, 1.0, None], "embedding_multiplier": [3.0, None],
+        "logits_scaling": [2, 1.5, None], "mlp_bias": [True, None],
+    },
 }  # fmt: skip
+# Each family's; some hundreds find nothing that these do not.
+EXAMPLES = 12
 # Of the keys that say which weights there are, the message may compare sizes.
 OF_WEIGHTS = {"attention_bias", "mlp_bias", "head_dim", "num_key_value_heads"}
 
@@ -149,7 +173,11 @@ def test_any_config(variant):
     )
 
     @settings(
-        max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
     )
     @given(st.lists(one, min_size=1, max_size=4, unique_by=lambda pair: pair[0]))
     def run(pairs):

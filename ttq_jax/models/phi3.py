@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4 (Abdin et al., 2024): Llama with fused tensors and long rotations."""
 
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
@@ -21,6 +21,9 @@ def hf_config(s: Settings) -> ModelConfig:
 
     Returns:
       Its config.
+
+    Raises:
+      ConfigError: a rope scaling that no Phi-3 has.
     """
     ignore_common(s)
     s.ignore("resid_pdrop", "embd_pdrop")
@@ -28,11 +31,17 @@ def hf_config(s: Settings) -> ModelConfig:
     s.require("mlp_bias", False)
     s.require("lm_head_bias", False)
     sizes = hf_sizes(s, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    rope = hf_rope(s, partial=True)
+    if rope.scaling not in {"none", "longrope"}:
+        raise ConfigError(
+            f"rope_parameters, rope_scaling: expected default or longrope for Phi-3, got "
+            f"{rope.scaling}. Use a checkpoint without it"
+        )
     return ModelConfig(
         family="phi3",
         **sizes,
         **everywhere(s.integer("sliding_window", None), sizes["n_layers"]),
-        rope=hf_rope(s, partial=True),
+        rope=rope,
         tie_embeddings=s.flag("tie_word_embeddings", False),
     )
 

@@ -50,7 +50,10 @@ def hf_config(s: Settings) -> ModelConfig:
     window = s.integer("sliding_window", None)
     if not s.flag("use_sliding_window", False):
         window = None
-    sliding = sliding_layers(types, n_layers) if types else tuple(not on for on in rotated)
+    if types is not None:
+        sliding = sliding_layers(types, n_layers)
+    else:
+        sliding = tuple(window is not None and not on for on in rotated)
     bias = s.flag("attention_bias", False)
     return ModelConfig(
         family="smollm3",
@@ -61,7 +64,7 @@ def hf_config(s: Settings) -> ModelConfig:
         rope=hf_rope(s, _THETA),
         rotated_layers=() if all(rotated) else rotated,
         sliding_window=window,
-        sliding_layers=sliding if window and any(sliding) else (),
+        sliding_layers=sliding if any(sliding) else (),
         tie_embeddings=s.flag("tie_word_embeddings", True),
     )
 
