@@ -286,7 +286,7 @@ class ModelConfig:
         if any(self.sliding_layers) and not self.sliding_window:
             raise ConfigError(
                 "sliding_window: layers with sliding attention (layer_types) need a window of at "
-                f"least 1 token, got {self.sliding_window}"
+                f"least 1 token, got {self.sliding_window}, as also where use_sliding_window is off"
             )
         ropes = {r.channels(self.head_dim) for r in (self.rope, self.rope_local) if r is not None}
         if len(ropes) > 1:
