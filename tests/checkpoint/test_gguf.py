@@ -49,6 +49,10 @@ CASES = {
     "granite-untied-biases": ("granite", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biases": ("qwen3", {}),
+    "qwen3-moe": ("qwen3moe", {}),
+    # Mixtral's files, too, call themselves Llama's.
+    "mixtral": ("llama", {"llama.rope.dimension_count": 16}),
+    "olmoe": ("olmoe", {}),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
+from ttq_jax.models.sizes import GGUF_EXPERTS
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -124,7 +125,7 @@ def load_gguf(
             params = assemble(
                 config,
                 file,
-                family.gguf_modules,
+                {**family.gguf_modules, **(GGUF_EXPERTS if config.n_experts else {})},
                 family.gguf_edits,
                 ignored=(_ROPE_FACTORS,),
                 dtype=dtype,

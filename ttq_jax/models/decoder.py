@@ -4,7 +4,8 @@ One idea keeps quantizers out of the model: a block never multiplies a weight it
 *sites* (the inputs of q,k,v; of o; of gate,up; of down) it passes its activations and the site's
 weights to `project`. Decoding passes `plain` for it; prefill, a function that also observes and
 quantizes; calibration, one that also observes. What `project` keeps, the scan stacks over the
-layers.
+layers. In a mixture of experts the activations of the last two sites come sorted by expert, as
+`Routed`, and kernels have one more leading axis.
 """
 
 import dataclasses
@@ -18,24 +19,32 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.experts import Routed, gather_tokens, routed_linear, sort_by_expert
 from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
 from ttq_jax.types import SITES, Cache, Params, at_layer
 
-# (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
-Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
+# (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
+# of `Routed` rows [N, R, d_in], y is [N, R, d_out]
+Project = Callable[[str, Array | Routed, dict[str, Params]], tuple[dict[str, Array], Any]]
 
 
-def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
+def plain(
+    site: str, x: Array | Routed, weights: dict[str, Params]
+) -> tuple[dict[str, Array], None]:
     """The simplest `Project`: multiply, keep nothing."""
     del site
+    if isinstance(x, Routed):
+        return routed_linear(x, weights), None
     return {name: linear(x, w["kernel"], w.get("bias")) for name, w in weights.items()}, None
 
 
-def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bool) -> Params:
-    """One projection's parameters, created at init and otherwise taken as they are.
+def _linear_params(
+    module: nn.Module, name: str, d_in: int, d_out: int, bias: bool, experts: int = 0
+) -> Params:
+    """One projection's parameters, or of all experts, created at init and else taken as they are.
 
     Flax compares a parameter's shape with its initializer's; a packed kernel has none, hence the
     second path.
@@ -44,7 +53,9 @@ def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bo
         return module.get_variable("params", name)
 
     def init(key: Array) -> Params:
-        kernel = nn.initializers.lecun_normal()(key, (d_in, d_out), jnp.float32)
+        shape = (experts, d_in, d_out) if experts else (d_in, d_out)
+        lecun = nn.initializers.lecun_normal(batch_axis=range(len(shape) - 2))
+        kernel = lecun(key, shape, jnp.float32)
         return {"kernel": kernel} | ({"bias": jnp.zeros(d_out, jnp.float32)} if bias else {})
 
     return module.param(name, init)
@@ -83,12 +94,32 @@ class Block(nn.Module):
             "down": (c.d_ff, c.d_model, c.mlp_bias),
         }
         names = [n for n in SITES[site] if n != "gate" or c.gated]
-        return {n: _linear_params(self, n, *shapes[n]) for n in names}
+        experts = c.n_experts if site.startswith("mlp") else 0
+        return {n: _linear_params(self, n, *shapes[n], experts) for n in names}
+
+    def route(
+        self, x: Float[Array, "M D"], valid: Bool[Array, " M"]
+    ) -> tuple[Routed, Callable[[Array], Array]]:
+        """The tokens sorted by the experts that the router chooses, and what undoes the sorting."""
+        c = self.config
+
+        def init(key: Array) -> Params:
+            shape = (c.n_experts, c.d_model)
+            return {"embedding": nn.initializers.normal(0.02)(key, shape, jnp.float32)}
+
+        table = self.param("router", init)["embedding"]
+        scores = jnp.einsum("md,ed->me", x, table, preferred_element_type=jnp.float32)
+        weight, chosen = jax.lax.top_k(jax.nn.softmax(scores), c.experts_per_token)
+        if c.norm_topk:
+            weight = weight / jnp.sum(weight, axis=1, keepdims=True)
+        routed, place = sort_by_expert(x, chosen.astype(jnp.int32), valid, c.n_experts)
+        return routed, lambda rows: gather_tokens(rows, place, weight).astype(x.dtype)
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
         attention: Callable[[Array, Array, Array], tuple[Array, Any]],
         project: Project,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
@@ -96,6 +127,7 @@ class Block(nn.Module):
 
         Args:
           x: the residual stream.
+          valid: which tokens are real; the others reach no expert.
           attention: rotates, caches and attends: (q, k, v)[B, T, heads, H] -> mixed values and
             the updated cache.
           project: multiplies the weights of a site, see the module's docstring.
@@ -107,7 +139,7 @@ class Block(nn.Module):
         kept: dict[str, Any] = {}
         cache: Any = None
 
-        def visit(site: str, h: Array) -> dict[str, Array]:
+        def visit(site: str, h: Array | Routed) -> dict[str, Array]:
             ys, kept[site] = project(site, h, self.weights(site))
             return ys
 
@@ -127,11 +159,17 @@ class Block(nn.Module):
             mixed, cache = attention(q, k, v)
             return visit("attn_out", mixed.reshape(*h.shape[:2], -1))["o"]
 
-        def mlp_body(h: Array) -> Array:
+        def units(h: Array | Routed) -> Array:
             ys = visit("mlp_in", h)
             act = ACTIVATIONS[c.activation]
-            hidden = act(ys["gate"]) * ys["up"] if c.gated else act(ys["up"])
-            return visit("mlp_out", hidden)["down"]
+            return act(ys["gate"]) * ys["up"] if c.gated else act(ys["up"])
+
+        def mlp_body(h: Array) -> Array:
+            if not c.n_experts:
+                return visit("mlp_out", units(h))["down"]
+            routed, gather = self.route(h.reshape(-1, c.d_model), valid.reshape(-1))
+            hidden = dataclasses.replace(routed, rows=units(routed))
+            return gather(visit("mlp_out", hidden)["down"]).reshape(h.shape)
 
         x = self.sublayer("attn", x, attend_body)
         x = self.sublayer("mlp", x, mlp_body)
@@ -251,10 +289,10 @@ def forward(
             )
             return mixed, (ks, vs)
 
-        def visit(site: str, h: Array, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
+        def visit(site: str, h: Any, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
             return project(site, h, w) if per_layer is None else project(site, h, w, extra)
 
-        out: Any = block.apply({"params": weights}, x, attention, visit)
+        out: Any = block.apply({"params": weights}, x, valid, attention, visit)
         x, stacks, kept = out
         return (x, *stacks), kept
 
@@ -304,12 +342,12 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     names = ("embed", "positions", "in", "out", "head", "layers")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     normal = nn.initializers.normal(0.02, jnp.float32)
-    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
+    x, valid = jnp.zeros((1, 1, config.d_model), jnp.float32), jnp.ones((1, 1), bool)
     one_layer = Block(config).init
 
     def init_layer(layer_key: Array) -> Params:
         attention = lambda q, k, v: (q, None)  # noqa: E731
-        return one_layer(layer_key, x, attention, plain)["params"]
+        return one_layer(layer_key, x, valid, attention, plain)["params"]
 
     params: Params = {
         "embed": {"embedding": normal(keys["embed"], (config.vocab_size, config.embed_dim))},

@@ -1,5 +1,7 @@
 """Llama (Touvron et al., 2023; Grattafiori et al., 2024) and its kin: Llama 2, Llama 3, SmolLM2."""
 
+from typing import Any
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
@@ -12,6 +14,7 @@ from ttq_jax.models.family import (
     hf_rope,
     ignore_common,
 )
+from ttq_jax.models.sizes import gguf_experts
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -64,10 +67,13 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     head_dim = s.integer("llama.attention.key_length", head_width(width, heads))
     s.require("llama.attention.value_length", head_dim)
     s.require("llama.rope.dimension_count", head_dim)
-    s.require("llama.expert_count", 0)
-    s.require("llama.expert_used_count", 0)
+    # Mixtral's files call themselves Llama's.
+    experts: dict[str, Any] = {}
+    if s.take("llama.expert_count", 0):
+        experts = gguf_experts(s, "llama", norm_topk=True)
+    s.require("llama.expert_used_count", experts.get("experts_per_token", 0))
     return ModelConfig(
-        family="llama",
+        family="mixtral" if experts else "llama",
         vocab_size=vocab_size,
         d_model=width,
         embed_dim=width,
@@ -81,6 +87,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
         norm_eps=s.number("llama.attention.layer_norm_rms_epsilon"),
         rope=gguf_rope(s, "llama"),
         tie_embeddings=tied,
+        **experts,
     )
 
 
