@@ -8,6 +8,7 @@ XLA computes it as one product with all experts, and it takes no packed weight.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,11 @@ class Routed:
     token: Leaf
     expert: Leaf
     first: Leaf
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return len(self.first) - 1
 
     def real(self, valid: Bool[Array, "*batch"]) -> Bool[Array, "N R"]:
         """Which rows are of a token that is `valid`."""
@@ -113,6 +119,23 @@ def gather_tokens(
     flat = rows.reshape(-1, rows.shape[-1])
     mine = flat.at[place].get(mode="fill", fill_value=0).astype(jnp.float32)
     return jnp.sum(mine * weight[..., None], axis=1)
+
+
+def for_each_expert(make: Callable[..., Any], operands: Any, n_experts: int | None = None) -> Any:
+    """Makes something of every expert of a layer, one after another.
+
+    Args:
+      make: (expert's index, its operands) -> arrays.
+      operands: stacked over the experts.
+      n_experts: E; None for a layer without experts, whose index is None.
+
+    Returns:
+      The results, stacked over the experts.
+    """
+    if n_experts is None:
+        return make(None, operands)
+    experts = jnp.arange(n_experts, dtype=jnp.int32)
+    return jax.lax.map(lambda at: make(*at), (experts, operands))
 
 
 def _merged(stack: Any) -> Any:

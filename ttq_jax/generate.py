@@ -37,12 +37,12 @@ def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
     config: ModelConfig, recipe: Recipe | None, sampling: Sampling, capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
+) -> tuple[Array, Array, Array, dict[str, Moments], Array | None]:  # fmt: skip
     """Prompts that share one quantized tree."""
     batch, length = prompts.tokens.shape
     dtype = params["embed"]["embedding"].dtype
     cache = empty_cache(config, batch, length + capacity, dtype)
-    hidden, cache, packed, moments = prefill(
+    hidden, cache, packed, moments, unreached = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     refresh = None
@@ -54,7 +54,7 @@ def _one_tree(
         config=config, sampling=sampling, capacity=capacity, eos_ids=eos_ids, refresh=refresh,
     )  # fmt: skip
     carried = recipe is not None and recipe.source.decay > 0
-    return out, counts, finite, (grown or moments) if carried else {}
+    return out, counts, finite, (grown or moments) if carried else {}, unreached
 
 
 @partial(jax.jit, static_argnames=_STATIC)
@@ -70,7 +70,9 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments]]:
+) -> tuple[
+    Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments], Array | None
+]:
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:
@@ -86,8 +88,9 @@ def generate_tokens(
       eos_ids: tokens that end a row.
 
     Returns:
-      New tokens; per row how many of them count; whether all logits are finite; and the moments
-      for a conversation's next turn, {} for recipes without a decay.
+      New tokens; per row how many of them count; whether all logits are finite; the moments for a
+      conversation's next turn, {} for recipes without a decay; and the share of the experts that
+      the prompts did not reach, see `prefill`.
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
@@ -97,9 +100,11 @@ def generate_tokens(
         return run(params, prompts, offline, key, limit)
     rows = jax.tree.map(lambda x: x[:, None], prompts)
     keys = jax.random.split(key, prompts.tokens.shape[0])
-    one = lambda row, k: run(params, row, offline, k, limit)[:3]  # noqa: E731
-    out, counts, finite = jax.vmap(one)(rows, keys)
-    return out[:, 0], counts[:, 0], jnp.all(finite), {}
+    out, counts, finite, _, unreached = jax.vmap(
+        lambda row, k: run(params, row, offline, k, limit)
+    )(rows, keys)
+    unreached = None if unreached is None else jnp.mean(unreached)
+    return out[:, 0], counts[:, 0], jnp.all(finite), {}, unreached
 
 
 def check_texts(texts: Any) -> list[str]:
@@ -212,6 +217,7 @@ def generate(
     start, listed = time.perf_counter(), check_texts(texts)
     said: dict[str, list[Any]] = {"tokens": [], "texts": [], "prompt_tokens": [], "stopped": []}
     moments: dict[str, Moments] = {}
+    shares: list[float] = []
     for at in range(0, len(listed), batch_size):
         if moments and offline is not None:
             offline = dataclasses.replace(offline, carried=moments)
@@ -219,8 +225,9 @@ def generate(
             model, listed[at : at + batch_size], recipe=recipe, offline=offline,
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
         )  # fmt: skip
-        *answer, moments = run(max_new_tokens)
+        *answer, moments, unreached = run(max_new_tokens)
         tokens, counts, finite = jax.device_get(answer)
+        shares += [] if unreached is None else [float(jax.device_get(unreached))] * len(counts)
         if not finite:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         new = [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
@@ -236,4 +243,5 @@ def generate(
         model_bits=model_bits(shapes),
         seconds=time.perf_counter() - start,
         moments=moments,
+        unreached_experts=float(np.mean(shares)) if shares else None,
     )

@@ -373,6 +373,8 @@ class Generation:
       stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
       seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
+      unreached_experts: mean share of the experts that a prompt did not reach, which took the prior
+        from the weights; None without experts, or for recipes that read nothing of a prompt.
     """
 
     tokens: list[list[int]]
@@ -383,3 +385,4 @@ class Generation:
     model_bits: float
     seconds: float
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
+    unreached_experts: float | None = None

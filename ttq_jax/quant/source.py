@@ -86,14 +86,17 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     Args:
       seen: the prompt's.
       prior: a corpus's, with its count; or a profile estimated from the weights, which has no unit
-        and is scaled to the prompt's mean power. None without a prior.
+        and is scaled to the prompt's mean power. None without a prior. A recipe without one is
+        given a profile for experts, which counts only where no token reached the expert.
       source: says how many tokens the prior counts for.
 
     Returns:
       Moments of `seen.count + n` tokens, or the prior's alone for n = ∞.
     """
-    if prior is None or source.prior == "none":
+    if prior is None:
         return seen
+    if source.prior == "none":
+        return seen_or(seen, prior)
     if source.prior == "corpus" and math.isinf(source.prior_tokens):
         return prior
     one = prior.scaled(1.0 / jnp.maximum(prior.count, 1.0))
@@ -102,6 +105,37 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     if math.isinf(source.prior_tokens):
         return one
     return seen + one.scaled(source.prior_tokens)
+
+
+def blend_all(seen: Moments, prior: Moments | None, source: Source) -> Moments:
+    """`blend` of every layer, and of every expert of it.
+
+    Args:
+      seen: stacked over the layers, and the experts where there are any.
+      prior: likewise.
+      source: see `blend`.
+
+    Returns:
+      Moments stacked likewise.
+    """
+    of_one = lambda s, p: blend(s, p, source)  # noqa: E731
+    for _ in seen.count.shape:
+        of_one = jax.vmap(of_one)
+    return of_one(seen, prior)
+
+
+def seen_or(seen: Moments, profile: Moments) -> Moments:
+    """The moments of what was observed; where that was nothing, the profile.
+
+    Args:
+      seen: of one layer, or one expert.
+      profile: estimated from the weights.
+
+    Returns:
+      One of the two.
+    """
+    other = _in_blocks_of(profile, seen)
+    return jax.tree.map(lambda a, b: jnp.where(seen.count > 0, a, b), seen, other)
 
 
 def _in_blocks_of(profile: Moments, seen: Moments) -> Moments:
@@ -115,13 +149,18 @@ def _in_blocks_of(profile: Moments, seen: Moments) -> Moments:
 
 
 def _to_the_power_of(profile: Moments, seen: Moments) -> Moments:
-    """The profile in the prompt's unit: the same mean of each power over the channels."""
+    """The profile in the prompt's unit: the same mean of each power over the channels.
+
+    An expert without tokens has no unit, and keeps the profile's.
+    """
     per_token = seen.scaled(1.0 / jnp.maximum(seen.count, 1.0))
     have = jnp.mean(profile.sums, axis=1)
     factor = jnp.where(have > 0, jnp.mean(per_token.sums, axis=1) / jnp.where(have > 0, have, 1), 0)
+    factor = jnp.where(seen.count > 0, factor, 1)
     gram = profile.gram
     if gram is not None:
         trace = jnp.trace(gram, axis1=1, axis2=2).sum()
         ours = jnp.trace(per_token.gram, axis1=1, axis2=2).sum()
-        gram = gram * jnp.where(trace > 0, ours / jnp.where(trace > 0, trace, 1.0), 0.0)
+        ratio = jnp.where(trace > 0, ours / jnp.where(trace > 0, trace, 1.0), 0.0)
+        gram = gram * jnp.where(seen.count > 0, ratio, 1.0)
     return dataclasses.replace(profile, sums=profile.sums * factor[:, None], gram=gram)
