@@ -20,7 +20,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, plain
 from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.source import blend, blend_all
+from ttq_jax.quant.source import blend, blend_all, blend_expert
 from ttq_jax.quant.tree import (
     at_its_width,
     gather_widths,
@@ -138,7 +138,8 @@ def quantizing(
                 seen = observe_expert(x, valid, recipe.reads, expert)
                 if carried is not None:
                     seen = seen + carried.scaled(source.decay)
-                moments = blend(seen, moments, source)
+                mix = blend if expert is None else blend_expert
+                moments = mix(seen, moments, source)
             if not stacks:
                 return {}, {}, seen
             beside = None if routed else x

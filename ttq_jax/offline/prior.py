@@ -110,7 +110,8 @@ def _block_inputs(
         table = params["embed"]["embedding"].astype(jnp.float32)
         start = jnp.mean(jnp.square(table), axis=0) * config.embed_scale**2
         added = config.residual_scale**2 * jnp.stack([attn, mlp], axis=1).reshape(-1, len(start))
-        stream = start[None] + jnp.cumsum(added, axis=0) - added
+        before = jnp.cumulative_sum(added, axis=0, include_initial=True)[:-1]
+        stream = start[None] + before
         return stream[0::2], stream[1::2]
     return attn, mlp
 

@@ -7,6 +7,7 @@ al., 2023). A short prompt needs a prior: 16 tokens say little about a channel.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,17 +87,14 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     Args:
       seen: the prompt's.
       prior: a corpus's, with its count; or a profile estimated from the weights, which has no unit
-        and is scaled to the prompt's mean power. None without a prior. A recipe without one is
-        given a profile for experts, which counts only where no token reached the expert.
+        and is scaled to the prompt's mean power. None without a prior.
       source: says how many tokens the prior counts for.
 
     Returns:
       Moments of `seen.count + n` tokens, or the prior's alone for n = ∞.
     """
-    if prior is None:
+    if prior is None or source.prior == "none":
         return seen
-    if source.prior == "none":
-        return seen_or(seen, prior)
     if source.prior == "corpus" and math.isinf(source.prior_tokens):
         return prior
     one = prior.scaled(1.0 / jnp.maximum(prior.count, 1.0))
@@ -105,6 +103,23 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     if math.isinf(source.prior_tokens):
         return one
     return seen + one.scaled(source.prior_tokens)
+
+
+def blend_expert(seen: Moments, prior: Moments | None, source: Source) -> Moments:
+    """`blend` of one expert, which no token may have reached.
+
+    Args:
+      seen: the prompt's.
+      prior: see `blend`; with a recipe that has none, a profile from the weights. None if the
+        recipe reads nothing.
+      source: see `blend`.
+
+    Returns:
+      Moments; without a token, the prior's.
+    """
+    if prior is not None and source.prior == "none":
+        return seen_or(seen, prior)
+    return blend(seen, prior, source)
 
 
 def blend_all(seen: Moments, prior: Moments | None, source: Source) -> Moments:
@@ -118,10 +133,9 @@ def blend_all(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     Returns:
       Moments stacked likewise.
     """
-    of_one = lambda s, p: blend(s, p, source)  # noqa: E731
-    for _ in seen.count.shape:
-        of_one = jax.vmap(of_one)
-    return of_one(seen, prior)
+    of_one: Callable[..., Moments] = blend if seen.count.ndim == 1 else blend_expert
+    mix = jax.vmap(lambda s, p: of_one(s, p, source))
+    return mix(seen, prior) if seen.count.ndim == 1 else jax.vmap(mix)(seen, prior)
 
 
 def seen_or(seen: Moments, profile: Moments) -> Moments:
