@@ -28,7 +28,16 @@ from ttq_jax.quant.tree import (
     quantize_tree,
     replace_kernels,
 )
-from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, Stacked
+from ttq_jax.types import (
+    EXPERT_SITES,
+    SITE_OF,
+    Cache,
+    Moments,
+    Offline,
+    Params,
+    Prompts,
+    Stacked,
+)
 
 
 def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
@@ -85,6 +94,27 @@ def prefill(
     Raises:
       ValueError: the tree is packed already, or `offline` has no prior for experts.
     """
+    if config.n_experts and recipe is not None and offline.packed is None:
+        selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
+        lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
+        if _reads_prompt(recipe) and lacking:
+            raise ValueError(
+                f"{lacking[0]}: expected a prior for experts that no token reaches, got none; pass "
+                "what prepare() returns as offline"
+            )
+    return _prefill(params, prompts, cache, config, recipe, offline)
+
+
+def _reads_prompt(recipe: Recipe) -> bool:
+    """Whether what the weights become depends on the prompt."""
+    return recipe.source.of == "prompt" and recipe.reads != Reads()
+
+
+def _prefill(
+    params: Params, prompts: Prompts, cache: Cache, config: ModelConfig, recipe: Recipe | None,
+    offline: Offline,
+) -> tuple[Array, Cache, Params, dict[str, Moments], Array | None]:  # fmt: skip
+    """`prefill`, also for shapes alone, to which no prior matters."""
     length = prompts.tokens.shape[1]
 
     def read(tree: Params, **project: Any) -> tuple[Array, Cache, dict[str, Any]]:
@@ -117,19 +147,13 @@ def quantizing(
     Returns:
       It keeps (packed weights; moments or None; share of unreached experts or None).
     """
-    source = recipe.source
-    reads_prompt = source.of == "prompt" and recipe.reads != Reads()
+    source, reads_prompt = recipe.source, _reads_prompt(recipe)
 
     def project(
         site: str, x: Any, weights: dict[str, Params], layer: Offline
     ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None, Array | None]]:
         stacks, at = _dense({n: w["kernel"] for n, w in weights.items() if recipe.selects(n)})
         routed = isinstance(x, Routed)
-        if routed and stacks and reads_prompt and site not in layer.moments:
-            raise ValueError(
-                f"{site}: expected a prior for experts that no token reaches, got none; pass what "
-                "prepare() returns as offline"
-            )
 
         def make(expert: Array | None, mine: tuple) -> tuple[dict, dict, Moments | None]:
             moments, carried, low_rank = mine
@@ -230,8 +254,7 @@ def decoded_shapes(
     def run(params: Params, offline: Offline) -> Params:
         cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
         prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
-        how: dict[str, Any] = {"config": config, "recipe": recipe, "offline": offline}
-        return prefill(params, prompts, cache, **how)[2]
+        return _prefill(params, prompts, cache, config, recipe, offline)[2]
 
     return jax.eval_shape(run, params, offline)
 

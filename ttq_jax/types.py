@@ -31,6 +31,9 @@ SITES: dict[str, tuple[str, ...]] = {
     "mlp_out": ("down",),
 }
 
+# Those of the feed-forward layer, of which a mixture of experts has several.
+EXPERT_SITES = ("mlp_in", "mlp_out")
+
 SITE_OF = {name: site for site, names in SITES.items() for name in names}
 
 

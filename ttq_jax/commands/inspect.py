@@ -125,10 +125,15 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
     c, t = found["config"], found["tokenizer"]
     title, _ = CONTENTS.get(name, (name, ""))
     bos = t["bos_id"] if t["adds_bos"] else "none"
+    each = f", {c['n_experts']} experts, {c['experts_per_token']} for each token"
     facts = [
         ["model", words.titled(title, found["format"])],
         ["family", found["family"]],
-        ["layers", f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"],
+        [
+            "layers",
+            f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"
+            + (each if c["n_experts"] else ""),
+        ],
         ["heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, {c['head_dim']} wide"],
         ["context", f"{found['context']} tokens"],
         ["tokenizer", f"{t['vocab_size']} tokens; begins with {bos}; ends with {t['eos_ids']}"],

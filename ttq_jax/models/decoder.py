@@ -24,7 +24,7 @@ from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
-from ttq_jax.types import SITES, Cache, Params, at_layer
+from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
 # of `Routed` rows [N, R, d_in], y is [N, R, d_out]
@@ -94,7 +94,7 @@ class Block(nn.Module):
             "down": (c.d_ff, c.d_model, c.mlp_bias),
         }
         names = [n for n in SITES[site] if n != "gate" or c.gated]
-        experts = c.n_experts if site.startswith("mlp") else 0
+        experts = c.n_experts if site in EXPERT_SITES else 0
         return {n: _linear_params(self, n, *shapes[n], experts) for n in names}
 
     def route(

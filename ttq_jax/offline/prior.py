@@ -22,7 +22,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.models.layers import ACTIVATIONS
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.source import seen_or
-from ttq_jax.types import Moments, Params
+from ttq_jax.types import EXPERT_SITES, Moments, Params
 
 
 @partial(jax.jit, static_argnames=("config", "reads"))
@@ -79,7 +79,7 @@ def for_unreached(
         return moments
     profile = prior_from_weights(params, config=config, reads=reads)
     if not moments:
-        return {site: profile[site] for site in profile if profile[site].count.ndim == 2}
+        return {site: profile[site] for site in EXPERT_SITES}
     return _filled(moments, profile)
 
 
@@ -127,7 +127,8 @@ def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L *E 
     if leaf["kernel"].ndim == 4:
 
         def layer(at: tuple[Array, Array]) -> Array:
-            return jnp.einsum("i,eio->eo", at[0], jnp.square(at[1].astype(jnp.float32)))
+            kernel = jnp.square(at[1].astype(jnp.float32))
+            return jnp.einsum("i,eio->eo", at[0], kernel, precision="highest")
 
         # One layer at a time: in float32 the squares of all experts would take much memory.
         return jax.lax.map(layer, (power, leaf["kernel"]))
