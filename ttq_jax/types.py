@@ -376,8 +376,8 @@ class Generation:
       stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
       seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
-      unreached_experts: mean share of the experts that a prompt did not reach, which took the prior
-        from the weights; None without experts, or for recipes that read nothing of a prompt.
+      unreached_experts: mean share of the experts that a prompt did not reach, quantized by the
+        prior; None without experts, or for recipes that read nothing of a prompt.
     """
 
     tokens: list[list[int]]

@@ -71,8 +71,8 @@ def _tell(
     progress.note(describe_method(args.method, recipe, *bits))
     if made.unreached_experts is not None:
         progress.note(
-            f"{made.unreached_experts:.0%} of the experts got no token of the prompt and took the "
-            "prior from the weights"
+            f"{made.unreached_experts:.0%} of the experts got no token of the prompt and were "
+            "quantized by the prior"
         )
     if timings:
         progress.note(timings.in_words())
