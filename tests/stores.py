@@ -37,6 +37,8 @@ def made(params, config=CONFIG, name="tiny"):
 
 
 MODEL = made(small_params(CONFIG))
+MIXED = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2)
+MIXTURE = made(small_params(MIXED), MIXED, "mixture")
 WINDOWS = np.asarray(random_rows([24, 24], seed=5), np.int32)
 PROMPT = prompts_of(random_rows([11]), 16)
 LATER = prompts_of(random_rows([7], seed=3), 16)

@@ -270,9 +270,9 @@ def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str,
     Returns:
       Per site, stacked over the layers; what `Offline.carried` takes.
     """
-    valid = jnp.ones((1, 1), bool)
 
     def run(params: Params) -> dict[str, Moments]:
+        valid = jnp.ones((1, 1), bool)
         cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
         see = observing(valid, recipe.reads)
         return forward(config, params, valid.astype(jnp.int32), valid, cache, project=see)[2]
