@@ -32,7 +32,10 @@ CONFIG = small_config(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=48, 
 def made(params, config=CONFIG, name="tiny"):
     return Model(
         config=config, params=params, name=name, eos_ids=(),
-        tokenizer=SimpleNamespace(vocab_size=97, bos_id=None),
+        tokenizer=SimpleNamespace(
+            vocab_size=97, bos_id=None, encode=lambda text, **_: [ord(c) % 97 for c in text],
+            decode=lambda ids: " ".join(map(str, ids)),
+        ),
     )  # fmt: skip
 
 

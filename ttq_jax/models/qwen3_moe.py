@@ -33,6 +33,10 @@ def hf_config(s: Settings) -> ModelConfig:
     # Layers without experts; no released model has any.
     s.require("decoder_sparse_step", 1)
     s.require("mlp_only_layers", [])
+    # Qwen3-Coder says what it is not.
+    s.require("shared_expert_intermediate_size", 0)
+    s.require("qkv_bias", False)
+    s.require("use_qk_norm", True)
     s.ignore("max_window_layers")
     absent = None if s.is_null("sliding_window") else 4096
     window = s.integer("sliding_window", absent)
