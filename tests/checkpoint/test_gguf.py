@@ -175,6 +175,20 @@ def test_storage_types(kind, tmp_path):
         assert np.abs(expected - values).max() < 0.15 * worst
 
 
+def test_quantized_experts_load_as_their_dequantized_weights(tmp_path):
+    reference = make_model("olmoe")
+    header = header_of(reference, "olmoe") | tokenizer_header(VOCAB)
+    tensors = tensors_of(reference, "olmoe")
+    names = [n for n in tensors if "_exps" in n]
+    write_gguf(tmp_path / "q.gguf", "olmoe", header, tensors, dict.fromkeys(names, "Q8_0"))
+    code, model = gguf.GGMLQuantizationType.Q8_0, load(tmp_path / "q.gguf")
+    for part in ("gate", "up", "down"):
+        for layer, got in enumerate(np.asarray(model.params["layers"][part]["kernel"])):
+            stored = gguf.quants.quantize(tensors[f"blk.{layer}.ffn_{part}_exps.weight"], code)
+            want = gguf.quants.dequantize(stored, code).swapaxes(1, 2)
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.fixture
 def parts():
     reference = make_model("llama-gqa-untied")
@@ -228,7 +242,20 @@ def test_any_truncation_is_refused(parts, tmp_path):
     [
         ({"llama.logit_scale": 0.5}, r"unknown key llama\.logit_scale"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not implemented"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count = 8 is not implemented"),
+        ({"llama.expert_count": 8}, r"expected the key 'llama\.expert_used_count'"),
+        ({"llama.expert_used_count": 2}, r"llama\.expert_used_count = 2 is not implemented"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 2},
+            r"missing tensors .*ffn_(gate_inp|\w+_exps)",
+        ),
+        (
+            {
+                "llama.expert_count": 8,
+                "llama.expert_used_count": 2,
+                "llama.expert_gating_func": 2,
+            },
+            r"llama\.expert_gating_func = 2 is not implemented",
+        ),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count = 8 is not implemented"),
         ({"llama.vocab_size": 1000}, r"llama\.vocab_size = 1000"),
         ({"split.count": 3}, "expected a whole file, got one of 3 parts"),

@@ -69,7 +69,7 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     s.require("llama.rope.dimension_count", head_dim)
     # Mixtral's files call themselves Llama's.
     experts: dict[str, Any] = {}
-    if s.take("llama.expert_count", 0):
+    if s.integer("llama.expert_count", 0, least=0):
         experts = gguf_experts(s, "llama", norm_topk=True)
     s.require("llama.expert_used_count", experts.get("experts_per_token", 0))
     return ModelConfig(
