@@ -130,7 +130,7 @@ def read_prompt(params, tokens, *, config, recipe):
     """Prefill as `generate` runs it; the packed tree is returned, so it must be made."""
     prompts = Prompts(tokens, jnp.ones(tokens.shape, bool))
     cache = empty_cache(config, *tokens.shape, params["embed"]["embedding"].dtype)
-    hidden, cache, packed, _ = prefill(
+    hidden, cache, packed, *_ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=Offline()
     )
     return hidden[:, -1], cache, packed["layers"] if recipe else None

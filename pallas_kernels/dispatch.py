@@ -137,7 +137,8 @@ def quantize_pack(
     stacks, layer = _with_layers(w, layer)
 
     def call(w: Any, layer: Any, rest: Any) -> Packed:
-        return _chosen(problem, implementation)[1](w, *rest, layer)
+        name, run = _chosen(problem, implementation)
+        return _apart(name, run(w, *rest, layer))
 
     run = _mapped(call, problem, implementation)
     return run(stacks, layer, (channel_scale, importance, low_rank))
@@ -200,9 +201,7 @@ def prefill_quantize(
         name, run = _chosen(problem, implementation)
         x, *others = rest
         y, packed = run(x, w, *others, layer)
-        # XLA for TPUs fuses the write into a scan's stacked result with the kernel, tiles the two
-        # differently, and aborts (libtpu 0.0.42 to 0.0.52).
-        return y, jax.lax.optimization_barrier(packed) if name == "tpu" else packed
+        return y, _apart(name, packed)
 
     run = _mapped(call, problem, implementation)
     y, packed = run(stacks, layer, (rows, channel_scale, importance, low_rank))
@@ -253,6 +252,15 @@ def _left_in_place(stacks: Any) -> Any:
     from jax.experimental.pallas import tpu as pltpu
 
     return jax.tree.map(lambda a: pltpu.with_memory_space_constraint(a, pltpu.HBM), stacks)
+
+
+def _apart(name: str, out: Any) -> Any:
+    """What a kernel made, with the kernel left alone.
+
+    XLA for TPUs fuses the write into a scan's stacked result with the kernel, tiles the two
+    differently, and aborts (libtpu 0.0.42 to 0.0.52).
+    """
+    return jax.lax.optimization_barrier(out) if name == "tpu" else out
 
 
 def _scaled(x: jax.Array, channel_scale: jax.Array | None, k: int) -> jax.Array:

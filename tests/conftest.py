@@ -27,8 +27,8 @@ with pytest.MonkeyPatch.context() as flags:
     flags.setenv("XLA_FLAGS", f"{QUICK} {os.environ.get('XLA_FLAGS', '')}")
     jax.devices()
 
-ARRAY_CODE = ["types", "linear", "models", "quant", "prompts", "prefill", "decode", "sampling",
-              "offline", "generate", "stream", "evaluation.perplexity",
+ARRAY_CODE = ["types", "linear", "experts", "models", "quant", "prompts", "prefill", "decode",
+              "sampling", "offline", "generate", "stream", "evaluation.perplexity",
               "evaluation.continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"

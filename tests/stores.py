@@ -32,11 +32,16 @@ CONFIG = small_config(d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=48, 
 def made(params, config=CONFIG, name="tiny"):
     return Model(
         config=config, params=params, name=name, eos_ids=(),
-        tokenizer=SimpleNamespace(vocab_size=97, bos_id=None),
+        tokenizer=SimpleNamespace(
+            vocab_size=97, bos_id=None, encode=lambda text, **_: [ord(c) % 97 for c in text],
+            decode=lambda ids: " ".join(map(str, ids)),
+        ),
     )  # fmt: skip
 
 
 MODEL = made(small_params(CONFIG))
+MIXED = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2)
+MIXTURE = made(small_params(MIXED), MIXED, "mixture")
 WINDOWS = np.asarray(random_rows([24, 24], seed=5), np.int32)
 PROMPT = prompts_of(random_rows([11]), 16)
 LATER = prompts_of(random_rows([7], seed=3), 16)
@@ -60,7 +65,7 @@ def decoded(recipe, offline, prompt=PROMPT, model=MODEL):
     if recipe and recipe.source.decay and not offline.carried:
         begin = first_turn(model.params, model.config, recipe)
         offline = dataclasses.replace(offline, carried=begin)
-    out, _, _, moments = generate_tokens(
+    out, _, _, moments, _ = generate_tokens(
         model.params, prompt, offline, jax.random.key(0), jnp.asarray(6, jnp.int32),
         config=model.config, recipe=recipe, sampling=Sampling(), capacity=6, eos_ids=(),
     )  # fmt: skip

@@ -21,6 +21,7 @@ ORDER = [
     {"foreign"},
     {"config", "files", "text", "types"},
     {"linear", "prompts", "sampling"},
+    {"experts"},
     {"models", "quant"},
     {"checkpoint", "prefill"},
     {"chat", "decode", "finite"},

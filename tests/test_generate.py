@@ -26,7 +26,7 @@ TTQ = preset("ttq", bits=4)
 
 def run(prompts, *, params=PARAMS, config=CONFIG, recipe=TTQ, offline=None, seed=0, limit=8,
         sampling=Sampling(), capacity=8, eos_ids=()):  # fmt: skip
-    out, counts, finite, _ = generate_tokens(
+    out, counts, finite, *_ = generate_tokens(
         params, prompts, offline or Offline(), jax.random.key(seed), jnp.asarray(limit, jnp.int32),
         config=config, recipe=recipe, sampling=sampling, capacity=capacity, eos_ids=eos_ids,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def run(prompts, *, params=PARAMS, config=CONFIG, recipe=TTQ, offline=None, seed
 @partial(jax.jit, static_argnames=("config", "recipe"))
 def read(params, prompts, config=CONFIG, recipe=TTQ, offline=None):
     cache = empty_cache(config, *prompts.tokens.shape, jnp.float32)
-    hidden, cache, packed, _ = prefill(
+    hidden, cache, packed, *_ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline or Offline()
     )
     return last_hidden(hidden, prompts), packed

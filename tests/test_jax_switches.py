@@ -54,6 +54,8 @@ LETTERS = SimpleNamespace(
 MODEL = Model(
     config=CONFIG, params=small_params(CONFIG), tokenizer=LETTERS, name="tiny", eos_ids=(5,)
 )
+MIXED = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2, norm_topk=True)
+MIXTURE = dataclasses.replace(MODEL, config=MIXED, params=small_params(MIXED))
 WINDOWS = np.asarray(random_rows([24, 24], seed=5), np.int64)
 TEXTS = ["The capital", "of France is Paris"]
 # Nearly all the time here is compilation: one projection, where one shows all there is.
@@ -69,17 +71,20 @@ REST = Recipe(
     low_rank=LowRankRule(rank=2, error_rank=2, store="int8"),
     widths=(Width(select="layers/1/q", bits=2),), select=ONE,
 )  # fmt: skip
+EXPERTS = dataclasses.replace(
+    REST, widths=(Width(select="layers/1/down", bits=2),), select="layers/down"
+)
 SAMPLES = Recipe(
     moments=Source(prior="samples", prior_tokens=8.0), select=ONE,
     low_rank=LowRankRule(rank=2, weighted=True, error_rank=2),
 )  # fmt: skip
 
 
-def generated(recipe, **how):
-    offline = ttq.prepare(MODEL, recipe, WINDOWS)
+def generated(recipe, model=MODEL, **how):
+    offline = ttq.prepare(model, recipe, WINDOWS)
     how |= {"max_new_tokens": 6, "batch_size": len(TEXTS)}
-    got = ttq.generate(MODEL, TEXTS, recipe=recipe, offline=offline, **how)
-    return got.tokens, got.moments, got.effective_bits, offline
+    got = ttq.generate(model, TEXTS, recipe=recipe, offline=offline, **how)
+    return got.tokens, got.moments, got.effective_bits, got.unreached_experts, offline
 
 
 def streamed(recipe):
@@ -151,6 +156,7 @@ CASES = {
     },
     "generate, the rest": functools.partial(generated, REST),
     "stream, the rest": functools.partial(streamed, REST),
+    "generate, experts": functools.partial(generated, EXPERTS, MIXTURE),
     "sample": functools.partial(
         generated, None, seed=-3, sampling=Sampling(temperature=1.0, top_k=20, top_p=0.9)
     ),
@@ -244,24 +250,26 @@ PRECISIONS = pytest.mark.parametrize("default", ["bfloat16", "high"])
 
 
 @PRECISIONS
-@pytest.mark.parametrize("name", [*filter(RECIPES.get, RECIPES), "rest", "samples"])
+@pytest.mark.parametrize("name", [*filter(RECIPES.get, RECIPES), "rest", "samples", "experts"])
 def test_quantizing_asks_for_its_precision_itself(name, default):
     """On a TPU the default multiplies in bfloat16, as coarse as a rounding step; on a CPU each
     multiplies in float32, so that what is asked for is all there is to see."""
-    recipe = {**RECIPES, "rest": REST, "samples": SAMPLES}[name]
+    recipe = {**RECIPES, "rest": REST, "samples": SAMPLES, "experts": EXPERTS}[name]
+    model = MIXTURE if name == "experts" else MODEL
     tokens = jax.ShapeDtypeStruct((1, 24), jnp.int32)
     seen = jax.eval_shape(
-        functools.partial(observe_tokens, config=CONFIG, reads=recipe.reads), MODEL.params, tokens
-    )
+        functools.partial(observe_tokens, config=model.config, reads=recipe.reads),
+        model.params, tokens,
+    )  # fmt: skip
 
     def quantized(params, seen, x):
         observed = observe(x, jnp.ones(x.shape[:2], bool), recipe.reads)
-        prior = prior_from_weights(params, config=CONFIG, reads=recipe.reads)
+        prior = prior_from_weights(params, config=model.config, reads=recipe.reads)
         factors = static_factors(params, recipe, seen)
         return quantize_tree(params, recipe, seen, factors), prior, observed
 
     with jax.default_matmul_precision(default):
-        made = jax.make_jaxpr(quantized)(MODEL.params, seen, jnp.ones((1, 24, 32)))
+        made = jax.make_jaxpr(quantized)(model.params, seen, jnp.ones((1, 24, 32)))
     found = [eqn.params["precision"] for eqn in products(made.jaxpr)]
     assert found
     assert set(found) == {(jax.lax.Precision.HIGHEST,) * 2}

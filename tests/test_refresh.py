@@ -46,7 +46,7 @@ def offline(recipe):
 def read(prompts, offline, recipe):
     batch, length = prompts.tokens.shape
     cache = empty_cache(CONFIG, batch, length + CAPACITY, jnp.float32)
-    hidden, cache, packed, moments = prefill(
+    hidden, cache, packed, moments, _ = prefill(
         PARAMS, prompts, cache, config=CONFIG, recipe=recipe, offline=offline
     )
     return last_hidden(hidden, prompts), cache, packed, moments
@@ -116,7 +116,7 @@ def test_a_refreshing_program_is_the_loop_by_hand_and_compiles_once():
     before, changed = generate_tokens._cache_size(), []
     for prompts, limit in zip(batches, (CAPACITY, 10, 1), strict=True):
         dynamic, static = arguments(prompts, REFRESHING, given, limit, eos)
-        out, counts, finite, moments = generate_tokens(*dynamic, **static)
+        out, counts, finite, moments, _ = generate_tokens(*dynamic, **static)
         want, real, last = by_hand(prompts, REFRESHING, given, limit, eos)
         assert counts.tolist() == real.tolist()
         assert finite

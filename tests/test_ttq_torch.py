@@ -62,7 +62,9 @@ def jax_quantize_and_score(params, window, offline, *, config, recipe, protocol)
     length = protocol.prompt_tokens if protocol.kind == "causal" else protocol.window
     cache = empty_cache(config, 1, length, jnp.float32)
     prompts = Prompts(window[None, :length], jnp.ones((1, length), bool))
-    _, _, packed, _ = prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)
+    _, _, packed, *_ = prefill(
+        params, prompts, cache, config=config, recipe=recipe, offline=offline
+    )
     nll = score_window(params, window, offline, config=config, recipe=recipe, protocol=protocol)
     return {n: dense_weight(k) for n, k in kernels(packed["layers"]).items()}, nll
 

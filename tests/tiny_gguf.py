@@ -11,7 +11,7 @@ _NAMES = {
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
 _PRE_NORM = {"post_attention_layernorm": "ffn_norm"}
 _SANDWICH = {
@@ -38,6 +38,12 @@ def tensors_of(model, arch: str) -> dict[str, np.ndarray]:
             continue
         module, kind = name.rsplit(".", 1)
         block = ""
+        if module.endswith("mlp.experts"):
+            array = value.numpy().copy()
+            halves = dict(zip(("gate", "up"), np.split(array, 2, axis=1), strict=True))
+            for part, one in (halves if kind == "gate_up_proj" else {"down": array}).items():
+                out[f"blk.{module.split('.')[2]}.ffn_{part}_exps.weight"] = one
+            continue
         if module.startswith("model.layers."):
             layer, module = module.removeprefix("model.layers.").split(".", 1)
             block = f"blk.{layer}."
@@ -77,7 +83,12 @@ def header_of(model, arch: str) -> dict:
         keys["embedding_scale"] = c.embedding_multiplier
         keys["residual_scale"] = c.residual_multiplier
         keys["logit_scale"] = c.logits_scaling
-    return {f"{arch}.{k}": v for k, v in keys.items()}
+    experts = getattr(c, "num_local_experts", 0)
+    if experts:
+        keys["expert_count"] = experts
+        keys["expert_used_count"] = c.num_experts_per_tok
+        keys["expert_feed_forward_length"] = getattr(c, "moe_intermediate_size", None)
+    return {f"{arch}.{k}": v for k, v in keys.items() if v is not None}
 
 
 def random_llama(width: int = 64) -> tuple[dict, dict[str, np.ndarray]]:

@@ -32,6 +32,9 @@ _TWO_THETAS = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 
+_EXPERTS = _BASE | {"num_experts": 8, "num_experts_per_tok": 3}
+_QWEN3_MOE = _EXPERTS | {"head_dim": 24, "moe_intermediate_size": 40, "norm_topk_prob": True}
+
 # name: (transformers' config class, its arguments)
 VARIANTS = {
     "llama-gqa-untied": ("LlamaConfig", _BASE),
@@ -112,6 +115,23 @@ VARIANTS = {
     ),
     "granite-untied-biases": (
         "GraniteConfig", _BASE | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE),
+    "qwen3-moe-raw-weights-window": (
+        "Qwen3MoeConfig",
+        _QWEN3_MOE
+        | {
+            "norm_topk_prob": False, "attention_bias": True, "tie_word_embeddings": True,
+            "use_sliding_window": True, "sliding_window": 4,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig", _BASE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral-window": ("MixtralConfig", _BASE | {"sliding_window": 4, "num_local_experts": 3}),
+    "olmoe": ("OlmoeConfig", _EXPERTS),
+    "olmoe-normed-weights": (
+        "OlmoeConfig", _EXPERTS | {"norm_topk_prob": True, "num_key_value_heads": 4},
     ),
     "opt": ("OPTConfig", _OPT),
     "opt-350m": ("OPTConfig", _OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),

@@ -197,7 +197,10 @@ class ModelConfig:
       n_heads: N, query heads.
       n_kv_heads: K, key and value heads; divides N.
       head_dim: H.
-      d_ff: F, width of the feed-forward layer.
+      d_ff: F, width of the feed-forward layer; of each expert's where there are experts.
+      n_experts: E, feed-forward layers that a router chooses from; 0 for one, without a router.
+      experts_per_token: how many of them each token runs through.
+      norm_topk: whether the router's weights of the chosen ones are made to sum to one.
       max_positions: longest context the model was made for, tokens.
       embed_dim: width of the token embedding; differs from D only in OPT-350M, which projects.
       norm: "rms" (x̂·w), "rms_plus_one" (x̂·(1+w), Gemma) or "layer" (mean and bias, OPT).
@@ -242,6 +245,9 @@ class ModelConfig:
     max_positions: int
     query_scale: float
     embed_dim: int
+    n_experts: int = _added(0)
+    experts_per_token: int = _added(0)
+    norm_topk: bool = _added(False)
     norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_placement: Literal["pre", "post", "branch", "sandwich"] = "pre"
@@ -273,6 +279,11 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"n_kv_heads must divide n_heads, got {self.n_kv_heads} and {self.n_heads}"
+            )
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ConfigError(
+                f"experts_per_token: expected 1 to {self.n_experts}, the number of experts, got "
+                f"{self.experts_per_token}"
             )
         if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"rope needs an even head_dim, got {self.head_dim}")

@@ -74,7 +74,7 @@ def _read(
     """The layers that a prompt makes, and its keys and values."""
     batch, length = prompts.tokens.shape
     cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
-    _, cache, tree, _ = prefill(
+    _, cache, tree, *_ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     real = prompts.valid[None, :, :, None, None]

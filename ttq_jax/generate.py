@@ -36,7 +36,7 @@ _STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
 def read(
     params: Params, prompts: Prompts, offline: Offline, key: Array, *, config: ModelConfig,
     recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
-) -> tuple[Params, dict[str, Moments], Decoding]:  # fmt: skip
+) -> tuple[Params, dict[str, Moments], Decoding, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, up to their answers' first token.
 
     Args:
@@ -51,19 +51,20 @@ def read(
       eos_ids: see there.
 
     Returns:
-      The tree to decode from, the moments so far, and the answers.
+      The tree to decode from, the moments so far, the answers, and the share of experts that no
+      token reached, None for a model without.
     """
     batch, length = prompts.tokens.shape
     dtype = params["embed"]["embedding"].dtype
     cache = empty_cache(config, batch, length + capacity, dtype)
-    hidden, cache, packed, moments = prefill(
+    hidden, cache, packed, moments, unreached = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     state = begin(
         packed, cache, last_hidden(hidden, prompts), key, config=config, sampling=sampling,
         capacity=capacity, eos_ids=eos_ids,
     )  # fmt: skip
-    return packed, moments, state
+    return packed, moments, state, unreached
 
 
 def answer(
@@ -103,11 +104,13 @@ def answer(
 def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
     capacity: int, **how: Any,
-) -> tuple[Array, Array, Array, dict[str, Moments]]:  # fmt: skip
+) -> tuple[Array, Array, Array, dict[str, Moments], Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, from the first token to the last."""
-    packed, moments, state = read(params, prompts, offline, key, capacity=capacity, **how)
+    packed, moments, state, unreached = read(
+        params, prompts, offline, key, capacity=capacity, **how
+    )
     _, moments, state = answer(params, packed, moments, state, offline, key, limit, **how)
-    return state.out, state.counts, state.finite, carried(how["recipe"], moments)
+    return state.out, state.counts, state.finite, carried(how["recipe"], moments), unreached
 
 
 def carried(recipe: Recipe | None, moments: dict[str, Moments]) -> dict[str, Moments]:
@@ -134,7 +137,9 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments]]:
+) -> tuple[
+    Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments], Array | None
+]:
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:
@@ -150,8 +155,9 @@ def generate_tokens(
       eos_ids: tokens that end a row.
 
     Returns:
-      New tokens; per row how many of them count; whether all logits are finite; and the moments
-      for a conversation's next turn, {} for recipes without a decay.
+      New tokens; per row how many of them count; whether all logits are finite; the moments for a
+      conversation's next turn, {} for recipes without a decay; and the share of the experts that
+      the prompts did not reach, see `prefill`.
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
@@ -160,9 +166,10 @@ def generate_tokens(
     if recipe is None or recipe.batch == "pooled":
         return run(params, prompts, offline, key, limit)
     rows, keys = separately(prompts, key)
-    one = lambda row, k: run(params, row, offline, k, limit)[:3]  # noqa: E731
-    out, counts, finite = jax.vmap(one)(rows, keys)
-    return out[:, 0], counts[:, 0], jnp.all(finite), {}
+    one = lambda row, k: run(params, row, offline, k, limit)  # noqa: E731
+    out, counts, finite, _, unreached = jax.vmap(one)(rows, keys)
+    unreached = None if unreached is None else jnp.mean(unreached)
+    return out[:, 0], counts[:, 0], jnp.all(finite), {}, unreached
 
 
 def arguments(
@@ -238,6 +245,7 @@ def program(
 def made_of(
     model: Model, recipe: Recipe | None, offline: Offline, rows: Sequence[Sequence[int]],
     new: list[list[int]], stopped: list[str], moments: dict[str, Moments], seconds: float,
+    unreached: float | None,
 ) -> Generation:  # fmt: skip
     """The result for some answers.
 
@@ -250,6 +258,7 @@ def made_of(
       stopped: see `Generation`.
       moments: see `Generation`.
       seconds: see `Generation`.
+      unreached: see `Generation.unreached_experts`.
 
     Returns:
       The result.
@@ -264,6 +273,7 @@ def made_of(
         model_bits=model_bits(shapes),
         seconds=seconds,
         moments=moments,
+        unreached_experts=unreached,
     )
 
 
@@ -312,6 +322,7 @@ def generate(
     start, asked = time.perf_counter(), ask(model, texts, chat=chat)
     made: list[list[int]] = []
     moments: dict[str, Moments] = {}
+    shares: list[float] = []
     for at in range(0, len(asked.rows), batch_size):
         if moments and offline is not None:
             offline = dataclasses.replace(offline, carried=moments)
@@ -319,13 +330,22 @@ def generate(
             model, asked.part(at, at + batch_size), recipe=recipe, offline=offline,
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
         )  # fmt: skip
-        *new, moments = run(max_new_tokens)
+        *new, moments, unreached = run(max_new_tokens)
         tokens, counts, finite = jax.device_get(new)
+        shares += [] if unreached is None else [float(jax.device_get(unreached))] * len(counts)
         if not finite:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         made += [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
     assert offline is not None
     stopped = ["end" if len(ids) < max_new_tokens else "limit" for ids in made]
     return made_of(
-        model, recipe, offline, asked.rows, made, stopped, moments, time.perf_counter() - start
+        model,
+        recipe,
+        offline,
+        asked.rows,
+        made,
+        stopped,
+        moments,
+        time.perf_counter() - start,
+        unreached=float(np.mean(shares)) if shares else None,
     )

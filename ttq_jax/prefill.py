@@ -5,7 +5,6 @@ and unpacked codes are alive at a time. Where a kernel does the rounding, each w
 for both the product with the prompt and the codes.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +14,30 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.experts import Routed, for_each_expert, routed_linear
 from ttq_jax.linear import add_bias, linear
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, plain
-from ttq_jax.quant.moments import Reads, observe
+from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.source import Source, blend
-from ttq_jax.quant.tree import gather_widths, quantize_layer, quantize_tree, replace_kernels
-from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, Stacked
+from ttq_jax.quant.source import blend, blend_all, blend_expert
+from ttq_jax.quant.tree import (
+    at_its_width,
+    gather_widths,
+    quantize_layer,
+    quantize_tree,
+    replace_kernels,
+)
+from ttq_jax.types import (
+    EXPERT_SITES,
+    SITE_OF,
+    Cache,
+    Moments,
+    Offline,
+    Params,
+    Prompts,
+    Stacked,
+)
 
 
 def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
@@ -33,14 +48,22 @@ def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array,
 
 
 def observing(valid: Bool[Array, "B T"], reads: Reads) -> Callable[..., Any]:
-    """A `Project` that multiplies and keeps the moments of each site's input."""
+    """A `Project` that multiplies and keeps the moments of each site's input, or expert's."""
 
     def project(
-        site: str, x: Array, weights: dict[str, Params]
+        site: str, x: Array | Routed, weights: dict[str, Params]
     ) -> tuple[dict[str, Array], Moments]:
-        return plain(site, x, weights)[0], observe(x, valid, reads)
+        def make(expert: Array | None, _: None) -> Moments:
+            return observe_expert(x, valid, reads, expert)
+
+        return plain(site, x, weights)[0], for_each_expert(make, None, n_experts(x))
 
     return project
+
+
+def n_experts(x: Array | Routed) -> int | None:
+    """How many experts these activations are sorted by; None for plain ones."""
+    return x.n_experts if isinstance(x, Routed) else None
 
 
 def prefill(
@@ -51,7 +74,7 @@ def prefill(
     config: ModelConfig,
     recipe: Recipe | None,
     offline: Offline,
-) -> tuple[Float[Array, "B T D"], Cache, Params, dict[str, Moments]]:
+) -> tuple[Float[Array, "B T D"], Cache, Params, dict[str, Moments], Float[Array, ""] | None]:
     """Reads the prompts and quantizes the weights on the way.
 
     Args:
@@ -63,12 +86,35 @@ def prefill(
       offline: what the recipe needs besides the prompt.
 
     Returns:
-      Final hidden states, the cache, the tree to decode from, and per site the moments so far,
-      stacked over the layers, without the prior ({} unless `recipe.source.keeps`).
+      Final hidden states, the cache, the tree to decode from; per site the moments so far, stacked
+      over the layers, without the prior ({} unless `recipe.source.keeps`); and the share of the
+      experts that no token reached, which were quantized by the prior (None where there are no
+      experts, or the recipe reads nothing of the prompt).
 
     Raises:
-      ValueError: the tree is packed already.
+      ValueError: the tree is packed already, or `offline` has no prior for experts.
     """
+    if config.n_experts and recipe is not None and offline.packed is None:
+        selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
+        lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
+        if _reads_prompt(recipe) and lacking:
+            raise ValueError(
+                f"{lacking[0]}: expected a prior for experts that no token reaches, got none; pass "
+                "what prepare() returns as offline"
+            )
+    return _prefill(params, prompts, cache, config, recipe, offline)
+
+
+def _reads_prompt(recipe: Recipe) -> bool:
+    """Whether what the weights become depends on the prompt."""
+    return recipe.source.of == "prompt" and recipe.reads != Reads()
+
+
+def _prefill(
+    params: Params, prompts: Prompts, cache: Cache, config: ModelConfig, recipe: Recipe | None,
+    offline: Offline,
+) -> tuple[Array, Cache, Params, dict[str, Moments], Array | None]:  # fmt: skip
+    """`prefill`, also for shapes alone, to which no prior matters."""
     length = prompts.tokens.shape[1]
 
     def read(tree: Params, **project: Any) -> tuple[Array, Cache, dict[str, Any]]:
@@ -78,34 +124,70 @@ def prefill(
         packed = params if offline.packed is None else offline.packed
         reader = params if recipe is None or recipe.prefill == "full" else packed
         hidden, cache, _ = read(reader)
-        return hidden, cache, packed, {}
-    source = recipe.source
+        return hidden, cache, packed, {}, None
+    project = quantizing(prompts.valid, config, recipe)
+    hidden, cache, kept = read(params, project=project, per_layer=offline)
+    packed = {name: kernel for site, *_ in kept.values() for name, kernel in site.items()}
+    moments = {site: seen for site, (_, seen, _) in kept.items() if seen is not None}
+    shares = [jnp.mean(share) for _, _, share in kept.values() if share is not None]
+    tree = replace_kernels(params, gather_widths(packed, recipe))
+    return hidden, cache, tree, moments, shares[0] if shares else None
+
+
+def quantizing(
+    valid: Bool[Array, "B T"], config: ModelConfig, recipe: Recipe
+) -> Callable[..., Any]:
+    """A `Project` that observes, quantizes and multiplies, given a layer's `Offline`.
+
+    Args:
+      valid: the prompts' real tokens.
+      config: the model's.
+      recipe: how to quantize.
+
+    Returns:
+      It keeps (packed weights; moments or None; share of unreached experts or None).
+    """
+    source, reads_prompt = recipe.source, _reads_prompt(recipe)
 
     def project(
-        site: str, x: Array, weights: dict[str, Params], layer: Offline
-    ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None]]:
-        seen, moments = None, layer.moments.get(site)
-        if source.of == "prompt":
-            seen = observe(x, prompts.valid, recipe.reads)
-            if site in layer.carried:
-                seen = seen + layer.carried[site].scaled(source.decay)
-            moments = blend(seen, moments, source)
+        site: str, x: Any, weights: dict[str, Params], layer: Offline
+    ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None, Array | None]]:
         stacks, at = _dense({n: w["kernel"] for n, w in weights.items() if recipe.selects(n)})
-        ys: dict[str, Array] = {}
-        packed: dict[str, Any] = {}
-        if stacks:
-            ys, packed = quantize_layer(stacks, moments, recipe, layer.low_rank, layer=at, x=x)
-        for name, w in weights.items():
-            if name in ys:
-                ys[name] = add_bias(ys[name], w.get("bias")).astype(x.dtype)
-            else:
-                ys[name] = linear(x, w["kernel"], w.get("bias"))
-        return ys, (packed, seen if source.keeps else None)
+        routed = isinstance(x, Routed)
 
-    hidden, cache, kept = read(params, project=project, per_layer=offline)
-    packed = {name: kernel for site, _ in kept.values() for name, kernel in site.items()}
-    moments = {site: seen for site, (_, seen) in kept.items() if seen is not None}
-    return hidden, cache, replace_kernels(params, gather_widths(packed, recipe)), moments
+        def make(expert: Array | None, mine: tuple) -> tuple[dict, dict, Moments | None]:
+            moments, carried, low_rank = mine
+            seen = None
+            if source.of == "prompt":
+                seen = observe_expert(x, valid, recipe.reads, expert)
+                if carried is not None:
+                    seen = seen + carried.scaled(source.decay)
+                mix = blend if expert is None else blend_expert
+                moments = mix(seen, moments, source)
+            if not stacks:
+                return {}, {}, seen
+            beside = None if routed else x
+            ys, packed = quantize_layer(
+                stacks, moments, recipe, low_rank, layer=at, expert=expert, x=beside
+            )
+            return ys, packed, seen
+
+        factors = {name: layer.low_rank[name] for name in stacks if name in layer.low_rank}
+        mine = (layer.moments.get(site), layer.carried.get(site), factors)
+        ys, packed, seen = for_each_expert(make, mine, n_experts(x))
+        if routed:
+            made = packed if recipe.prefill == "quantized" else {}
+            ys = routed_linear(x, weights | _as_weights(made, recipe, config.n_layers, at))
+        for name, w in weights.items():
+            if name not in ys:
+                ys[name] = linear(x, w["kernel"], w.get("bias"))
+            elif not routed:
+                ys[name] = add_bias(ys[name], w.get("bias")).astype(x.dtype)
+        none_seen = routed and reads_prompt and stacks
+        unreached = jnp.mean(seen.count == 0, dtype=jnp.float32) if none_seen else None
+        return ys, (packed, seen if source.keeps else None, unreached)
+
+    return project
 
 
 def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
@@ -124,6 +206,16 @@ def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
     return {name: kernel.kernels for name, kernel in kernels.items()}, layer
 
 
+def _as_weights(
+    packed: dict[str, Any], recipe: Recipe, n_layers: int, layer: Any
+) -> dict[str, Params]:
+    """One layer's packed experts as a site's weights."""
+    return {
+        name: {"kernel": at_its_width(name, one, recipe, n_layers, layer)}
+        for name, one in packed.items()
+    }
+
+
 def requantize(
     params: Params, seen: dict[str, Moments], recipe: Recipe, offline: Offline
 ) -> Params:
@@ -139,8 +231,7 @@ def requantize(
       The tree with packed kernels.
     """
     moments = {
-        site: jax.vmap(lambda s, p: blend(s, p, recipe.source))(one, offline.moments.get(site))
-        for site, one in seen.items()
+        site: blend_all(one, offline.moments.get(site), recipe.source) for site, one in seen.items()
     }
     return quantize_tree(params, recipe, moments, offline.low_rank)
 
@@ -159,7 +250,13 @@ def decoded_shapes(
     Returns:
       A tree of `jax.ShapeDtypeStruct`; `effective_bits` and `stored_bytes` take it.
     """
-    return _shapes(params, config, recipe, offline)[2]
+
+    def run(params: Params, offline: Offline) -> Params:
+        cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
+        prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
+        return _prefill(params, prompts, cache, config, recipe, offline)[2]
+
+    return jax.eval_shape(run, params, offline)
 
 
 def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str, Moments]:
@@ -173,23 +270,12 @@ def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str,
     Returns:
       Per site, stacked over the layers; what `Offline.carried` takes.
     """
-    # Factors and priors change no moment's shape.
-    plain_recipe = dataclasses.replace(
-        recipe, low_rank=dataclasses.replace(recipe.low_rank, rank=0, weighted=False),
-        moments=Source(decay=1.0),
-    )  # fmt: skip
-    shapes = _shapes(params, config, plain_recipe, Offline())[3]
-    return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
 
-
-def _shapes(
-    params: Params, config: ModelConfig, recipe: Recipe | None, offline: Offline
-) -> tuple[Any, Any, Params, dict[str, Moments]]:
-    """What `prefill` returns, as shapes."""
-
-    def run(params: Params, offline: Offline) -> tuple[Any, Any, Params, dict[str, Moments]]:
+    def run(params: Params) -> dict[str, Moments]:
+        valid = jnp.ones((1, 1), bool)
         cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
-        prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
-        return prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)
+        see = observing(valid, recipe.reads)
+        return forward(config, params, valid.astype(jnp.int32), valid, cache, project=see)[2]
 
-    return jax.eval_shape(run, params, offline)
+    shapes = jax.eval_shape(run, params)
+    return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))

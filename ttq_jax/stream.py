@@ -48,11 +48,13 @@ class Begun:
       packed: the quantized projections by name; {} for an unquantized model, or one packed ahead.
       moments: per site, of everything read so far; {} unless the recipe keeps them.
       key: for every draw of the answers.
+      unreached: float32[], the share of experts that no token reached; None without experts.
     """
 
     packed: dict[str, Any]
     moments: dict[str, Moments]
     key: Leaf
+    unreached: Leaf
 
 
 def _quantized(tree: Params) -> dict[str, Any]:
@@ -97,12 +99,12 @@ def start(
     """
 
     def one(prompts: Prompts, key: Array) -> tuple[Begun, Decoding]:
-        tree, moments, state = read(
+        tree, moments, state, unreached = read(
             params, prompts, offline, key, config=config, recipe=recipe, sampling=sampling,
             capacity=capacity, eos_ids=eos_ids,
         )  # fmt: skip
         packed = {} if offline.packed is not None else _quantized(tree)
-        return Begun(packed, moments, key), state
+        return Begun(packed, moments, key, unreached), state
 
     if recipe is None or recipe.batch == "pooled":
         return one(prompts, key)
@@ -147,7 +149,7 @@ def go_on(
             params, replace_kernels(base, begun.packed), begun.moments, state, offline, begun.key,
             limit, config=config, recipe=recipe, sampling=sampling, eos_ids=eos_ids,
         )  # fmt: skip
-        new = None if tree is None else Begun(_quantized(tree), moments, begun.key)
+        new = None if tree is None else Begun(_quantized(tree), moments, begun.key, begun.unreached)
         return new, state
 
     if recipe is None or recipe.batch == "pooled":
@@ -240,10 +242,11 @@ class Stream:
         """
         stopped = "end" if len(self._new) < self._limit else "limit"
         recipe = self._how["recipe"]
-        moments = carried(recipe, self._begun.moments)
+        moments, share = carried(recipe, self._begun.moments), self._begun.unreached
         return made_of(
             self._model, recipe, self._offline, self._rows, [self._new],
             [stopped if self._ended else "caller"], moments, time.perf_counter() - self._began,
+            None if share is None else float(np.mean(jax.device_get(share))),
         )  # fmt: skip
 
 

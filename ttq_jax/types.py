@@ -31,6 +31,9 @@ SITES: dict[str, tuple[str, ...]] = {
     "mlp_out": ("down",),
 }
 
+# Those of the feed-forward layer, of which a mixture of experts has several.
+EXPERT_SITES = ("mlp_in", "mlp_out")
+
 SITE_OF = {name: site for site, names in SITES.items() for name in names}
 
 
@@ -373,6 +376,8 @@ class Generation:
       stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
       seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
+      unreached_experts: mean share of the experts that a prompt did not reach, quantized by the
+        prior; None without experts, or for recipes that read nothing of a prompt.
     """
 
     tokens: list[list[int]]
@@ -383,3 +388,4 @@ class Generation:
     model_bits: float
     seconds: float
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
+    unreached_experts: float | None = None

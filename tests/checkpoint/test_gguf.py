@@ -32,6 +32,10 @@ CASES = {
     "granite-untied-biases": ("granite", {}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied-biases": ("qwen3", {}),
+    "qwen3-moe": ("qwen3moe", {}),
+    # Mixtral's files, too, call themselves Llama's.
+    "mixtral": ("llama", {"llama.rope.dimension_count": 16}),
+    "olmoe": ("olmoe", {}),
 }  # fmt: skip
 
 
@@ -116,6 +120,20 @@ def test_llama3_scaling_is_recognized_from_its_factors(tmp_path, monkeypatch):
         load(tmp_path / "n.gguf")
 
 
+def test_quantized_experts_load_as_their_dequantized_weights(tmp_path):
+    reference = make_model("olmoe")
+    header = header_of(reference, "olmoe") | tokenizer_header(VOCAB)
+    tensors = tensors_of(reference, "olmoe")
+    names = [n for n in tensors if "_exps" in n]
+    write_gguf(tmp_path / "q.gguf", "olmoe", header, tensors, dict.fromkeys(names, "Q8_0"))
+    code, model = gguf.GGMLQuantizationType.Q8_0, load(tmp_path / "q.gguf")
+    for part in ("gate", "up", "down"):
+        for layer, got in enumerate(np.asarray(model.params["layers"][part]["kernel"])):
+            stored = gguf.quants.quantize(tensors[f"blk.{layer}.ffn_{part}_exps.weight"], code)
+            want = gguf.quants.dequantize(stored, code).swapaxes(1, 2)
+            np.testing.assert_array_equal(got, want)
+
+
 @pytest.fixture
 def parts():
     reference = make_model("llama-gqa-untied")
@@ -171,7 +189,20 @@ def test_any_truncation_is_refused(parts, tmp_path):
         ({"llama.odd_key": 1}, r"unknown key llama\.odd_key: .* pass --ignore-key llama\.odd_key"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not implemented"),
         ({"llama.rope.scaling.type": "su"}, "'su' is not implemented"),
-        ({"llama.expert_count": 8}, r"llama\.expert_count = 8 is not implemented"),
+        ({"llama.expert_count": 8}, r"expected the key 'llama\.expert_used_count'"),
+        ({"llama.expert_used_count": 2}, r"llama\.expert_used_count = 2 is not implemented"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 2},
+            r"missing tensors .*ffn_(gate_inp|\w+_exps)",
+        ),
+        (
+            {
+                "llama.expert_count": 8,
+                "llama.expert_used_count": 2,
+                "llama.expert_gating_func": 2,
+            },
+            r"llama\.expert_gating_func = 2 is not implemented",
+        ),
         ({"llama.rope.dimension_count": 8}, r"rope\.dimension_count = 8 is not implemented"),
         ({"llama.vocab_size": 1000}, r"llama\.vocab_size = 1000"),
         ({"split.count": 3}, "expected a whole model, but by its header it is part 0, counted"),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from ttq_jax.checkpoint import CheckpointError
 from ttq_jax.checkpoint.huggingface import read_config
 
 LLAMA_COMMON = {
@@ -192,6 +193,41 @@ RELEASED = {
         "do_layer_norm_before": True, "ffn_dim": 3072, "hidden_size": 768,
         "num_attention_heads": 12, "num_hidden_layers": 12, "word_embed_proj_dim": 768,
     },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mixtral",
+        "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "clip_qkv": None, "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 1024, "max_position_embeddings": 4096,
+        "model_type": "olmoe", "norm_topk_prob": False, "num_attention_heads": 16,
+        "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 50304,
+    },
     "opt-350m": OPT_COMMON | {
         "do_layer_norm_before": False, "ffn_dim": 4096, "hidden_size": 1024,
         "num_attention_heads": 16, "num_hidden_layers": 24, "word_embed_proj_dim": 512,
@@ -202,6 +238,7 @@ RELEASED = {
 FAMILY_OF = {
     "smollm2-135m": "llama", "gemma-3-270m": "gemma3", "gemma-3-4b": "gemma3",
     "qwen2.5-7b": "qwen2", "gemma-2-2b": "gemma2", "phi-3-mini-4k": "phi3", "olmo-2-7b": "olmo2",
+    "qwen3-30b-a3b": "qwen3_moe",
 }  # fmt: skip
 
 
@@ -225,6 +262,22 @@ def test_yarn(read):
     assert config.rope.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"num_local_experts": 64}, "num_experts and num_local_experts"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"num_experts_per_tok": 129}, "experts_per_token"),
+        ({"num_experts": 10**6}, "num_experts: expected an integer from 1 to 4096"),
+    ],
+)
+def test_other_mixtures_are_refused(change, name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED["qwen3-30b-a3b"] | change))
+    with pytest.raises(CheckpointError, match=name):
+        read_config(tmp_path)
+
+
 def test_what_they_leave_unsaid(read):
     assert read("llama-2-7b").rope.theta == 10000.0
     assert read("llama-3.2-1b").rope.scaling == "llama3"
@@ -237,6 +290,11 @@ def test_what_they_leave_unsaid(read):
     assert (read("phi-3-mini-4k").sliding_window, read("phi-3-mini-4k").head_dim) == (2047, 96)
     assert read("smollm3-3b").rotated_layers == (True, True, True, False) * 9
     assert read("olmo-2-7b").norm_placement == "branch"
+    large = read("qwen3-30b-a3b")
+    assert (large.n_experts, large.experts_per_token, large.d_ff) == (128, 8, 768)
+    assert large.norm_topk and not large.sliding_layers and large.qk_norm_over == "head"
+    assert read("mixtral-8x7b").norm_topk and read("mixtral-8x7b").n_experts == 8
+    assert not read("olmoe-1b-7b").norm_topk and read("olmoe-1b-7b").qk_norm_over == "all"
     granite = read("granite-3.3-2b")
     assert (granite.residual_scale, granite.logit_divisor) == (0.22, 8.0)
     small, large = read("gemma-3-270m"), read("gemma-3-4b")

@@ -19,6 +19,7 @@ from stores import (
     CONFIG,
     DECODED,
     LATER,
+    MIXTURE,
     MODEL,
     RTN,
     WINDOWS,
@@ -36,10 +37,10 @@ from ttq_jax.checkpoint.store import (
     save_conversation,
     save_offline,
 )
-from ttq_jax.offline.calibrate import calibrate
+from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.lowrank import LowRankRule
-from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.types import LowRank, MixedLinear, Offline, QuantizedLinear, kernels
 
 
@@ -51,6 +52,22 @@ def test_what_is_restored_decodes_as_before(tmp_path, case):
     assert same_bits(restored, offline)
     if case in DECODED:
         assert decoded(recipe, restored)[0] == decoded(recipe, offline)[0]
+
+
+EXPERTS = {
+    # For those that a prompt does not reach there is a prior, whatever the recipe says.
+    "prior for the unreached": preset("ttq", group_size=16, rank=2, select="layers/down"),
+    "gptq, widths": dataclasses.replace(CASES["gptq"], widths=CASES["awq, widths"].widths),
+    "prior from samples": CASES["prior from samples"],
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_restored(tmp_path, case):
+    recipe, offline = EXPERTS[case], prepare(MIXTURE, EXPERTS[case], WINDOWS)
+    assert offline.packed or offline.moments["mlp_out"].sums.shape[:2] == (2, 4)
+    save_offline(tmp_path / "store", MIXTURE, recipe, offline)
+    assert same_bits(load_offline(tmp_path / "store", MIXTURE, recipe), offline)
 
 
 def test_the_cases_hold_every_kind_of_thing():

@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+from stores import MIXTURE
 
 from ttq_jax.quant.names import DEFAULT, METHODS
 from ttq_jax.quant.recipe import PRESETS
@@ -45,6 +46,19 @@ def test_json_of_every_method(cli_json, tiny, text_file, method):
         assert got["recipe"]["grid"]["bits"] == 3
         (down,) = (g for g in told["groups"] if g["path"] == "layers/down/kernel")
         assert 3 < down["bits"] < 8
+
+
+def test_the_share_of_experts_without_a_token_is_told(cli, cli_json, monkeypatch):
+    monkeypatch.setattr("ttq_jax.commands.generate.load_model", lambda *_: (MIXTURE, None))
+    options = ["--model", "mixture", "--prompt", "x", "--max-new-tokens", 1]
+    options += ["--select", "layers/down", "--group-size", 16]
+    (got,) = cli_json("generate", *options)
+    # One token reaches two of four experts in each layer.
+    assert got["unreached_experts"] == 0.5
+    _, _, err = cli("generate", "--no-compilation-cache", *options)
+    assert "50% of the experts got no token of the prompt and were quantized by the prior" in err
+    (got,) = cli_json("generate", *options, "--method", "rtn")
+    assert "unreached_experts" not in got
 
 
 def test_options_reach_the_recipe(cli_json, tiny):

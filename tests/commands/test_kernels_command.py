@@ -1,5 +1,7 @@
 """`ttq kernels`: who serves which projection; it tells what a traced program then does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +14,7 @@ from ttq_jax.chips.released import RELEASED, params_shapes, released_config
 from ttq_jax.commands.kernels import listing, target_of
 from ttq_jax.commands.parsers import COMPILED
 from ttq_jax.generate import generate_tokens
+from ttq_jax.offline.prior import for_unreached
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts
@@ -132,13 +135,22 @@ def test_released_sizes_are_listed_without_their_weights(model):
     assert len(rows) == 2 * (6 if model == "opt-6.7b" else 7)
 
 
+LISTED = [
+    ("gemma-3-1b", {"bits": 3, "group_size": 96}), ("gemma-3-1b", {"batch": "per_prompt"}),
+    ("olmoe-1b-7b", {}),
+]  # fmt: skip
+
+
 @needs_compilers
 @pytest.mark.parametrize("chip", ["v5e", "h100", "t4"])
-@pytest.mark.parametrize("options", [{"bits": 3, "group_size": 96}, {"batch": "per_prompt"}])
-def test_the_list_is_what_a_traced_program_chooses(chip, options, monkeypatch):
+@pytest.mark.parametrize(("model", "options"), LISTED)
+def test_the_list_is_what_a_traced_program_chooses(chip, model, options, monkeypatch):
     recipe = preset("ttq", **options)
     dtype = "float16" if chip == "t4" else "bfloat16"
-    config = released_config("gemma-3-1b")
+    config = released_config(model)
+    params = params_shapes(config, dtype)
+    unreached = functools.partial(for_unreached, config=config, reads=recipe.reads)
+    offline = Offline(moments=jax.eval_shape(unreached, params, {}))
     traced = set()
     real = dispatch.choose
 
@@ -152,7 +164,7 @@ def test_the_list_is_what_a_traced_program_chooses(chip, options, monkeypatch):
     prompts = Prompts(shape((2, 64), jnp.int32), shape((2, 64), jnp.bool_))
     with tracing_for(chip):
         generate_tokens.trace(
-            params_shapes(config, dtype), prompts, Offline(),
+            params, prompts, offline,
             jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,
             recipe=recipe, sampling=Sampling(), capacity=5, eos_ids=(1,),
         )  # fmt: skip

@@ -7,7 +7,7 @@ from tiny_models import write_checkpoint
 import ttq_jax as ttq
 
 # Those whose blocks differ from Llama's in more than names.
-VARIANTS = ("gemma2", "phi3", "smollm3-list-sliding", "olmo2", "granite")
+VARIANTS = ("gemma2", "phi3", "smollm3-list-sliding", "olmo2", "granite", "olmoe")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -145,7 +145,7 @@ def test_every_kind_of_choice_in_the_one_program(name):
     ).compile()
     outs = []
     for row in random_rows([16, 5], seed=4):
-        out, counts, finite, _ = program(PARAMS, prompts_of([row], 16), offline, key, limit)
+        out, counts, finite, *_ = program(PARAMS, prompts_of([row], 16), offline, key, limit)
         assert counts.tolist() == [6]
         assert finite
         assert ((out >= 0) & (out < CONFIG.vocab_size)).all()

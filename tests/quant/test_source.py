@@ -47,7 +47,7 @@ def sums_of(row, site, layer, powers):
 @partial(jax.jit, static_argnames="recipe")
 def read(prompts, offline, recipe):
     cache = empty_cache(CONFIG, *prompts.tokens.shape, jnp.float32)
-    _, _, packed, moments = prefill(
+    _, _, packed, moments, _ = prefill(
         PARAMS, prompts, cache, config=CONFIG, recipe=recipe, offline=offline
     )
     return packed, moments

@@ -45,7 +45,7 @@ MIXED = {"grid": Grid(bits=4, group_size=16), "widths": RULES, "select": "layers
 @partial(jax.jit, static_argnames="recipe")
 def read(prompts, recipe, offline):
     cache = empty_cache(CONFIG, *prompts.tokens.shape, jnp.float32)
-    hidden, _, packed, _ = prefill(
+    hidden, _, packed, *_ = prefill(
         PARAMS, prompts, cache, config=CONFIG, recipe=recipe, offline=offline
     )
     return hidden, packed

@@ -7,6 +7,7 @@ exists.
 
 import dataclasses
 import fnmatch
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ from ttq_jax.models.family import Edit
 from ttq_jax.types import SITE_OF, Params
 
 Progress = Callable[[int, int, str], None]
-# (a layer's array to fill, tensor name, first row, row after the last)
-_Job = tuple[np.ndarray, str, int, int]
+# (a matrix to fill, tensor name, its first row there, first row to read, row after the last)
+_Job = tuple[np.ndarray, str, int, int, int]
 
 _SUFFIX = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bias": ".bias"}
 # Small enough for a chunk and its temporaries to stay in a core's cache.
@@ -41,12 +42,13 @@ class _Leaf:
     """One array of the tree and where its parts come from."""
 
     path: tuple[str, ...]
-    shape: tuple[int, ...]  # of one layer
-    names: tuple[str, ...]  # one per layer, or just one
-    stacked: bool
+    stack: tuple[int, ...]  # its axes over layers and experts
+    shape: tuple[int, ...]  # of one element of the stack
+    names: tuple[str, ...]  # one per element
     edit: Edit | None
     first: int = 0  # row of the tensor; below it are those of others, or of nobody
     stored_rows: int = 0
+    together: int = 0  # one layer's experts, if a tensor holds them all
 
     @property
     def transposed(self) -> bool:
@@ -61,7 +63,8 @@ class _Leaf:
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of each tensor in the file."""
         row = self.shape[-2::-1] if self.transposed else self.shape[1:]
-        return (self.stored_rows, *row)
+        experts = (self.together,) if self.together else ()
+        return (*experts, self.stored_rows, *row)
 
 
 def _leaves(
@@ -72,12 +75,14 @@ def _leaves(
     leaves = []
     for keys, spec in jax.tree_util.tree_leaves_with_path(tree):
         path = tuple(str(k.key) for k in keys)
-        module, stacked = ".".join(path[:-1]), path[0] == "layers"
+        module = ".".join(path[:-1])
         name = modules[module] + _SUFFIX[path[-1]]
-        layers = range(config.n_layers) if stacked else range(1)
-        names = tuple(name.replace("{i}", str(i)) for i in layers)
-        shape = spec.shape[1:] if stacked else spec.shape
-        leaves.append(_Leaf(path, shape, names, stacked, edits.get(module)))
+        own = 2 if path[-1] in {"kernel", "embedding"} else 1
+        stack, shape = spec.shape[: spec.ndim - own], spec.shape[spec.ndim - own :]
+        places = itertools.product(*map(range, stack))
+        names = tuple(name.format(**dict(zip("ie", at, strict=False))) for at in places)
+        together = stack[1] if len(stack) == 2 and "{e}" not in name else 0
+        leaves.append(_Leaf(path, stack, shape, names, edits.get(module), together=together))
     return _placed(leaves)
 
 
@@ -112,6 +117,7 @@ def _check_sizes(config: ModelConfig, source: Source) -> None:
         ("channels", max(config.d_model, config.embed_dim), longest),
         ("channels in all its heads", heads, longest),
         ("channels in the feed-forward layer", config.d_ff, longest),
+        ("experts", config.n_experts, longest),
         ("positions", 1 if config.rope else config.max_positions, longest),
     ):
         if size > most:
@@ -178,8 +184,8 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
     Raises:
       CheckpointError: a weight is NaN or infinite.
     """
-    out, name, start, stop = job
-    rows = source.read(name, leaf.first + start, leaf.first + stop)
+    out, name, first, start, stop = job
+    rows = source.read(name, first + start, first + stop)
     if not np.isfinite(rows).all():
         raise CheckpointError(
             f"{source.label}: tensor {name} holds NaN or infinity; expected finite weights. "
@@ -192,13 +198,15 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
 
 def _jobs(leaf: _Leaf, out: np.ndarray, head_dim: int) -> Iterator[_Job]:
     """Chunks of rows that one thread reads at a time."""
-    for i, name in enumerate(leaf.names):
-        part, n_rows = out[i] if leaf.stacked else out, leaf.rows
+    parts = out.reshape(len(leaf.names), *leaf.shape)
+    for i, (part, name) in enumerate(zip(parts, leaf.names, strict=True)):
+        n_rows = leaf.rows
+        first = leaf.first + (i % leaf.together * leaf.stored_rows if leaf.together else 0)
         step = n_rows if part.ndim == 1 else max(1, _CHUNK * n_rows // part.size)
         if leaf.edit == "unpermute":
             step = -(-step // head_dim) * head_dim
         for start in range(0, n_rows, step):
-            yield part, name, start, min(start + step, n_rows)
+            yield part, name, first, start, min(start + step, n_rows)
 
 
 def assemble(
@@ -236,8 +244,7 @@ def assemble(
     done = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for leaf in leaves:
-            layers = (config.n_layers,) if leaf.stacked else ()
-            out = _allocate((*layers, *leaf.shape), np.dtype(jnp.dtype(dtype)))
+            out = _allocate((*leaf.stack, *leaf.shape), np.dtype(jnp.dtype(dtype)))
             jobs = _jobs(leaf, out, config.head_dim)
             for size in pool.map(partial(_fill, source, leaf, config.head_dim), jobs):
                 done += size

@@ -17,6 +17,7 @@ from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
+from ttq_jax.models.sizes import GGUF_EXPERTS
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
@@ -146,7 +147,7 @@ def load_gguf(
             params = assemble(
                 config,
                 file,
-                family.gguf_modules,
+                {**family.gguf_modules, **(GGUF_EXPERTS if config.n_experts else {})},
                 family.gguf_edits,
                 ignored=(_ROPE_FACTORS, *_LONG_ROPE.values()),
                 dtype=dtype,

@@ -308,7 +308,7 @@ class GgufFile:
         """Rows start…stop-1 of a tensor; a vector is read whole.
 
         Args:
-          name: of the tensor, of one or two axes.
+          name: of the tensor; of more than two axes all but the last count as rows.
           start: first row.
           stop: row after the last.
 

@@ -13,11 +13,14 @@ from ttq_jax.models import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
+    olmoe,
     opt,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from ttq_jax.models.family import Family
@@ -26,7 +29,8 @@ from ttq_jax.types import Params
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY
     for module in (
-        llama, mistral, qwen2, qwen3, gemma2, gemma3, phi3, smollm3, olmo2, granite, opt,
+        llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, gemma3, phi3, smollm3, olmo2,
+        olmoe, granite, opt,
     )
 )  # fmt: skip
 

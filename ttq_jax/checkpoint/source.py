@@ -25,7 +25,7 @@ class Source(Protocol):
         """Tensor name to shape; weights are [d_out, d_in]."""
 
     def read(self, name: str, start: int, stop: int) -> Shaped[np.ndarray, " rows *row"]:
-        """Rows start…stop-1 of a tensor; safe to call from several threads."""
+        """Rows start…stop-1 of a tensor, all axes but the last taken as rows; thread-safe."""
 
 
 class RandomAccess:

@@ -286,7 +286,9 @@ def _check_parts(what: str, offline: Offline, recipe: Recipe) -> None:
     Raises:
       StoreError: something is missing, or holds something else.
     """
-    _check_moments(what, offline.moments, recipe, diagonal=recipe.source.prior == "weights")
+    # Without a prior of the recipe, those are moments for experts that a prompt does not reach.
+    profile = recipe.source.of == "prompt" and recipe.source.prior in {"weights", "none"}
+    _check_moments(what, offline.moments, recipe, diagonal=profile)
     _check_moments(what, offline.carried, recipe)
     if offline.packed is not None:
         return

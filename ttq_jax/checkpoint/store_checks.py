@@ -115,14 +115,15 @@ def check_packed(
 
 def _stands_for(kernel: Any, shape: tuple[int, ...], grids: tuple[Grid, ...]) -> bool:
     """Whether a packed kernel is one of that shape, each layer in its grid."""
-    n_layers, d_in, d_out = shape
+    n_layers, *experts, d_in, d_out = shape
     used, mixed = list(dict.fromkeys(grids)), isinstance(kernel, MixedLinear)
     stacks: tuple[QuantizedLinear, ...] = kernel.stacks if mixed else (kernel,)
     if mixed and not kernel.which.shape == kernel.slot.shape == (n_layers,):
         return False
+    dense = jax.vmap(jax.vmap(dense_weight) if experts else dense_weight)
     return len(stacks) == len(used) and all(
         (one.bits, one.group_size, one.d_in, one.d_out)
         == (grid.bits, grid.rows_per_group(d_in), d_in, d_out)
-        and jax.eval_shape(jax.vmap(dense_weight), one).shape == (grids.count(grid), d_in, d_out)
+        and jax.eval_shape(dense, one).shape == (grids.count(grid), *experts, d_in, d_out)
         for one, grid in zip(stacks, used, strict=True)
     )

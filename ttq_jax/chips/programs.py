@@ -4,6 +4,7 @@ Reading the prompt, quantizing and decoding are one executable; its parameters a
 no weight is needed. Its memory tells a user whether the model fits the chip, before any download.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from ttq_jax.chips.absent import CHIPS, compile_for
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
+from ttq_jax.offline.prior import for_unreached
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts
@@ -35,12 +37,16 @@ def compile_generate(
       The executable.
     """
     config = released_config(model)
+    params, moments = params_shapes(config), {}
+    if recipe is not None and recipe.source.of == "prompt":
+        see = partial(for_unreached, config=config, reads=recipe.reads)
+        moments = jax.eval_shape(see, params, {})
     shape = jax.ShapeDtypeStruct
     size = (batch, prompt_tokens)
     prompts = Prompts(shape(size, jnp.int32), shape(size, jnp.bool_))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return compile_for(
-        chip, generate_tokens, params_shapes(config), prompts, Offline(), key,
+        chip, generate_tokens, params, prompts, Offline(moments=moments), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
         capacity=new_tokens, eos_ids=(0,),
     )  # fmt: skip

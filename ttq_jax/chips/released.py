@@ -16,11 +16,14 @@ from ttq_jax.models import (
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
+    olmoe,
     opt,
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from ttq_jax.models.decoder import init_params
@@ -102,6 +105,25 @@ _SIZES: dict[str, tuple[Any, dict[str, Any]]] = {
         "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_theta": 10000000.0,
         "tie_word_embeddings": True, "vocab_size": 49159,
     }),
+    "qwen3-30b-a3b": (qwen3_moe, {
+        "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "moe_intermediate_size": 768, "norm_topk_prob": True,
+        "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "vocab_size": 151936,
+    }),
+    "mixtral-8x7b": (mixtral, {
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "vocab_size": 32000,
+    }),
+    "olmoe-1b-7b": (olmoe, {
+        "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 16, "num_key_value_heads": 16, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "vocab_size": 50304,
+    }),
     "opt-6.7b": (opt, {
         "activation_function": "relu", "do_layer_norm_before": True, "ffn_dim": 16384,
         "hidden_size": 4096, "max_position_embeddings": 2048, "num_attention_heads": 32,
@@ -144,7 +166,7 @@ def params_shapes(config: ModelConfig, dtype: jax.typing.DTypeLike = "bfloat16")
 
 
 def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The linear layers of one block.
+    """The linear layers of one block, or of one expert in it.
 
     Args:
       config: the model's.
@@ -153,4 +175,4 @@ def projections(config: ModelConfig) -> dict[str, tuple[int, int]]:
       {"q": (d_in, d_out), …}, in the order in which activations meet them.
     """
     found = kernels(params_shapes(config)["layers"])
-    return {name: found[name].shape[1:] for name in SITE_OF if name in found}
+    return {name: found[name].shape[-2:] for name in SITE_OF if name in found}

@@ -54,10 +54,17 @@ def _print_json(
                 "sampling": dataclasses.asdict(sampling),
                 "seed": args.seed or 0,
                 "batch_size": len(of),
+                **_experts_in_json(made),
                 # Of the batch, so in its first row alone.
                 "timings": timings.describe() if timings and not i else None,
             }
         )
+
+
+def _experts_in_json(made: Generation) -> dict[str, float]:
+    """The share of unreached experts, where there are any."""
+    share = made.unreached_experts
+    return {} if share is None else {"unreached_experts": round(share, 4)}
 
 
 def _tell(
@@ -69,6 +76,11 @@ def _tell(
     progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
     bits = made.effective_bits, made.model_bits
     progress.note(describe_method(args.method, recipe, *bits))
+    if made.unreached_experts is not None:
+        progress.note(
+            f"{made.unreached_experts:.0%} of the experts got no token of the prompt and were "
+            "quantized by the prior"
+        )
     if timings:
         progress.note(timings.in_words())
 

@@ -134,10 +134,15 @@ def _text(name: str, found: dict[str, Any], recipe_line: str) -> str:
     title, _ = CONTENTS.get(name, (name, ""))
     begin = [_token(t["bos_token"], t["bos_id"])] if t["adds_bos"] else []
     ends = list(map(_token, t["eos_tokens"], t["eos_ids"]))
+    each = f", {c['n_experts']} experts, {c['experts_per_token']} for each token"
     facts = [
         ["model", words.titled(title, found["format"])],
         ["family", found["family"]],
-        ["layers", f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"],
+        [
+            "layers",
+            f"{c['n_layers']} of width {c['d_model']}, feed-forward {c['d_ff']}"
+            + (each if c["n_experts"] else ""),
+        ],
         ["heads", f"{c['n_heads']} query, {c['n_kv_heads']} key/value, {c['head_dim']} wide"],
         ["context", f"{found['context']} tokens"],
         ["tokenizer", f"{t['vocab_size']} tokens"],

@@ -16,11 +16,13 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.experts import rows_per_block
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.scaling import NoScale
+from ttq_jax.types import EXPERT_SITES, SITE_OF
 
 
 def target_of(chip: str | None) -> Target:
@@ -56,18 +58,23 @@ def listing(
     # A recipe that reads no prompt is packed before it: there is no product beside.
     ahead = recipe.source.of != "prompt"
     pooled = batch if recipe.batch == "pooled" else 1
-    quantizer, quantizer_rows = ("quantize_pack", 0) if ahead else (
-        "prefill_quantize", pooled * prompt_tokens,
-    )  # fmt: skip
     rounding = recipe.rounding
     # Empty: a rounding without a kernel.
     shrinks = rounding.shrinks if isinstance(rounding, Nearest | ClipSearch) else ()
     sizes = projections(config)
     for name in recipe.selected(sizes):
         d_in, d_out = sizes[name]
+        routed = config.n_experts and SITE_OF[name] in EXPERT_SITES
+        # Which of the prompt's rows are an expert's is not known when its weight is rounded.
+        quantizer, quantizer_rows = ("quantize_pack", 0) if ahead or routed else (
+            "prefill_quantize", pooled * prompt_tokens,
+        )  # fmt: skip
+        read = pooled
+        if routed:
+            read = rows_per_block(pooled * config.experts_per_token, config.n_experts)
         for grid in dict.fromkeys(recipe.grids(name, config.n_layers)):
             group = grid.rows_per_group(d_in)
-            for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", pooled)):
+            for kernel, m in ((quantizer, quantizer_rows), ("packed_matmul", read)):
                 quantizes = kernel != "packed_matmul"
                 row: dict[str, Any] = {
                     "projection": name, "kernel": kernel, "bits": grid.bits, "m": m,

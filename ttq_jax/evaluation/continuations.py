@@ -75,7 +75,7 @@ def score_padded(
     together = 1 if every else min(count, _TOGETHER)
     slots = prompts.tokens.shape[1] + width - 1 + every
     cache = empty_cache(config, 1, slots, params["embed"]["embedding"].dtype)
-    hidden, filled, packed, seen = prefill(
+    hidden, filled, packed, seen, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     first = jnp.broadcast_to(last_hidden(hidden, prompts), (together, 1, hidden.shape[-1]))
@@ -220,7 +220,7 @@ def continue_until(
     # again for more; the first ones come out the same.
     upto = min(SMALLEST_BUCKET, limit) if until else limit
     while True:
-        tokens, counts, fine, _ = jax.device_get(run(jax.device_put(np.int32(upto))))
+        tokens, counts, fine, *_ = jax.device_get(run(jax.device_put(np.int32(upto))))
         if not fine:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])

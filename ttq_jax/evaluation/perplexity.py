@@ -144,7 +144,7 @@ def score_window(
     every = 0 if recipe is None else recipe.source.refresh
     dtype = params["embed"]["embedding"].dtype
     cache = empty_cache(config, 1, protocol.window + every, dtype)
-    hidden, filled, packed, seen = prefill(
+    hidden, filled, packed, seen, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     if protocol.kind == "window":

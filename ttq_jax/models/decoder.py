@@ -4,7 +4,8 @@ One idea keeps quantizers out of the model: a block never multiplies a weight it
 *sites* (the inputs of q,k,v; of o; of gate,up; of down) it passes its activations and the site's
 weights to `project`. Decoding passes `plain` for it; prefill, a function that also observes and
 quantizes; calibration, one that also observes. What `project` keeps, the scan stacks over the
-layers.
+layers. In a mixture of experts the activations of the last two sites come sorted by expert, as
+`Routed`, and kernels have one more leading axis.
 """
 
 import dataclasses
@@ -17,25 +18,34 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ttq_jax.config import ModelConfig, Rope
+from ttq_jax.config import ModelConfig
+from ttq_jax.experts import Routed, gather_tokens, routed_linear, sort_by_expert
 from ttq_jax.linear import linear
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
-from ttq_jax.models.layers import ACTIVATIONS, growth, make_norm, rotate, scaled, softcap
-from ttq_jax.types import SITES, Cache, Params, at_layer
+from ttq_jax.models.layer_constants import growths, layer_constants
+from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
+from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, at_layer
 
-# (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep)
-Project = Callable[[str, Array, dict[str, Params]], tuple[dict[str, Array], Any]]
+# (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
+# of `Routed` rows [N, R, d_in], y is [N, R, d_out]
+Project = Callable[[str, Array | Routed, dict[str, Params]], tuple[dict[str, Array], Any]]
 
 
-def plain(site: str, x: Array, weights: dict[str, Params]) -> tuple[dict[str, Array], None]:
+def plain(
+    site: str, x: Array | Routed, weights: dict[str, Params]
+) -> tuple[dict[str, Array], None]:
     """The simplest `Project`: multiply, keep nothing."""
     del site
+    if isinstance(x, Routed):
+        return routed_linear(x, weights), None
     return {name: linear(x, w["kernel"], w.get("bias")) for name, w in weights.items()}, None
 
 
-def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bool) -> Params:
-    """One projection's parameters, created at init and otherwise taken as they are.
+def _linear_params(
+    module: nn.Module, name: str, d_in: int, d_out: int, bias: bool, experts: int = 0
+) -> Params:
+    """One projection's parameters, or of all experts, created at init and else taken as they are.
 
     Flax compares a parameter's shape with its initializer's; a packed kernel has none, hence the
     second path.
@@ -44,7 +54,9 @@ def _linear_params(module: nn.Module, name: str, d_in: int, d_out: int, bias: bo
         return module.get_variable("params", name)
 
     def init(key: Array) -> Params:
-        kernel = nn.initializers.lecun_normal()(key, (d_in, d_out), jnp.float32)
+        shape = (experts, d_in, d_out) if experts else (d_in, d_out)
+        lecun = nn.initializers.lecun_normal(batch_axis=range(len(shape) - 2))
+        kernel = lecun(key, shape, jnp.float32)
         return {"kernel": kernel} | ({"bias": jnp.zeros(d_out, jnp.float32)} if bias else {})
 
     return module.param(name, init)
@@ -83,12 +95,32 @@ class Block(nn.Module):
             "down": (c.d_ff, c.d_model, c.mlp_bias),
         }
         names = [n for n in SITES[site] if n != "gate" or c.gated]
-        return {n: _linear_params(self, n, *shapes[n]) for n in names}
+        experts = c.n_experts if site in EXPERT_SITES else 0
+        return {n: _linear_params(self, n, *shapes[n], experts) for n in names}
+
+    def route(
+        self, x: Float[Array, "M D"], valid: Bool[Array, " M"]
+    ) -> tuple[Routed, Callable[[Array], Array]]:
+        """The tokens sorted by the experts that the router chooses, and what undoes the sorting."""
+        c = self.config
+
+        def init(key: Array) -> Params:
+            shape = (c.n_experts, c.d_model)
+            return {"embedding": nn.initializers.normal(0.02)(key, shape, jnp.float32)}
+
+        table = self.param("router", init)["embedding"]
+        scores = jnp.einsum("md,ed->me", x, table, preferred_element_type=jnp.float32)
+        weight, chosen = jax.lax.top_k(jax.nn.softmax(scores), c.experts_per_token)
+        if c.norm_topk:
+            weight = weight / jnp.sum(weight, axis=1, keepdims=True)
+        routed, place = sort_by_expert(x, chosen.astype(jnp.int32), valid, c.n_experts)
+        return routed, lambda rows: gather_tokens(rows, place, weight).astype(x.dtype)
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        valid: Bool[Array, "B T"],
         attention: Callable[[Array, Array, Array], tuple[Array, Any]],
         project: Project,
     ) -> tuple[Float[Array, "B T D"], Any, dict[str, Any]]:
@@ -96,6 +128,7 @@ class Block(nn.Module):
 
         Args:
           x: the residual stream.
+          valid: which tokens are real; the others reach no expert.
           attention: rotates, caches and attends: (q, k, v)[B, T, heads, H] -> mixed values and
             the updated cache.
           project: multiplies the weights of a site, see the module's docstring.
@@ -107,7 +140,7 @@ class Block(nn.Module):
         kept: dict[str, Any] = {}
         cache: Any = None
 
-        def visit(site: str, h: Array) -> dict[str, Array]:
+        def visit(site: str, h: Array | Routed) -> dict[str, Array]:
             ys, kept[site] = project(site, h, self.weights(site))
             return ys
 
@@ -127,60 +160,21 @@ class Block(nn.Module):
             mixed, cache = attention(q, k, v)
             return visit("attn_out", mixed.reshape(*h.shape[:2], -1))["o"]
 
-        def mlp_body(h: Array) -> Array:
+        def units(h: Array | Routed) -> Array:
             ys = visit("mlp_in", h)
             act = ACTIVATIONS[c.activation]
-            hidden = act(ys["gate"]) * ys["up"] if c.gated else act(ys["up"])
-            return visit("mlp_out", hidden)["down"]
+            return act(ys["gate"]) * ys["up"] if c.gated else act(ys["up"])
+
+        def mlp_body(h: Array) -> Array:
+            if not c.n_experts:
+                return visit("mlp_out", units(h))["down"]
+            routed, gather = self.route(h.reshape(-1, c.d_model), valid.reshape(-1))
+            hidden = dataclasses.replace(routed, rows=units(routed))
+            return gather(visit("mlp_out", hidden)["down"]).reshape(h.shape)
 
         x = self.sublayer("attn", x, attend_body)
         x = self.sublayer("mlp", x, mlp_body)
         return x, cache, kept
-
-
-def _layer_constants(config: ModelConfig) -> dict[str, Array]:
-    """What differs from layer to layer besides weights, stacked for the scan."""
-    sliding = np.array(config.sliding_layers or (False,) * config.n_layers)
-    far = np.iinfo(np.int32).max
-    constants = {
-        "layer": np.arange(config.n_layers, dtype=np.int32),
-        "window": np.where(sliding, config.sliding_window or far, far).astype(np.int32),
-    }
-    if config.rope is not None:
-        full = config.rope.inverse_frequencies(config.head_dim)
-        local = (config.rope_local or config.rope).inverse_frequencies(config.head_dim)
-        rotated = np.array(config.rotated_layers or (True,) * config.n_layers)
-        # At frequency zero nothing turns.
-        rope = np.where(sliding[:, None], local, full) * rotated[:, None]
-        constants["rope"] = rope.astype(np.float32)
-    return jax.tree.map(jnp.asarray, constants)
-
-
-def _ropes(config: ModelConfig) -> tuple[Rope, ...]:
-    """The rotations of full and of sliding layers; () for learned positions."""
-    return () if config.rope is None else (config.rope, config.rope_local or config.rope)
-
-
-def _rope_constants(config: ModelConfig) -> dict[str, Array]:
-    """What only some rotations have: a magnitude, and frequencies that depend on the length."""
-    ropes, constants = _ropes(config), {}
-    local = np.array(config.sliding_layers or (False,) * config.n_layers).astype(np.int32)
-    if any(rope.attention_factor != 1 for rope in ropes):
-        magnitudes = np.array([rope.attention_factor for rope in ropes], np.float32)
-        rotated = np.array(config.rotated_layers or (True,) * config.n_layers)
-        constants["magnitude"] = jnp.asarray(np.where(rotated, magnitudes[local], np.float32(1)))
-    if any(rope.grows for rope in ropes):
-        constants["local"] = jnp.asarray(local)
-    return constants
-
-
-def _growths(config: ModelConfig, cache: Cache) -> Array | None:
-    """Factors [2, B, R/2] on the frequencies of full and sliding layers; None if they are all 1."""
-    ropes = _ropes(config)
-    if not any(rope.grows for rope in ropes):
-        return None
-    lengths = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)
-    return jnp.stack([growth(rope, config.head_dim, lengths) for rope in ropes])
 
 
 def embed(
@@ -252,7 +246,7 @@ def forward(
     start, positions = cache.used, next_positions(cache, valid)
     cache = register(cache, positions, valid)
     x = embed(config, params, tokens, positions)
-    block, grown = Block(config), _growths(config, cache)
+    block, grown = Block(config), growths(config, cache)
 
     def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
         x, k_stack, v_stack = carry
@@ -286,15 +280,15 @@ def forward(
             )
             return mixed, (ks, vs)
 
-        def visit(site: str, h: Array, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
+        def visit(site: str, h: Any, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
             return project(site, h, w) if per_layer is None else project(site, h, w, extra)
 
-        out: Any = block.apply({"params": weights}, x, attention, visit)
+        out: Any = block.apply({"params": weights}, x, valid, attention, visit)
         x, stacks, kept = out
         return (x, *stacks), kept
 
     carry = (x, cache.k, cache.v)
-    constants = _layer_constants(config) | _rope_constants(config)
+    constants = layer_constants(config)
     kept: dict[str, Any] = {}
     if isinstance(params["layers"], tuple):
         for i, weights in enumerate(params["layers"]):
@@ -340,12 +334,12 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     names = ("embed", "positions", "in", "out", "head", "layers")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     normal = nn.initializers.normal(0.02, jnp.float32)
-    x = jnp.zeros((1, 1, config.d_model), jnp.float32)
+    x, valid = jnp.zeros((1, 1, config.d_model), jnp.float32), jnp.ones((1, 1), bool)
     one_layer = Block(config).init
 
     def init_layer(layer_key: Array) -> Params:
         attention = lambda q, k, v: (q, None)  # noqa: E731
-        return one_layer(layer_key, x, attention, plain)["params"]
+        return one_layer(layer_key, x, valid, attention, plain)["params"]
 
     params: Params = {
         "embed": {"embedding": normal(keys["embed"], (config.vocab_size, config.embed_dim))},

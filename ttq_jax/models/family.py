@@ -28,7 +28,7 @@ class Family:
     """A model family: its settings and the names of its weights.
 
     Module names map a dotted path of the parameter tree ("embed", "layers.q", …) to the
-    checkpoint's; "{i}" stands for the layer.
+    checkpoint's; "{i}" stands for the layer, "{e}" for the expert.
 
     Attributes:
       name: as in `ModelConfig.family`.

@@ -1,5 +1,7 @@
 """Llama (Touvron et al., 2023; Grattafiori et al., 2024) and its kin: Llama 2, Llama 3, SmolLM2."""
 
+from typing import Any
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
@@ -10,7 +12,7 @@ from ttq_jax.models.family import (
     hf_rope,
     ignore_common,
 )
-from ttq_jax.models.sizes import gguf_sizes, hf_sizes
+from ttq_jax.models.sizes import gguf_experts, gguf_sizes, hf_sizes
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -48,12 +50,19 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     """
     sizes = gguf_sizes(s, "llama")
     s.require("llama.rope.dimension_count", sizes["head_dim"])
-    s.require("llama.expert_count", 0)
-    s.require("llama.expert_used_count", 0)
+    # Mixtral's files call themselves Llama's.
+    experts: dict[str, Any] = {}
+    if s.integer("llama.expert_count", 0, least=0):
+        experts = gguf_experts(s, "llama", norm_topk=True)
+    s.require("llama.expert_used_count", experts.get("experts_per_token", 0))
     return ModelConfig(
-        family="llama", vocab_size=vocab_size, **sizes, rope=gguf_rope(s, "llama"),
+        family="mixtral" if experts else "llama",
+        vocab_size=vocab_size,
+        **sizes,
+        **experts,
+        rope=gguf_rope(s, "llama"),
         tie_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 FAMILY = Family(

@@ -45,6 +45,81 @@ def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
     }
 
 
+# Lists are made of that many before the weights, which tell the true number, are looked at.
+_MOST_EXPERTS = 4096
+
+# Where a GGUF file has experts, a tensor holds all those of a layer.
+GGUF_EXPERTS = {
+    "layers.router": "blk.{i}.ffn_gate_inp",
+    "layers.gate": "blk.{i}.ffn_gate_exps",
+    "layers.up": "blk.{i}.ffn_up_exps",
+    "layers.down": "blk.{i}.ffn_down_exps",
+}
+
+HF_EXPERTS = {
+    "layers.router": "layers.{i}.mlp.gate",
+    "layers.gate": "layers.{i}.mlp.experts.{e}.gate_proj",
+    "layers.up": "layers.{i}.mlp.experts.{e}.up_proj",
+    "layers.down": "layers.{i}.mlp.experts.{e}.down_proj",
+}
+
+
+def hf_experts(s: Settings, *, experts: int, per_token: int) -> dict[str, Any]:
+    """How many experts a config.json names, under either of its names.
+
+    Args:
+      s: config.json.
+      experts: what transformers takes for their number where the key is absent.
+      per_token: the same for those of each token.
+
+    Returns:
+      Arguments of `ModelConfig`.
+
+    Raises:
+      ConfigError: the two names disagree.
+    """
+    # They balance the experts in training, or ask for what is no logit.
+    s.ignore("router_aux_loss_coef", "output_router_logits", "router_jitter_noise")
+    known = [k for k in ("num_experts", "num_local_experts") if k in s]
+    found = {s.integer(name, most=_MOST_EXPERTS) for name in known} or {experts}
+    if len(found) > 1:
+        raise ConfigError(
+            f"num_experts and num_local_experts: expected one number, got {sorted(found)}; "
+            "correct the model's config.json"
+        )
+    s.ignore("num_experts", "num_local_experts")
+    return {
+        "n_experts": found.pop(),
+        "experts_per_token": s.integer("num_experts_per_tok", per_token),
+    }
+
+
+def gguf_experts(s: Settings, arch: str, *, norm_topk: bool) -> dict[str, Any]:
+    """How many experts a GGUF header names.
+
+    Args:
+      s: the header.
+      arch: prefix of its keys.
+      norm_topk: whether llama.cpp makes the router's weights sum to one for this architecture.
+
+    Returns:
+      Arguments of `ModelConfig`.
+
+    Raises:
+      ConfigError: it asks for another kind of router.
+    """
+    s.require(f"{arch}.expert_weights_norm", norm_topk)
+    s.require(f"{arch}.expert_weights_scale", 0.0, 1.0)
+    s.require(f"{arch}.expert_shared_count", 0)
+    # 1 is the softmax.
+    s.require(f"{arch}.expert_gating_func", 0, 1)
+    return {
+        "n_experts": s.integer(f"{arch}.expert_count", most=_MOST_EXPERTS),
+        "experts_per_token": s.integer(f"{arch}.expert_used_count"),
+        "norm_topk": norm_topk,
+    }
+
+
 def gguf_sizes(s: Settings, arch: str, head_dim: int | None = None) -> dict[str, Any]:
     """Sizes and norms of a GGUF header.
 

@@ -177,9 +177,11 @@ def measure_widths(
       Errors, the mean over windows, and sizes.
 
     Raises:
-      ConfigError: no window, P outside its range, or a recipe that selects no projection.
+      ConfigError: no window, P outside its range, a recipe that selects no projection, or a model
+        with experts.
       NotFiniteError: an error is infinite or NaN.
     """
+    refuse_experts(config)
     if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
         raise ConfigError(
             f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
@@ -218,6 +220,23 @@ def measure_widths(
         widths, {name: e.mean(0) for name, e in errors.items()}, bits,
         {name: math.prod(stack.shape[1:]) for name, stack in dense.items()},
     )  # fmt: skip
+
+
+def refuse_experts(config: ModelConfig) -> None:
+    """Refuses a mixture of experts: how far an expert's weights matter is not measured yet.
+
+    Args:
+      config: the model's.
+
+    Raises:
+      ConfigError: it has experts.
+    """
+    if config.n_experts:
+        raise ConfigError(
+            f"allocate: expected a model without experts, got {config.n_experts} of them in each "
+            "layer; write the widths into the recipe by hand, as rules for layers/down or "
+            "layers/3/down"
+        )
 
 
 def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:

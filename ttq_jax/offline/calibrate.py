@@ -18,7 +18,7 @@ from ttq_jax.errors import expect
 from ttq_jax.finite import check_offline
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
-from ttq_jax.offline.prior import prior_from_weights
+from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.offline.samples import sample_windows
 from ttq_jax.prefill import observing
 from ttq_jax.prompts import check_windows
@@ -42,7 +42,7 @@ def observe_tokens(
       reads: what to observe, see `Recipe.reads`.
 
     Returns:
-      Per site, moments stacked over the layers.
+      Per site, moments stacked over the layers, and over the experts where there are any.
     """
     valid = jnp.ones(tokens.shape, bool)
     batch, length = tokens.shape
@@ -153,6 +153,8 @@ def prepare_unpacked(
         moments = prior_from_weights(model.params, config=model.config, reads=recipe.reads)
     elif source.prior == "samples":
         moments = calibrate(model, sample_windows(model), recipe.reads, progress)
+    if source.of != "none":
+        moments = for_unreached(model.params, moments, config=model.config, reads=recipe.reads)
     made = Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
     check_offline(made, recipe)
     return made

@@ -2,11 +2,16 @@
 
 A normed vector has power g² per channel, g the norm's scale. White noise of that power, sent
 through the block's own weights, gives the power of the values that attention mixes and of the
-gated units. Only the profile over the channels matters: `quant.source.blend` scales it to the
-prompt. It is less accurate than a corpus and costs nothing.
+gated units (of each expert's, where there are experts). Only the profile over the channels matters:
+`quant.source.blend` scales it to the prompt. It is less accurate than a corpus and costs nothing.
+
+An expert that no token of a prompt (or corpus) reached has no moments. Every recipe that reads
+moments takes this prior for it.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,8 @@ from jaxtyping import Array, Float
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.layers import ACTIVATIONS
 from ttq_jax.quant.moments import Reads
-from ttq_jax.types import Moments, Params
+from ttq_jax.quant.source import seen_or
+from ttq_jax.types import EXPERT_SITES, Moments, Params
 
 
 @partial(jax.jit, static_argnames=("config", "reads"))
@@ -30,7 +36,7 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
         blocks of one channel.
 
     Returns:
-      Per site, moments stacked over the layers.
+      Per site, moments stacked over the layers, and over the experts where there are any.
     """
     layers = params["layers"]
     attn_in, mlp_in = _block_inputs(config, params)
@@ -42,13 +48,51 @@ def prior_from_weights(params: Params, *, config: ModelConfig, reads: Reads) -> 
         mlp_out = mlp_out * _activated(config, _through(mlp_in, layers["gate"]))
     else:
         mlp_out = _activated(config, mlp_out)
+    if config.n_experts:
+        shape = (config.n_layers, config.n_experts, config.d_model)
+        mlp_in = jnp.broadcast_to(mlp_in[:, None], shape)
     power = {
         "attn_in": attn_in,
         "attn_out": attn_out.reshape(len(values), -1),
         "mlp_in": mlp_in,
         "mlp_out": mlp_out,
     }
-    return {site: jax.vmap(partial(_moments, reads=reads))(p) for site, p in power.items()}
+    one = partial(_moments, reads=reads)
+    return {site: _over(p.ndim - 1, one)(p) for site, p in power.items()}
+
+
+def for_unreached(
+    params: Params, moments: dict[str, Moments], *, config: ModelConfig, reads: Reads
+) -> dict[str, Moments]:
+    """Moments with this prior for experts that have none.
+
+    Args:
+      params: a dense tree.
+      moments: of a corpus or a prior, per site; {} for a recipe that reads neither.
+      config: the model's.
+      reads: what the recipe reads.
+
+    Returns:
+      The moments. Without any, the prior of the sites that have experts.
+    """
+    if not config.n_experts or reads == Reads():
+        return moments
+    profile = prior_from_weights(params, config=config, reads=reads)
+    if not moments:
+        return {site: profile[site] for site in EXPERT_SITES}
+    return _filled(moments, profile)
+
+
+@jax.jit
+def _filled(moments: dict[str, Moments], profile: dict[str, Moments]) -> dict[str, Moments]:
+    return {
+        site: _over(one.count.ndim, seen_or)(one, profile[site]) for site, one in moments.items()
+    }
+
+
+def _over(axes: int, of_one: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of one layer (and expert), over all of them."""
+    return of_one if axes == 0 else jax.vmap(_over(axes - 1, of_one))
 
 
 def _block_inputs(
@@ -66,7 +110,8 @@ def _block_inputs(
         table = params["embed"]["embedding"].astype(jnp.float32)
         start = jnp.mean(jnp.square(table), axis=0) * config.embed_scale**2
         added = config.residual_scale**2 * jnp.stack([attn, mlp], axis=1).reshape(-1, len(start))
-        stream = start[None] + jnp.cumsum(added, axis=0) - added
+        before = jnp.cumulative_sum(added, axis=0, include_initial=True)[:-1]
+        stream = start[None] + before
         return stream[0::2], stream[1::2]
     return attn, mlp
 
@@ -77,17 +122,25 @@ def _norm_power(config: ModelConfig, norm: Params) -> Float[Array, "L D"]:
     return power + jnp.square(norm["bias"].astype(jnp.float32)) if "bias" in norm else power
 
 
-def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L d_out"]:
+def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L *E d_out"]:
     """The power of white noise after a projection."""
+    if leaf["kernel"].ndim == 4:
+
+        def layer(at: tuple[Array, Array]) -> Array:
+            kernel = jnp.square(at[1].astype(jnp.float32))
+            return jnp.einsum("i,eio->eo", at[0], kernel, precision="highest")
+
+        # One layer at a time: in float32 the squares of all experts would take much memory.
+        return jax.lax.map(layer, (power, leaf["kernel"]))
     kernel = jnp.square(leaf["kernel"].astype(jnp.float32))
     out = jnp.einsum("li,lio->lo", power, kernel, precision="highest")
     return out + jnp.square(leaf["bias"].astype(jnp.float32)) if "bias" in leaf else out
 
 
-def _activated(config: ModelConfig, power: Float[Array, "L F"]) -> Float[Array, "L F"]:
+def _activated(config: ModelConfig, power: Float[Array, "L *E F"]) -> Float[Array, "L *E F"]:
     """E[act(z)²] of z ~ N(0, power), by Gauss-Hermite quadrature."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(9)
-    z = jnp.sqrt(power)[..., None] * jnp.asarray(nodes, jnp.float32)[None, None]
+    z = jnp.sqrt(power)[..., None] * jnp.asarray(nodes, jnp.float32).reshape(*[1] * power.ndim, -1)
     mean = jnp.asarray(weights / weights.sum(), jnp.float32)
     return jnp.matmul(jnp.square(ACTIVATIONS[config.activation](z)), mean, precision="highest")
 

@@ -51,7 +51,7 @@ def _written(
     first = jax.random.randint(first_key, (rows, 1), 0, config.vocab_size, jnp.int32)
     prompts = Prompts(first, jnp.ones(first.shape, bool))
     cache = empty_cache(config, len(first), 1 + capacity, params["embed"]["embedding"].dtype)
-    hidden, cache, tree, _ = prefill(
+    hidden, cache, tree, *_ = prefill(
         params, prompts, cache, config=config, recipe=None, offline=Offline()
     )
     out, *_ = decode(

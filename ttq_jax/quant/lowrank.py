@@ -140,18 +140,21 @@ def truncated_svd(
 
 @partial(jax.jit, static_argnames="rank")
 def factor_layers(
-    kernel: Float[Array, "L d_in d_out"], rank: int, power: Float[Array, "L d_in"] | None = None
+    kernel: Float[Array, "*L d_in d_out"], rank: int, power: Float[Array, "*L d_in"] | None = None
 ) -> LowRank:
-    """`truncated_svd` of every layer, one layer at a time.
+    """`truncated_svd` of every layer, and every expert of it, one at a time.
 
     Args:
       kernel: a projection's weights, stacked.
       rank: r >= 1.
-      power: per layer, see `truncated_svd`.
+      power: per layer and expert, see `truncated_svd`.
 
     Returns:
-      Factors stacked over the layers.
+      Factors stacked likewise.
     """
+    if kernel.ndim > 3:
+        one = lambda at: factor_layers(at[0], rank, at[1])  # noqa: E731
+        return jax.lax.map(one, (kernel, power))
     return jax.lax.map(lambda at: truncated_svd(at[0], rank, at[1]), (kernel, power))
 
 

@@ -6,9 +6,11 @@ TTQ (arXiv:2603.19296) observes them on the prompt; AWQ (Lin et al., 2023) and G
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from ttq_jax.experts import Routed
 from ttq_jax.types import Moments
 
 
@@ -54,6 +56,32 @@ def observe(
         blocks = jnp.pad(seen, ((0, 0), (0, -d_in % block))).reshape(len(seen), -1, block)
         gram = jnp.einsum("tbi,tbj->bij", blocks, blocks, precision="highest")
     return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, powers=reads.powers)
+
+
+def observe_expert(
+    x: Array | Routed, valid: Bool[Array, "B T"], reads: Reads, expert: Int[Array, ""] | None
+) -> Moments:
+    """`observe` of the tokens that one expert gets.
+
+    Args:
+      x: activations entering a linear layer.
+      valid: True where a token is real; of the tokens before they were sorted.
+      reads: what is summed.
+      expert: which; None for activations that are not sorted by expert.
+
+    Returns:
+      float32 moments; those of no token if the expert gets none.
+    """
+    if not isinstance(x, Routed):
+        return observe(x, valid, reads)
+    assert expert is not None, "sorted activations are one expert's or another's"
+    rows, real = x.rows, x.real(valid)
+
+    def add(block: Array, total: Moments) -> Moments:
+        return total + observe(rows[block], real[block], reads)
+
+    nothing = observe(rows[0], jnp.zeros_like(real[0]), reads)
+    return jax.lax.fori_loop(x.first[expert], x.first[expert + 1], add, nothing)
 
 
 def p_mean(moments: Moments, p: float) -> Float[Array, " d_in"]:

@@ -7,6 +7,7 @@ al., 2023). A short prompt needs a prior: 16 tokens say little about a channel.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,53 @@ def blend(seen: Moments, prior: Moments | None, source: Source) -> Moments:
     return seen + one.scaled(source.prior_tokens)
 
 
+def blend_expert(seen: Moments, prior: Moments | None, source: Source) -> Moments:
+    """`blend` of one expert, which no token may have reached.
+
+    Args:
+      seen: the prompt's.
+      prior: see `blend`; with a recipe that has none, a profile from the weights. None if the
+        recipe reads nothing.
+      source: see `blend`.
+
+    Returns:
+      Moments; without a token, the prior's.
+    """
+    if prior is not None and source.prior == "none":
+        return seen_or(seen, prior)
+    return blend(seen, prior, source)
+
+
+def blend_all(seen: Moments, prior: Moments | None, source: Source) -> Moments:
+    """`blend` of every layer, and of every expert of it.
+
+    Args:
+      seen: stacked over the layers, and the experts where there are any.
+      prior: likewise.
+      source: see `blend`.
+
+    Returns:
+      Moments stacked likewise.
+    """
+    of_one: Callable[..., Moments] = blend if seen.count.ndim == 1 else blend_expert
+    mix = jax.vmap(lambda s, p: of_one(s, p, source))
+    return mix(seen, prior) if seen.count.ndim == 1 else jax.vmap(mix)(seen, prior)
+
+
+def seen_or(seen: Moments, profile: Moments) -> Moments:
+    """The moments of what was observed; where that was nothing, the profile.
+
+    Args:
+      seen: of one layer, or one expert.
+      profile: estimated from the weights.
+
+    Returns:
+      One of the two.
+    """
+    other = _in_blocks_of(profile, seen)
+    return jax.tree.map(lambda a, b: jnp.where(seen.count > 0, a, b), seen, other)
+
+
 def _in_blocks_of(profile: Moments, seen: Moments) -> Moments:
     """The profile with its diagonal, kept as blocks of one channel, in the prompt's Gram blocks."""
     if profile.gram is None:
@@ -115,13 +163,18 @@ def _in_blocks_of(profile: Moments, seen: Moments) -> Moments:
 
 
 def _to_the_power_of(profile: Moments, seen: Moments) -> Moments:
-    """The profile in the prompt's unit: the same mean of each power over the channels."""
+    """The profile in the prompt's unit: the same mean of each power over the channels.
+
+    An expert without tokens has no unit, and keeps the profile's.
+    """
     per_token = seen.scaled(1.0 / jnp.maximum(seen.count, 1.0))
     have = jnp.mean(profile.sums, axis=1)
     factor = jnp.where(have > 0, jnp.mean(per_token.sums, axis=1) / jnp.where(have > 0, have, 1), 0)
+    factor = jnp.where(seen.count > 0, factor, 1)
     gram = profile.gram
     if gram is not None:
         trace = jnp.trace(gram, axis1=1, axis2=2).sum()
         ours = jnp.trace(per_token.gram, axis1=1, axis2=2).sum()
-        gram = gram * jnp.where(trace > 0, ours / jnp.where(trace > 0, trace, 1.0), 0.0)
+        ratio = jnp.where(trace > 0, ours / jnp.where(trace > 0, trace, 1.0), 0.0)
+        gram = gram * jnp.where(seen.count > 0, ratio, 1.0)
     return dataclasses.replace(profile, sums=profile.sums * factor[:, None], gram=gram)

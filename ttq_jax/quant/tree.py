@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
+from ttq_jax.experts import for_each_expert
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -31,16 +32,18 @@ def quantize_layer(
     low_rank: dict[str, LowRank],
     *,
     layer: Array,
+    expert: Array | None = None,
     x: Array | None = None,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Quantizes one layer's projections of a site, each at the width that the recipe gives it.
 
     Args:
-      stacks: by projection, weights stacked over the layers.
+      stacks: by projection, weights stacked over the layers, and over the experts if there are any.
       moments: see `quantize_site`.
       recipe: how.
-      low_rank: this layer's static factors by projection.
+      low_rank: this layer's (and expert's) static factors by projection.
       layer: which layer.
+      expert: which expert; None where there are none.
       x: see `quantize_site`.
 
     Returns:
@@ -49,15 +52,19 @@ def quantize_layer(
     """
     plans = {name: recipe.grids(name, len(stack)) for name, stack in stacks.items()}
     uniform = {name: plan[0] for name, plan in plans.items() if len(set(plan)) == 1}
+    at = layer
+    if expert is not None:
+        at = layer * next(iter(stacks.values())).shape[1] + expert
+        stacks = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in stacks.items()}
     ys, packed = quantize_site(
         {name: stacks[name] for name in uniform}, moments, recipe, low_rank,
-        grids=uniform, layer=layer, x=x,
+        grids=uniform, layer=at, x=x,
     )  # fmt: skip
     made: dict[str, Any] = dict(packed)
     for name in stacks:
         if name not in uniform:
             run = partial(
-                quantize_site, {name: stacks[name]}, moments, recipe, low_rank, layer=layer, x=x
+                quantize_site, {name: stacks[name]}, moments, recipe, low_rank, layer=at, x=x
             )
             y, made[name] = _at_its_width(name, plans[name], run, layer)
             ys |= y
@@ -112,6 +119,26 @@ def gather_widths(packed: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
             ]
             out[name] = MixedLinear(tuple(stacks), jnp.asarray(which), jnp.asarray(slot))
     return out
+
+
+def at_its_width(name: str, results: Any, recipe: Recipe, n_layers: int, layer: Array) -> Any:
+    """One layer's result of `quantize_layer` as a weight to multiply with.
+
+    Args:
+      name: the projection.
+      results: a packed weight, or a tuple of one per width.
+      recipe: the one that made it.
+      n_layers: L.
+      layer: which layer it is.
+
+    Returns:
+      The packed weight.
+    """
+    if not isinstance(results, tuple):
+        return results
+    _, which = _used(recipe.grids(name, n_layers))
+    alone = jax.tree.map(lambda a: a[None], results)
+    return MixedLinear(alone, jnp.asarray(which), jnp.zeros_like(jnp.asarray(which)), layer)
 
 
 def replace_kernels(params: Params, packed: dict[str, Any]) -> Params:
@@ -217,13 +244,21 @@ def quantize_tree(
             continue
         factors = {name: low_rank[name] for name in stacks if name in low_rank}
 
-        def one(at: tuple, stacks: dict[str, Array] = stacks) -> dict[str, Any]:
-            return quantize_layer(stacks, at[1], recipe, at[2], layer=at[0])[1]
-
-        n_layers = len(next(iter(stacks.values())))
+        n_layers, *experts, _, _ = next(iter(stacks.values())).shape
+        one = partial(_layer_from_moments, stacks, recipe, *experts)
         per_layer = (jnp.arange(n_layers, dtype=jnp.int32), moments.get(site), factors)
         packed |= jax.lax.map(one, per_layer)
     return replace_kernels(params, gather_widths(packed, recipe))
+
+
+def _layer_from_moments(stacks: dict[str, Array], recipe: Recipe, *at: Any) -> dict[str, Any]:
+    """One layer's packed projections of a site; of all its experts, if their number is given."""
+    *n_experts, (layer, moments, low_rank) = at
+
+    def make(expert: Array | None, mine: tuple) -> dict[str, Any]:
+        return quantize_layer(stacks, mine[0], recipe, mine[1], layer=layer, expert=expert)[1]
+
+    return for_each_expert(make, (moments, low_rank), *n_experts)
 
 
 @partial(jax.jit, static_argnames="recipe")

@@ -1,0 +1,203 @@
+"""Mixtures of experts: activations sorted by expert, and products that read routed experts only.
+
+A layer's rows (a token at each of its experts) are sorted by expert and cut into blocks that each
+belong to one expert, padded to whole blocks. A product is then a loop over blocks, each an ordinary
+`linear` with a weight that is indexed in its stack: the packed kernels serve experts as they are,
+and an expert that no token chose is never read. `jax.lax.ragged_dot` would not do: but for TPUs,
+XLA computes it as one product with all experts, and it takes no packed weight.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from ttq_jax.linear import linear
+from ttq_jax.types import Leaf, MixedLinear, Params, QuantizedLinear, Stacked
+
+# Rows that share one reading of a weight; with more, most blocks would be padding.
+_MOST_ROWS = 128
+
+
+@struct.dataclass
+class Routed:
+    """Activations sorted by expert, in N blocks of R rows.
+
+    Attributes:
+      rows: [N, R, d]; zeros where there is no token.
+      token: int32[N, R]; each row's token, counted over the batch; the number of tokens for none.
+      expert: int32[N]; whose rows the block holds.
+      first: int32[E + 1]; expert e has the blocks first[e] to first[e + 1] - 1. Those from first[E]
+        on are empty.
+    """
+
+    rows: Leaf
+    token: Leaf
+    expert: Leaf
+    first: Leaf
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return len(self.first) - 1
+
+    def real(self, valid: Bool[Array, "*batch"]) -> Bool[Array, "N R"]:
+        """Which rows are of a token that is `valid`."""
+        return valid.reshape(-1).at[self.token].get(mode="fill", fill_value=False)
+
+
+def rows_per_block(pairs: int, n_experts: int) -> int:
+    """How many rows a block has: about an expert's share, and one while experts outnumber rows.
+
+    Args:
+      pairs: rows in all, one for each token at each of its experts.
+      n_experts: E.
+
+    Returns:
+      A power of two.
+    """
+    rows = 1
+    while rows < min(pairs / n_experts, _MOST_ROWS):
+        rows *= 2
+    return rows
+
+
+def sort_by_expert(
+    x: Float[Array, "M d"], chosen: Int[Array, "M k"], valid: Bool[Array, " M"], n_experts: int
+) -> tuple[Routed, Int[Array, "M k"]]:
+    """Sorts tokens by the experts they go to.
+
+    Args:
+      x: the tokens' activations.
+      chosen: each token's experts.
+      valid: which tokens are real; the others go nowhere.
+      n_experts: E.
+
+    Returns:
+      The sorted rows, and the place of each token's rows among all N·R; past the end for padding.
+    """
+    n_tokens, per_token = chosen.shape
+    pairs = n_tokens * per_token
+    size = rows_per_block(pairs, n_experts)
+    # At worst every expert's last block has one row.
+    n_blocks = min(pairs, (pairs + n_experts * (size - 1)) // size)
+    expert = jnp.where(valid[:, None], chosen, n_experts).reshape(-1)
+    counts = jnp.zeros(n_experts + 1, jnp.int32).at[expert].add(1)[:-1]
+    first = jnp.cumulative_sum(-(-counts // size), include_initial=True, dtype=jnp.int32)
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+    before = jnp.cumulative_sum(counts, include_initial=True, dtype=jnp.int32)
+    by_expert = expert[order]
+    rank = jnp.arange(pairs, dtype=jnp.int32) - before[by_expert]
+    slot = jnp.where(by_expert < n_experts, first[by_expert] * size + rank, n_blocks * size)
+    place = jnp.zeros(pairs, jnp.int32).at[order].set(slot)
+    token = jnp.full(n_blocks * size, n_tokens, jnp.int32)
+    token = token.at[slot].set(order // per_token, mode="drop").reshape(n_blocks, size)
+    blocks = jnp.arange(n_blocks, dtype=jnp.int32)
+    owner = jnp.sum(first[None, 1:] <= blocks[:, None], axis=1, dtype=jnp.int32)
+    rows = x.at[token].get(mode="fill", fill_value=0)
+    routed = Routed(rows, token, jnp.minimum(owner, n_experts - 1), first)
+    return routed, place.reshape(chosen.shape)
+
+
+def gather_tokens(
+    rows: Float[Array, "N R d"], place: Int[Array, "M k"], weight: Float[Array, "M k"]
+) -> Float[Array, "M d"]:
+    """The weighted sum of each token's rows.
+
+    Args:
+      rows: what the experts made of them.
+      place: from `sort_by_expert`.
+      weight: of each token's experts.
+
+    Returns:
+      float32; zeros for tokens that went nowhere.
+    """
+    flat = rows.reshape(-1, rows.shape[-1])
+    mine = flat.at[place].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.sum(mine * weight[..., None], axis=1)
+
+
+def for_each_expert(make: Callable[..., Any], operands: Any, n_experts: int | None = None) -> Any:
+    """Makes something of every expert of a layer, one after another.
+
+    Args:
+      make: (expert's index, its operands) -> arrays.
+      operands: stacked over the experts.
+      n_experts: E; None for a layer without experts, whose index is None.
+
+    Returns:
+      The results, stacked over the experts.
+    """
+    if n_experts is None:
+        return make(None, operands)
+    experts = jnp.arange(n_experts, dtype=jnp.int32)
+    return jax.lax.map(lambda at: make(*at), (experts, operands))
+
+
+def _merged(stack: Any) -> Any:
+    """Arrays [L, E, …] as [L·E, …]."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stack)
+
+
+def of_expert(kernel: Any, expert: Int[Array, ""]) -> Any:
+    """One expert's weight among a layer's, for `linear`; nothing large is copied.
+
+    Args:
+      kernel: a layer's, as `at_layer` gives it, or [E, d_in, d_out] dense or packed.
+      expert: its index.
+
+    Returns:
+      What `linear` takes.
+    """
+    if isinstance(kernel, MixedLinear):
+        n_experts = kernel.stacks[0].scales.shape[1]
+        slots = kernel.slot[:, None] * n_experts + jnp.arange(n_experts, dtype=jnp.int32)[None]
+        return MixedLinear(
+            _merged(kernel.stacks), jnp.repeat(kernel.which, n_experts), slots.reshape(-1),
+            kernel.layer * n_experts + expert,
+        )  # fmt: skip
+    if isinstance(kernel, QuantizedLinear):
+        chosen = kernel.at(expert)
+        if kernel.layer is None:
+            return chosen
+        planes, scales, zeros = _merged((kernel.planes, kernel.scales, kernel.zeros))
+        at = kernel.layer * kernel.scales.shape[1] + expert
+        return dataclasses.replace(chosen, planes=planes, scales=scales, zeros=zeros, layer=at)
+    if isinstance(kernel, Stacked):
+        at = kernel.layer * kernel.kernels.shape[1] + expert
+        return Stacked(_merged(kernel.kernels), at)
+    return Stacked(kernel, expert)
+
+
+def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Array, "N R d_out"]]:
+    """Each block's product with its expert's weights.
+
+    Args:
+      x: sorted activations.
+      weights: by projection, {"kernel"}: all experts of one layer.
+
+    Returns:
+      By projection, the rows' outputs.
+    """
+
+    def product(rows: Array, expert: Array) -> dict[str, Array]:
+        return {n: linear(rows, of_expert(w["kernel"], expert)) for n, w in weights.items()}
+
+    def empty(rows: Array, expert: Array) -> dict[str, Array]:
+        shapes = jax.eval_shape(product, rows, expert)
+        return {n: jnp.zeros(s.shape, s.dtype) for n, s in shapes.items()}
+
+    def block(_: None, at: tuple[Array, Array, Array]) -> tuple[None, dict[str, Array]]:
+        used, rows, expert = at
+        # A block of one row is a token's own: only padding would leave it empty.
+        if len(rows) == 1:
+            # See `pallas_kernels.dispatch`: a TPU's compiler must not fuse a kernel with the stack.
+            return None, jax.lax.optimization_barrier(product(rows, expert))
+        return None, jax.lax.cond(used, product, empty, rows, expert)
+
+    used = jnp.arange(len(x.expert), dtype=jnp.int32) < x.first[-1]
+    return jax.lax.scan(block, None, (used, x.rows, x.expert))[1]
