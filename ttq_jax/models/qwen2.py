@@ -1,16 +1,17 @@
 """Qwen2 and Qwen2.5 (Yang et al., 2024): Llama with biases on q, k and v."""
 
+from functools import partial
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
-from ttq_jax.models.sizes import gguf_sizes, hf_sizes, qwen_window
+from ttq_jax.models.sizes import gguf_model, hf_sizes, qwen_window
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -35,31 +36,12 @@ def hf_config(s: Settings) -> ModelConfig:
     )
 
 
-def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
-    """The model that a GGUF header of architecture "qwen2" describes.
-
-    Args:
-      s: the header.
-      vocab_size: rows of the embedding.
-      tied: whether the file has no head of its own.
-
-    Returns:
-      Its config; biases are switched on by the loader where the file has them.
-    """
-    sizes = gguf_sizes(s, "qwen2")
-    s.require("qwen2.rope.dimension_count", sizes["head_dim"])
-    return ModelConfig(
-        family="qwen2", vocab_size=vocab_size, **sizes, rope=gguf_rope(s, "qwen2"),
-        tie_embeddings=tied,
-    )  # fmt: skip
-
-
 FAMILY = Family(
     name="qwen2",
     hf_types=("qwen2",),
     hf_config=hf_config,
     hf_modules=HF_MODULES,
     gguf_arch="qwen2",
-    gguf_config=gguf_config,
+    gguf_config=partial(gguf_model, arch="qwen2"),
     gguf_modules=GGUF_MODULES,
 )

@@ -3,18 +3,19 @@
 Of Qwen3-VL the text model is read. A text has equal positions on all three axes of its rotation.
 """
 
+from functools import partial
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
 from ttq_jax.models.settings import text_settings
-from ttq_jax.models.sizes import gguf_sizes, hf_sizes, qwen_window
+from ttq_jax.models.sizes import gguf_model, hf_sizes, qwen_window
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -47,25 +48,6 @@ def hf_config(s: Settings) -> ModelConfig:
     return config
 
 
-def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
-    """The model that a GGUF header of architecture "qwen3" describes.
-
-    Args:
-      s: the header.
-      vocab_size: rows of the embedding.
-      tied: whether the file has no head of its own.
-
-    Returns:
-      Its config.
-    """
-    sizes = gguf_sizes(s, "qwen3")
-    s.require("qwen3.rope.dimension_count", sizes["head_dim"])
-    return ModelConfig(
-        family="qwen3", vocab_size=vocab_size, **sizes, qk_norm=True,
-        rope=gguf_rope(s, "qwen3"), tie_embeddings=tied,
-    )  # fmt: skip
-
-
 FAMILY = Family(
     name="qwen3",
     hf_types=("qwen3", "qwen3_vl"),
@@ -74,6 +56,6 @@ FAMILY = Family(
     hf_prefixes=("model.language_model.", "model.", ""),
     hf_ignored=("model.visual.*", "visual.*"),
     gguf_arch="qwen3",
-    gguf_config=gguf_config,
+    gguf_config=partial(gguf_model, arch="qwen3", qk_norm=True),
     gguf_modules=GGUF_MODULES,
 )

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from ttq_jax.config import ConfigError
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import named
-from ttq_jax.models.family import Settings, activation, head_width
+from ttq_jax.models.family import Settings, activation, gguf_rope, head_width
 
 
 def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
@@ -150,6 +150,32 @@ def gguf_sizes(s: Settings, arch: str, head_dim: int | None = None) -> dict[str,
         "query_scale": head_dim**-0.5,
         "norm_eps": s.number(f"{arch}.attention.layer_norm_rms_epsilon"),
     }
+
+
+def gguf_model(
+    s: Settings, vocab_size: int, tied: bool, *, arch: str, theta: float = 10000.0, **fields: Any
+) -> ModelConfig:
+    """The model of a GGUF header that says sizes and a rotation, and nothing more.
+
+    Args:
+      s: the header.
+      vocab_size: rows of the embedding.
+      tied: whether the file has no head of its own.
+      arch: prefix of its keys, and name of the family.
+      theta: of the rotation where the header does not say it.
+      **fields: what the header does not say.
+
+    Returns:
+      Its config; biases are switched on by the loader where the file has them.
+    """
+    sizes = gguf_sizes(s, arch)
+    s.require(f"{arch}.rope.dimension_count", sizes["head_dim"])
+    known: dict[str, Any] = {
+        "family": arch,
+        "vocab_size": vocab_size,
+        "tie_embeddings": tied,
+    } | sizes
+    return ModelConfig(**(known | {"rope": gguf_rope(s, arch, theta)} | fields))
 
 
 def every(pattern: int, n_layers: int) -> tuple[bool, ...]:
