@@ -247,9 +247,7 @@ def our_weights(params, tokens, offline, *, config, recipe):
     """The matrices [L, d_in, d_out] that the packed weights stand for, by projection."""
     cache = empty_cache(config, *tokens.shape, jnp.float32)
     prompts = Prompts(tokens, jnp.ones(tokens.shape, bool))
-    _, _, packed, *_ = prefill(
-        params, prompts, cache, config=config, recipe=recipe, offline=offline
-    )
+    packed = prefill(params, prompts, cache, config=config, recipe=recipe, offline=offline)[2]
     return {name: dense_weight(kernel) for name, kernel in kernels(packed["layers"]).items()}
 
 

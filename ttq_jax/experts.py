@@ -195,8 +195,7 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
         used, rows, expert = at
         # A block of one row is a token's own: only padding would leave it empty.
         if len(rows) == 1:
-            # See `pallas_kernels.dispatch`: a TPU's compiler must not fuse a kernel with the stack.
-            return None, jax.lax.optimization_barrier(product(rows, expert))
+            return None, product(rows, expert)
         return None, jax.lax.cond(used, product, empty, rows, expert)
 
     used = jnp.arange(len(x.expert), dtype=jnp.int32) < x.first[-1]

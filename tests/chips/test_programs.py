@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from ttq_jax.chips.absent import CHIPS, compile_for
 from ttq_jax.chips.programs import compile_generate, memory_of
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
+from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
@@ -117,10 +119,13 @@ WIDTHS = {
 def compile_small(chip, dtype, recipe, **changes):
     """`generate_tokens` of a small model whose widths the kernels serve."""
     config = small_config(**WIDTHS, **changes)
+    params = params_shapes(config, dtype)
+    unreached = partial(for_unreached, config=config, reads=recipe.reads)
+    offline = Offline(moments=jax.eval_shape(unreached, params, {}))
     shape = jax.ShapeDtypeStruct
     prompts = Prompts(shape((2, 32), jnp.int32), shape((2, 32), jnp.bool_))
     return compile_for(
-        chip, generate_tokens, params_shapes(config, dtype), prompts, Offline(),
+        chip, generate_tokens, params, prompts, offline,
         jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,
         recipe=recipe, sampling=Sampling(), capacity=4, eos_ids=(0,),
     )  # fmt: skip
@@ -150,6 +155,14 @@ def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
     made = calls(compile_small(chip, "bfloat16", recipe).as_text())
     assert made["packed_matmul"] == 7
     assert made["prefill_quantize"] == 7
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_every_expert_runs_on_a_kernel(chip, no_fallback):
+    """And compiles: on a TPU a kernel must not be fused with the stack of a loop over experts."""
+    recipe, experts = preset("fast"), {"n_experts": 4, "experts_per_token": 2}
+    made = calls(compile_small(chip, "bfloat16", recipe, **experts).as_text())
+    assert made == {"packed_matmul": 7, "prefill_quantize": 4, "quantize_pack": 3}
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
