@@ -12,7 +12,7 @@ needs_compilers = pytest.mark.skipif(
 )
 
 # A test's programs run once or twice: optimizing them would double the suite's processor time.
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if JAXLIB < (0, 11, 1):
     # jaxlib 0.11.1 dropped this flag. On a flag that it does not know, XLA aborts the process
     # without an exception; which it knows cannot be asked: hence the version.

@@ -65,6 +65,12 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+def pytest_collection_finish():
+    """The modules of every test stay to the end: the garbage collector need not look at them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_one_file():
     """Frees a file's compiled programs: each maps memory, and Linux gives a process 65530 maps."""
