@@ -13,6 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # XLA's threads: the two cores of a simulated TPU wait for each other, on one processor for ever.
 os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
+# Torch's threads wait for each other by spinning: over tiny models, beside another worker's, they
+# do little else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub; what a test needs is a package or made by the test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -134,7 +134,9 @@ def test_released_sizes_are_listed_without_their_weights(model):
 
 @needs_compilers
 @pytest.mark.parametrize("chip", ["v5e", "h100", "t4"])
-@pytest.mark.parametrize("options", [{"bits": 3, "group_size": 96}, {"batch": "per_prompt"}])
+@pytest.mark.parametrize(
+    "options", [{"bits": 3, "group_size": 96}, {"batch": "per_prompt", "group_size": 128}]
+)
 def test_the_list_is_what_a_traced_program_chooses(chip, options, monkeypatch):
     recipe = preset("ttq", **options)
     dtype = "float16" if chip == "t4" else "bfloat16"
