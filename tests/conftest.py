@@ -13,6 +13,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # XLA's threads: the two cores of a simulated TPU wait for each other, on one processor for ever.
 os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
+# Torch's threads wait for each other by spinning: over tiny models, beside another worker's, they
+# do little else.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub; what a test needs is a package or made by the test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -63,6 +66,12 @@ def pytest_terminal_summary(terminalreporter):
             "Chromium is not installed, so sweeps/test_page_in_browser.py was left out: no page "
             "was looked at. On Debian: apt-get install chromium"
         )
+
+
+def pytest_collection_finish():
+    """The modules of every test stay to the end: the garbage collector need not look at them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

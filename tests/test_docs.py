@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compilers import QUICKLY
 from tiny_files import write_model
 
 from ttq_jax.commands.main import main
@@ -28,8 +29,9 @@ def test_a_quantizer_of_your_own(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", GUIDES["CONTRIBUTING.md"], re.S)
     assert len(code.strip().splitlines()) < 40
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | QUICKLY,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = {
         name: float(value)
@@ -41,10 +43,9 @@ def test_a_quantizer_of_your_own(tmp_path):
 
 def test_a_chat_of_your_own(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", GUIDES["ttq_jax/chat/README.md"], re.S)
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=quick,
-        check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | QUICKLY,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compilers import needs_compilers
+from compilers import QUICKLY, needs_compilers
 from jax.extend.core import jaxprs_in_params
 from small import prompts_of, random_rows, small_config, small_params
 from stores import same_bits
@@ -330,7 +330,7 @@ def test_the_command_line_under_every_switch(tmp_path):
         "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_TRANSFER_GUARD": "disallow",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_ENABLE_CUSTOM_PRNG": "1",
     }  # fmt: skip
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **switches}
+    env = os.environ | QUICKLY | switches
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from compilers import QUICKLY
 from safetensors.numpy import load_file, save_file
 
 import ttq_jax as ttq
@@ -127,11 +128,7 @@ def endless(instruct, tmp_path_factory):
 
 
 def environment():
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TERM": "dumb",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    return os.environ | QUICKLY | {"TERM": "dumb"}
 
 
 def long_answers(model):

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import QUICKLY
 
 from ttq_jax.commands import platform, recipes
 from ttq_jax.commands.failures import explain
@@ -106,7 +107,7 @@ def test_closed_and_full_streams(tiny, text_file, tmp_path, command, streams, co
     words = command.format(model=tiny, sweep=sweep, out=tmp_path / "out")
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -m ttq_jax {words} {streams}"],
-        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, env=os.environ | QUICKLY,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith(out) and done.stderr.startswith(err)

@@ -8,12 +8,13 @@ import sys
 import time
 
 import pytest
+from compilers import QUICKLY
 
 TTQ = [sys.executable, "-m", "ttq_jax"]
 
 
 def environment(**more):
-    return os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **more}
+    return os.environ | QUICKLY | more
 
 
 def test_help_and_mistakes_do_not_import_jax():

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compilers import QUICKLY
 
 from ttq_jax.checkpoint.store_files import read_header
 from ttq_jax.commands import compiled
@@ -266,7 +267,7 @@ def test_a_process_that_is_stopped_in_the_middle(cli, inputs, written, tmp_path,
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, writer, *words_of(writer, inputs, tmp_path)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | QUICKLY,
     )  # fmt: skip
     seen = []
     while "in the middle\n" not in seen:
