@@ -42,10 +42,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # They compare with an implementation in torch, or have it write the checkpoints that they read.
 # The README's test command brings torch; CI's pass on the newest Python goes without.
 _WITH_TORCH = (
-    "test_ttq_torch.py", "models/test_parity_real.py", "models/test_parity_torch.py",
-    "models/test_rope_scaling.py", "checkpoint/test_config_fuzz.py",
-    "checkpoint/test_config_parity.py", "checkpoint/test_gguf.py", "checkpoint/test_huggingface.py",
-    "checkpoint/test_where.py", "evaluation/harness", "experiments/test_compare_torch.py",
+    "test_ttq_torch.py", "models/test_families.py", "models/test_long_texts.py",
+    "models/test_parity_real.py", "models/test_parity_torch.py", "models/test_rope_scaling.py",
+    "checkpoint/test_config_fuzz.py", "checkpoint/test_config_parity.py",
+    "checkpoint/test_gguf.py", "checkpoint/test_huggingface.py", "checkpoint/test_where.py",
+    "evaluation/harness", "experiments/test_compare_torch.py",
     "experiments/test_compare_torch_speed.py",
 )  # fmt: skip
 # A page is looked at where there is a browser.

@@ -136,7 +136,8 @@ def test_released_sizes_are_listed_without_their_weights(model):
 
 
 LISTED = [
-    ("gemma-3-1b", {"bits": 3, "group_size": 96}), ("gemma-3-1b", {"batch": "per_prompt", "group_size": 128}),
+    ("gemma-3-1b", {"bits": 3, "group_size": 96}),
+    ("gemma-3-1b", {"batch": "per_prompt", "group_size": 128}),
     ("olmoe-1b-7b", {}),
 ]  # fmt: skip
 
