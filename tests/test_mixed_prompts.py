@@ -26,7 +26,7 @@ ONE, LONG = random_rows([1, 500], seed=3)
 
 def answers(rows, recipe):
     prompts = pad_prompts(rows, max_positions=CONFIG.max_positions, max_new_tokens=8)
-    out, counts, finite, _ = generate_tokens(
+    out, counts, finite, *_ = generate_tokens(
         PARAMS, prompts, Offline(), make_key(0), jnp.int32(8), config=CONFIG, recipe=recipe,
         sampling=ttq.Sampling(), capacity=8, eos_ids=(),
     )  # fmt: skip

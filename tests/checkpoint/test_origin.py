@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from tiny_files import write_model
-from tiny_models import write_checkpoint
 
 from ttq_jax.checkpoint import CheckpointError, load
 from ttq_jax.checkpoint.origin import find, origin
@@ -57,13 +56,13 @@ def test_a_revision_pins_a_hub_model(tmp_path, monkeypatch):
     repo = tmp_path / "models--some--llama"
     (repo / "refs").mkdir(parents=True)
     commits = {"main": "a" * 40, "v1": "b" * 40}
-    for (name, commit), variant in zip(commits.items(), ("llama-gqa-untied", "qwen3"), strict=True):
+    for (name, commit), context in zip(commits.items(), (128, 256), strict=True):
         (repo / "refs" / name).write_text(commit)
         folder = repo / "snapshots" / commit
         folder.mkdir(parents=True)
-        write_checkpoint(folder, variant)
+        write_model(folder, max_position_embeddings=context)
     newest, pinned = load("some/llama"), load("some/llama@v1")
-    assert (newest.config.family, pinned.config.family) == ("llama", "qwen3")
+    assert (newest.config.max_positions, pinned.config.max_positions) == (128, 256)
     assert newest.origin["file"] == pinned.origin["file"] == "some/llama"
     assert (newest.origin["revision"], pinned.origin["revision"]) == tuple(commits.values())
     assert load("some/llama@" + commits["v1"]).origin == pinned.origin
