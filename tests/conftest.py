@@ -69,6 +69,19 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
+# A file is one worker's: one of these, begun last, would leave the other worker idle.
+_LONG = {
+    "test_tpu_compile.py", "test_notebooks.py", "test_gpu_compile.py", "test_parity_real.py",
+    "test_programs.py", "test_jax_switches.py", "test_generate.py",
+    "test_learned_recipe.py", "test_sweep_command.py", "test_xla.py", "test_docs.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The long files come first."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def pytest_collection_finish():
     """The modules of every test stay to the end: the garbage collector need not look at them."""
     gc.collect()

@@ -171,10 +171,10 @@ def test_a_choice_of_the_users_stands(asked, chip, chosen):
 
 def test_nothing_precedes_an_answer(tiny):
     """Whatever plugins are installed, and whether or not they find their chip."""
-    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    env = {k: v for k, v in (os.environ | QUICKLY).items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "-m", "ttq_jax", "generate", "--model", tiny, "--prompt", "a", "--quiet",
-         "--max-new-tokens", "2", "--no-compilation-cache"],
+         "--select", "layers/q", "--max-new-tokens", "2", "--no-compilation-cache"],
         capture_output=True, text=True, env=env,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

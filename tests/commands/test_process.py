@@ -11,6 +11,8 @@ import pytest
 from compilers import QUICKLY
 
 TTQ = [sys.executable, "-m", "ttq_jax"]
+# Nearly all the time here is XLA's.
+ONE = ["--select", "layers/q"]
 
 
 def environment(**more):
@@ -33,7 +35,7 @@ def test_cold_start_leaves_slow_libraries_alone(tiny):
     program = (
         "import sys\nfrom ttq_jax.commands.main import main\n"
         f"code = main(['generate', '--model', {tiny!r}, '--prompt', 'a', '--max-new-tokens', '2',"
-        " '--no-compilation-cache'])\n"
+        f" '--no-compilation-cache', *{ONE}])\n"
         "slow = {'transformers', 'torch', 'datasets', 'orbax', 'optax', 'pandas'}\n"
         "assert code == 0\nassert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
@@ -45,7 +47,7 @@ def test_cold_start_leaves_slow_libraries_alone(tiny):
 
 def test_compiled_programs_are_kept_where_documented(tiny, tmp_path):
     command = [*TTQ, "generate", "--model", tiny, "--prompt", "ä", "--max-new-tokens", "3"]
-    command.append("--json")
+    command += ["--json", *ONE]
     env = environment(XDG_CACHE_HOME=str(tmp_path))
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     first = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -88,7 +90,7 @@ def test_closed_pipe_ends_quietly(tiny, tmp_path):
     prompts.write_text("a\n" * 50)
     process = subprocess.Popen(
         [*TTQ, "generate", "--model", tiny, "--prompts-file", prompts, "--max-new-tokens", "2",
-         "--json", "--quiet", "--no-compilation-cache"],
+         "--json", "--quiet", "--no-compilation-cache", *ONE],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     process.stdout.readline()

@@ -227,7 +227,6 @@ def executed(request, compiled, tmp_path_factory):
     notebook.cells = [c for c in notebook.cells if "install" not in c.metadata["tags"]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         # Start-up files and pictures as on a bare runtime, whatever this machine's user prefers.
         patch.setenv("IPYTHONDIR", str(place / "ipython"))
         patch.delenv("MPLBACKEND", raising=False)

@@ -1,18 +1,22 @@
 """SmolLM2 and Gemma-3-270M from their GGUF files, against transformers' own GGUF loader."""
 
+import functools
 import gc
 import importlib.util
 import warnings
-from functools import partial
 from pydoc_data.topics import topics
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from test_ttq_torch import RULES, check_same
+from torch_quantizers import score
 
 from ttq_jax.checkpoint import ALIASES, load
+from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 
@@ -39,14 +43,14 @@ def texts(model):
 
 @pytest.fixture(scope="module")
 def read(model):
-    @partial(jax.jit, static_argnames="last")
+    @functools.partial(jax.jit, static_argnames="last")
     def step(params, tokens, cache, last):
         hidden, cache, _ = forward(
             model.config, params, tokens, jnp.ones(tokens.shape, bool), cache
         )
         return logits(model.config, params, hidden[:, -1:] if last else hidden), cache
 
-    return partial(step, model.params)
+    return functools.partial(step, model.params)
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +66,27 @@ def greedy(model, texts, read):
 
 
 @pytest.fixture(scope="module")
-def theirs(model, texts, greedy):
-    """transformers' logits of the page, and of the prompt with our continuation."""
+def reference(model):
     import transformers
 
     path = ALIASES[model.name]()
-    # What other libraries warn about is not ours to judge.
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        # What other libraries warn about is not ours to judge.
         warnings.simplefilter("ignore")
-        reference = transformers.AutoModelForCausalLM.from_pretrained(
+        # It reads the file's header twice, and makes one table of names for every layer.
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        return transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         ).eval()
+
+
+@pytest.fixture(scope="module")
+def theirs(reference, texts, greedy):
+    """transformers' logits of the page, and of the prompt with our continuation."""
+    with torch.no_grad():
         continued, page = (torch.tensor([ids]) for ids in (texts[0] + greedy, texts[1]))
-        out = reference(page).logits[0].numpy(), reference(continued).logits[0].numpy()
-    del reference
-    gc.collect()
-    return out
+        return reference(page).logits[0].numpy(), reference(continued).logits[0].numpy()
 
 
 def test_same_greedy_tokens(texts, greedy, theirs):
@@ -97,3 +106,14 @@ def test_same_perplexity(model, texts, theirs, read):
     ours, reference = (np.exp(mean_nll(x[:-1], texts[1])) for x in (np.asarray(out[0]), theirs[0]))
     assert ours == pytest.approx(reference, rel=1e-3)
     assert ours < 50
+
+
+@pytest.mark.parametrize("model", ["smollm2"], indirect=True)
+def test_same_perplexity_at_three_bits(model, reference):
+    """On a page of English, against the independent quantizer in PyTorch."""
+    window = np.array(model.tokenizer.encode(topics["objects"])[:256], np.int32)
+    protocol = Protocol(kind="window", window=256)
+    plain = score(reference, torch.from_numpy(window).long(), None, lambda _: reference)
+    method, rule = RULES["ttq"]
+    _, theirs = check_same(model, reference, method, rule, window, protocol)
+    assert np.exp((theirs - plain) / 255) > 1.1, "3 bits cost something"
