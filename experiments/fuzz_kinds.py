@@ -174,7 +174,7 @@ def _weights_agree(config: ModelConfig, params: Any, said: dict[str, Any], in_gg
             elif leaf.edit == "unpermute":
                 heads = theirs.reshape(-1, config.head_dim // 2, 2, theirs.shape[-1])
                 theirs = np.concatenate([heads[:, :, 0], heads[:, :, 1]], 1).reshape(theirs.shape)
-            ours = np.asarray(node[i] if leaf.stacked else node)
+            ours = np.asarray(node[i] if leaf.stack else node)
             if not np.array_equal(ours, theirs.T if leaf.transposed else theirs):
                 return False
     return True

@@ -34,7 +34,7 @@ def made(params, config=CONFIG, name="tiny"):
         config=config, params=params, name=name, eos_ids=(),
         tokenizer=SimpleNamespace(
             vocab_size=97, bos_id=None, encode=lambda text, **_: [ord(c) % 97 for c in text],
-            decode=lambda ids: " ".join(map(str, ids)),
+            continuation=lambda _, new: " ".join(map(str, new)),
         ),
     )  # fmt: skip
 

@@ -25,7 +25,9 @@ def instruct(tmp_path_factory):
     place = tmp_path_factory.mktemp("chat") / "tiny"
     write_model(place, eos_token_id=256, max_position_embeddings=4096)
     settings = json.loads((place / "tokenizer_config.json").read_text())
-    (place / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHATML}))
+    (place / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": CHATML, "eos_token": None})
+    )
     return str(place)
 
 
