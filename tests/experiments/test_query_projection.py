@@ -40,8 +40,6 @@ OF_QWEN3 = [n for n in RELEASED if n.removeprefix("qwen3-").upper() in qp.SIZES]
 
 
 @pytest.mark.parametrize("name", OF_QWEN3)
-    "name", [n for n in RELEASED if n.removeprefix("qwen3-").upper() in qp.SIZES]
-)
 def test_shapes_are_those_of_the_released_models(name):
     _, k, heads = qp.SIZES[name.removeprefix("qwen3-").upper()]
     assert projections(released_config(name))["q"] == (k, heads * qp.HEAD_DIM)
