@@ -24,10 +24,10 @@ from fuzz_inputs import CHAT, CONFIGS, RTN, leaves_of
 from safetensors.numpy import load as load_safetensors
 
 from ttq_jax.checkpoint import Model, load
-from ttq_jax.checkpoint.model import FAMILIES
 from ttq_jax.checkpoint.store import load_conversation, load_offline
 from ttq_jax.config import ModelConfig
 from ttq_jax.evaluation.corpora import read_corpus
+from ttq_jax.models.families import FAMILIES
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, to_toml
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.checked import checked
@@ -160,7 +160,7 @@ def _tensors_of_gguf(data: bytes) -> dict[str, Any]:
 
 def _weights_agree(config: ModelConfig, params: Any, said: dict[str, Any], in_gguf: bool) -> bool:
     """Whether a tree holds a file's tensors, by the definition of each edit."""
-    family = next(f for f in FAMILIES if f.name == config.family)
+    family = FAMILIES[config.family]
     for leaf in leaves_of(config, family, in_gguf=in_gguf):
         node = params
         for key in leaf.path:

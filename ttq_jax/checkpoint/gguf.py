@@ -12,9 +12,10 @@ from ttq_jax.checkpoint.chat_template import gguf_template
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
-from ttq_jax.checkpoint.model import FAMILIES, Model
+from ttq_jax.checkpoint.model import Model
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
+from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
 from ttq_jax.models.sizes import GGUF_EXPERTS
@@ -36,7 +37,7 @@ def _family(file: GgufFile) -> Family:
             "model's own file; an adapter has to be merged into it first"
         )
     arch = file.metadata.get("general.architecture")
-    known = {f.gguf_arch: f for f in FAMILIES if f.gguf_arch}
+    known = {f.gguf_arch: f for f in FAMILIES.values() if f.gguf_arch}
     if not isinstance(arch, str) or arch not in known:
         raise CheckpointError(
             f"{file.label}: architecture {shown(arch)} is not supported in GGUF files; expected "

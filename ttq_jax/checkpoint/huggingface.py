@@ -12,12 +12,13 @@ from ttq_jax.checkpoint.chat_template import read_template
 from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
-from ttq_jax.checkpoint.model import FAMILIES, Model
+from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, named, read_json
+from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
 
@@ -33,7 +34,7 @@ def _family(directory: Path, raw: dict[str, Any]) -> Family:
     Raises:
       CheckpointError: an architecture that is not supported.
     """
-    known = {kind: family for family in FAMILIES for kind in family.hf_types}
+    known = {kind: family for family in FAMILIES.values() for kind in family.hf_types}
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(

@@ -7,32 +7,7 @@ from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.config import ModelConfig
-from ttq_jax.models import (
-    gemma2,
-    gemma3,
-    granite,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmoe,
-    opt,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
-from ttq_jax.models.family import Family
 from ttq_jax.types import Params
-
-FAMILIES: tuple[Family, ...] = tuple(
-    module.FAMILY
-    for module in (
-        llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, gemma2, gemma3, phi3, smollm3, olmo2,
-        olmoe, granite, opt,
-    )
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

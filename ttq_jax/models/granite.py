@@ -6,12 +6,11 @@ from ttq_jax.models.family import (
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
 from ttq_jax.models.llama import FAMILY as LLAMA
-from ttq_jax.models.sizes import gguf_sizes, hf_sizes
+from ttq_jax.models.sizes import gguf_model, hf_sizes
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -52,18 +51,16 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config; biases are switched on by the loader where the file has them.
     """
-    sizes = gguf_sizes(s, "granite")
-    s.require("granite.rope.dimension_count", sizes["head_dim"])
-    sizes["query_scale"] = s.number("granite.attention.scale", sizes["query_scale"])
-    return ModelConfig(
-        family="granite",
-        vocab_size=vocab_size,
-        **sizes,
-        rope=gguf_rope(s, "granite"),
+    scale = s.number("granite.attention.scale", None)
+    return gguf_model(
+        s,
+        vocab_size,
+        tied,
+        arch="granite",
         embed_scale=s.number("granite.embedding_scale", 1.0),
         residual_scale=s.number("granite.residual_scale", 1.0),
         logit_divisor=s.number("granite.logit_scale", 1.0),
-        tie_embeddings=tied,
+        **({} if scale is None else {"query_scale": scale}),
     )
 
 

@@ -7,12 +7,11 @@ from ttq_jax.models.family import (
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
 from ttq_jax.models.llama import FAMILY as LLAMA
-from ttq_jax.models.sizes import every, gguf_sizes, hf_sizes, sliding_layers
+from ttq_jax.models.sizes import every, gguf_model, hf_sizes, sliding_layers
 
 _THETA, _PERIOD = 2_000_000.0, 4
 
@@ -80,17 +79,9 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config; biases are switched on by the loader where the file has them.
     """
-    sizes = gguf_sizes(s, "smollm3")
-    s.require("smollm3.rope.dimension_count", sizes["head_dim"])
-    return ModelConfig(
-        family="smollm3",
-        vocab_size=vocab_size,
-        **sizes,
-        rope=gguf_rope(s, "smollm3", _THETA),
-        # The header does not say it; llama.cpp takes the period for granted.
-        rotated_layers=every(_PERIOD, sizes["n_layers"]),
-        tie_embeddings=tied,
-    )
+    # The header does not say it; llama.cpp takes the period for granted.
+    rotated = every(_PERIOD, s.layers("smollm3.block_count"))
+    return gguf_model(s, vocab_size, tied, arch="smollm3", theta=_THETA, rotated_layers=rotated)
 
 
 FAMILY = Family(
