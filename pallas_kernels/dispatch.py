@@ -18,15 +18,16 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching
 from pallas_kernels.choice import choose, current_target, module_of
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import check_packing, check_planes
-from pallas_kernels.problem import FLOATS, Problem, matmul_problem, rounding_problem
+from pallas_kernels.problem import COLUMN_TYPES, FLOATS, Problem, matmul_problem, rounding_problem
 from pallas_kernels.reference import LowRank, Packed
 
 
 def packed_matmul(
     x: jax.Array,
     planes: Sequence[jax.Array],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     channel_scale: jax.Array | None = None,
     low_rank: LowRank | None = None,
@@ -42,8 +43,9 @@ def packed_matmul(
       x: ``[..., d_in]`` with ``k - group_size < d_in <= k``, float32, bfloat16 or float16.
       planes: From `quantize_pack` or `pack`: ``uint8[k * width // 8, n]`` for each width in
         ``PLANES[bits]``.
-      scales: ``[k // group_size, n]``, float32, bfloat16 or float16.
-      zeros: As ``scales``, or uint8, in units of codes; None is symmetric.
+      scales: ``[k // group_size, n]``, float32, bfloat16 or float16; or `CodedScales`.
+      zeros: As ``scales``, or uint8, in units of codes; beside coded scales uint8, in units of
+        ``2**(bits - 8)`` codes; None is symmetric.
       channel_scale: D, ``[d_in]``, positive, or None for 1.
       low_rank: ``(A[d_in, r], B[r, n])`` or None.
       bits: Width of a code: 2, 3, 4, 5 or 8.
@@ -63,9 +65,7 @@ def packed_matmul(
     check_packing(bits=bits, k=k, group_size=group_size)
     _check_axes("planes", planes[0], layer)
     lead = planes[0].shape[:-2]
-    _check("scales", scales, (*lead, k // group_size, n))
-    if zeros is not None:
-        _check("zeros", zeros, (*lead, k // group_size, n), (*FLOATS, "uint8"))
+    _check_stored(scales, zeros, lead, (k // group_size, n))
     d_in = x.shape[-1] if x.ndim else 0
     if x.dtype not in FLOATS or not k - group_size < d_in <= k:
         raise ValueError(
@@ -101,6 +101,7 @@ def quantize_pack(
     group_size: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
@@ -117,6 +118,8 @@ def quantize_pack(
       group_size: Rows that share a scale, a multiple of 8.
       zero_point: ``"none"`` (symmetric), ``"float"`` or ``"integer"``; see `grid.ZERO_POINTS`.
       store_dtype: Of scales and float zero points: float32, bfloat16 or float16.
+      scales: ``"float"``, or ``"coded"`` for `CodedScales`, whose columns take ``store_dtype``,
+        float32 or bfloat16, and for zero points in eight bits.
       shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
       layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
         are that layer's own. None: there is no such axis.
@@ -132,7 +135,7 @@ def quantize_pack(
     _check_weight(w, channel_scale, importance, low_rank, layer)
     problem = rounding_problem(
         w, channel_scale, low_rank, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, shrinks=shrinks,
+        store_dtype=store_dtype, scales=scales, shrinks=shrinks,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
 
@@ -155,6 +158,7 @@ def prefill_quantize(
     group_size: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
     quantized: bool = False,
     layer: jax.Array | int | None = None,
@@ -172,6 +176,7 @@ def prefill_quantize(
       group_size: See `quantize_pack`.
       zero_point: See `quantize_pack`.
       store_dtype: See `quantize_pack`.
+      scales: See `quantize_pack`.
       shrinks: See `quantize_pack`.
       quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
       layer: See `quantize_pack`.
@@ -192,7 +197,7 @@ def prefill_quantize(
         )
     problem = rounding_problem(
         w, channel_scale, low_rank, x, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, shrinks=shrinks, quantized=quantized,
+        store_dtype=store_dtype, scales=scales, shrinks=shrinks, quantized=quantized,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
     rows = x.reshape(-1, d_in)
@@ -311,6 +316,21 @@ def _check(
         )
     if a.dtype not in dtypes:
         raise ValueError(f"{name}: expected one of {', '.join(dtypes)}, got {a.dtype}; cast it")
+
+
+def _check_stored(
+    scales: Any, zeros: jax.Array | None, lead: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    """Checks scales and zero points of one layer's shape, under leading axes."""
+    if not isinstance(scales, CodedScales):
+        _check("scales", scales, (*lead, *shape))
+        if zeros is not None:
+            _check("zeros", zeros, (*lead, *shape), (*FLOATS, "uint8"))
+        return
+    _check("scales.codes", scales.codes, (*lead, *shape), ("uint8",))
+    _check("scales.columns", scales.columns, (*lead, shape[1]), COLUMN_TYPES)
+    if zeros is not None:
+        _check("zeros", zeros, (*lead, *shape), ("uint8",))
 
 
 def _check_axes(name: str, a: jax.Array, layer: Any) -> None:

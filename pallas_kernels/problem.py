@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grid import ZERO_POINTS
+from pallas_kernels.grid import SCALES, ZERO_POINTS, CodedScales, zero_unit
 from pallas_kernels.layout import check_packing
 
 FLOATS = ("float32", "bfloat16", "float16")
 """What activations, weights, scales and float zero points may be."""
+
+COLUMN_TYPES = ("float32", "bfloat16")
+"""What the columns' numbers may be where scales are coded: a float16 has no room below 6e-5."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,8 @@ class Problem:
       group_size: rows that share a scale, a multiple of 8.
       zero_point: one of `grid.ZERO_POINTS`.
       dtype: of the activations; of the weight for `quantize_pack`.
-      store_dtype: of scales and float zero points.
+      store_dtype: of scales and float zero points; of the columns' numbers if scales are coded.
+      scales: one of `grid.SCALES`.
       rank: of the low-rank term, 0 for none.
       shrinks: factors in (0, 1] on a group's range to choose from; none for `packed_matmul`.
       quantized: `prefill_quantize` multiplies with the quantized weight.
@@ -52,6 +56,7 @@ class Problem:
     zero_point: str
     dtype: str
     store_dtype: str = "bfloat16"
+    scales: str = "float"
     rank: int = 0
     shrinks: tuple[float, ...] = ()
     quantized: bool = False
@@ -61,7 +66,9 @@ class Problem:
         # Any row count serves, it is padded to whole groups: the check is of the two numbers.
         whole = 8 * max(self.group_size, 1)
         check_packing(bits=self.bits, k=whole, group_size=self.group_size)
-        for name, known in (("zero_point", ZERO_POINTS), ("store_dtype", FLOATS)):
+        types = COLUMN_TYPES if self.scales == "coded" else FLOATS
+        options = (("scales", SCALES), ("zero_point", ZERO_POINTS), ("store_dtype", types))
+        for name, known in options:
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
@@ -80,7 +87,19 @@ class Problem:
     @property
     def zero_dtype(self) -> str | None:
         """What zero points are stored in; None where there are none."""
+        if self.scales == "coded" and self.zero_point != "none":
+            return "uint8"
         return {"none": None, "float": self.store_dtype, "integer": "uint8"}[self.zero_point]
+
+    @property
+    def scale_dtype(self) -> str:
+        """What a group's scale is stored in."""
+        return "uint8" if self.scales == "coded" else self.store_dtype
+
+    @property
+    def zero_unit(self) -> float:
+        """What a stored zero point counts in, see `grid.zero_unit`."""
+        return zero_unit(self.bits, coded=self.scales == "coded")
 
     @property
     def itemsize(self) -> int:
@@ -105,7 +124,7 @@ def matmul_problem(
 
     Args:
       x: ``[..., d_in]``.
-      scales: ``[..., k // group_size, n]``.
+      scales: `grid.Scales`, ``[..., k // group_size, n]``.
       zeros: likewise, or None.
       low_rank: ``(A, B)`` or None.
       bits: width of a code.
@@ -114,20 +133,22 @@ def matmul_problem(
     Returns:
       The problem; `store_dtype` is float16 if anything stored is.
     """
-    stored = {a.dtype.name for a in (scales, zeros) if a is not None}
-    whole = "integer" if "uint8" in stored else "float"
+    coded = isinstance(scales, CodedScales)
+    kept = scales.columns if coded else scales
+    stored = {a.dtype.name for a in (kept, zeros) if a is not None}
+    whole = "integer" if "uint8" in stored and not coded else "float"
     return Problem(
-        kernel="packed_matmul", m=math.prod(x.shape[:-1]), d_in=x.shape[-1], n=scales.shape[-1],
+        kernel="packed_matmul", m=math.prod(x.shape[:-1]), d_in=x.shape[-1], n=kept.shape[-1],
         bits=bits, group_size=group_size, zero_point="none" if zeros is None else whole,
-        dtype=x.dtype.name, rank=_rank(low_rank),
-        store_dtype="float16" if "float16" in stored else scales.dtype.name,
+        dtype=x.dtype.name, rank=_rank(low_rank), scales="coded" if coded else "float",
+        store_dtype="float16" if "float16" in stored else kept.dtype.name,
     )  # fmt: skip
 
 
 def rounding_problem(
     w: Any, channel_scale: Any = None, low_rank: tuple[Any, Any] | None = None, x: Any = None, *,
     bits: int, group_size: int, zero_point: str, store_dtype: jax.typing.DTypeLike,
-    shrinks: tuple[float, ...] = (1.0,), quantized: bool = False,
+    scales: str = "float", shrinks: tuple[float, ...] = (1.0,), quantized: bool = False,
 ) -> Problem:  # fmt: skip
     """The problem of a `prefill_quantize`, or of a `quantize_pack` without x.
 
@@ -140,6 +161,7 @@ def rounding_problem(
       group_size: rows that share a scale.
       zero_point: see `Problem`, as the arguments after it.
       store_dtype: see `Problem`.
+      scales: see `Problem`.
       shrinks: see `Problem`.
       quantized: see `Problem`.
 
@@ -151,6 +173,6 @@ def rounding_problem(
         kernel="quantize_pack" if x is None else "prefill_quantize",
         m=0 if x is None else math.prod(x.shape[:-1]), d_in=d_in, n=n, bits=bits,
         group_size=group_size, zero_point=zero_point, dtype=(w if x is None else x).dtype.name,
-        store_dtype=jnp.dtype(store_dtype).name, rank=_rank(low_rank),
+        store_dtype=jnp.dtype(store_dtype).name, scales=scales, rank=_rank(low_rank),
         shrinks=tuple(map(float, shrinks)), quantized=quantized, scaled=channel_scale is not None,
     )  # fmt: skip

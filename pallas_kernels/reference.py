@@ -5,8 +5,9 @@ stand for is, exactly,
 
     W[i, c] = s[i // g, c] * (q[i, c] - z[i // g, c]) / D[i] + (A B)[i, c]
 
-A prompt's activations are divided by ``D`` instead of the weight (arXiv:2603.19296):
-``y = (x / D) Q + (x A) B``. Nothing here is tuned; `pallas_kernels.xla` is what runs.
+with s and z as `grid.read` reads them: floating-point numbers, or eight bits each. A prompt's
+activations are divided by ``D`` instead of the weight (arXiv:2603.19296): ``y = (x / D) Q + (x A)
+B``. Nothing here is tuned; `pallas_kernels.xla` is what runs.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import grid
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import pack, unpack
 from pallas_kernels.problem import Problem
 
 _EXACT = jax.lax.Precision.HIGHEST
 
-Packed = tuple[tuple[jax.Array, ...], jax.Array, jax.Array | None]
+Packed = tuple[tuple[jax.Array, ...], Scales, jax.Array | None]
 """``(planes, scales, zeros)``: planes as `pack` returns them, scales ``[k // group_size, n]`` and
 zero points of the same shape, None if symmetric."""
 
@@ -34,7 +36,7 @@ LowRank = tuple[jax.Array, jax.Array]
 
 def dequantize(
     planes: Sequence[jax.Array],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     *,
     bits: int,
@@ -45,8 +47,8 @@ def dequantize(
 
     Args:
       planes: One ``uint8[..., k * width // 8, n]`` for each width in ``PLANES[bits]``, from `pack`.
-      scales: ``[..., k // group_size, n]``; float32, bfloat16 or float16.
-      zeros: As ``scales``, or uint8, in units of codes; None is symmetric, ``z = 2**(bits - 1)``.
+      scales: ``[..., k // group_size, n]``; float32, bfloat16 or float16, or coded.
+      zeros: As ``scales``, or uint8, see `grid.read`; None is symmetric, ``z = 2**(bits - 1)``.
       bits: Width of a code: 2, 3, 4, 5 or 8.
       group_size: Rows that share a scale: a multiple of 8 that divides ``k``.
       dtype: Of the result; the arithmetic is float32 whatever it is.
@@ -57,16 +59,15 @@ def dequantize(
     codes = unpack(planes, bits=bits)
     *lead, k, n = codes.shape
     groups = codes.reshape(*lead, k // group_size, group_size, n).astype(jnp.float32)
-    middle = jnp.asarray(2.0 ** (bits - 1), jnp.float32)
-    zero = middle if zeros is None else zeros.astype(jnp.float32)[..., None, :]
-    weight = grid.decode(groups, scales.astype(jnp.float32)[..., None, :], zero)
+    s, z = (jnp.asarray(a, jnp.float32) for a in grid.read(scales, zeros, bits=bits))
+    weight = grid.decode(groups, s[..., None, :], z if zeros is None else z[..., None, :])
     return weight.reshape(*lead, k, n).astype(dtype)
 
 
 def packed_matmul(
     x: jax.Array,
     planes: Sequence[jax.Array],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     channel_scale: jax.Array | None = None,
     low_rank: LowRank | None = None,
@@ -124,29 +125,26 @@ def quantize_pack(
       ``(planes, scales, zeros)``; zeros are None, ``store_dtype`` or uint8.
     """
     d_in, n = w.shape
-    bits, group_size, shrinks = problem.bits, problem.group_size, problem.shrinks
-    residual = w.astype(jnp.float32)
-    if low_rank is not None:
-        down, up = (factor.astype(jnp.float32) for factor in low_rank)
-        residual = residual - jnp.matmul(down, up, precision=_EXACT)
-    if channel_scale is not None:
-        residual = residual * channel_scale.astype(jnp.float32)[:, None]
-    padding = -d_in % group_size
-    groups = jnp.pad(residual, ((0, padding), (0, 0))).reshape(-1, group_size, n)
+    bits, shrinks = problem.bits, problem.shrinks
+    groups = _groups(w, channel_scale, low_rank, problem)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    fit = functools.partial(
-        grid.fit, bits=bits, zero_point=problem.zero_point, store_dtype=problem.store_dtype
-    )
+    stored: Any = {
+        "bits": bits, "zero_point": problem.zero_point, "store_dtype": problem.store_dtype
+    }  # fmt: skip
+    columns = grid.column_scales(low, high, **stored) if problem.scales == "coded" else None
+
+    def fit(shrink: Any) -> tuple[jax.Array, jax.Array]:
+        return grid.fit(low * shrink, high * shrink, columns, **stored)
 
     shrink: Any = shrinks[0]
     if problem.searched:
         h = jnp.ones(d_in, jnp.float32) if importance is None else importance.astype(jnp.float32)
-        h = jnp.pad(h, (0, padding)).reshape(-1, group_size, 1)
+        h = jnp.pad(h, (0, problem.k - d_in)).reshape(-1, problem.group_size, 1)
 
         def try_factor(
             best: tuple[jax.Array, jax.Array], shrink: jax.Array
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            scales, zeros = (p[:, None] for p in fit(low * shrink, high * shrink))
+            scales, zeros = (p[:, None] for p in fit(shrink))
             rounded = grid.decode(grid.encode(groups, scales, zeros, bits=bits), scales, zeros)
             error = jnp.sum(h * jnp.square(groups - rounded), axis=1)
             better = error < best[0]
@@ -156,11 +154,69 @@ def quantize_pack(
         start = full(fill_value=jnp.inf), full(fill_value=shrinks[0])
         (_, shrink), _ = jax.lax.scan(try_factor, start, jnp.asarray(shrinks, jnp.float32))
 
-    scales, zeros = fit(low * shrink, high * shrink)
+    scales, zeros = fit(shrink)
     codes = grid.encode(groups, scales[:, None], zeros[:, None], bits=bits)
     planes = pack(codes.reshape(-1, n).astype(jnp.uint8), bits=bits)
-    stored = None if problem.zero_dtype is None else zeros.astype(problem.zero_dtype)
-    return planes, scales.astype(problem.store_dtype), stored
+    return planes, *grid.write(scales, zeros, columns, **stored)
+
+
+def _groups(
+    w: jax.Array, channel_scale: jax.Array | None, low_rank: LowRank | None, problem: Problem
+) -> jax.Array:
+    """``D (W - A B)`` in groups, ``float32[n_group, group_size, n]``, padded with zeros."""
+    residual = w.astype(jnp.float32)
+    if low_rank is not None:
+        down, up = (factor.astype(jnp.float32) for factor in low_rank)
+        residual = residual - jnp.matmul(down, up, precision=_EXACT)
+    if channel_scale is not None:
+        residual = residual * channel_scale.astype(jnp.float32)[:, None]
+    padded = jnp.pad(residual, ((0, problem.k - problem.d_in), (0, 0)))
+    return padded.reshape(-1, problem.group_size, problem.n)
+
+
+def column_scales(
+    w: jax.Array, channel_scale: jax.Array | None, low_rank: LowRank | None, layer: jax.Array, *,
+    problem: Problem,
+) -> jax.Array | None:  # fmt: skip
+    """What the coded scales of each column are multiples of; a kernel gets them ready-made.
+
+    They depend on a whole column, which a kernel sees block by block. XLA fuses all of this into
+    one more read of the weight.
+
+    Args:
+      w: ``[L, d_in, n]``.
+      channel_scale: See `quantize_pack`.
+      low_rank: See `quantize_pack`.
+      layer: ``int32[]``, which of the L.
+      problem: See `quantize_pack`.
+
+    Returns:
+      ``float32[1, n]``, see `grid.column_scales`; None where scales are not coded.
+    """
+    if problem.scales != "coded":
+        return None
+    one = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False, allow_negative_indices=False)
+    groups = _groups(one, channel_scale, low_rank, problem)
+    return grid.column_scales(
+        jnp.min(groups, axis=1), jnp.max(groups, axis=1), bits=problem.bits,
+        zero_point=problem.zero_point, store_dtype=problem.store_dtype,
+    )  # fmt: skip
+
+
+def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Problem) -> Scales:
+    """A kernel's scales as the public calls return them.
+
+    Args:
+      scales: ``[n_group, n]`` as the kernel wrote them.
+      of_columns: From `column_scales`.
+      problem: See `quantize_pack`.
+
+    Returns:
+      The same; coded if there are columns.
+    """
+    if of_columns is None:
+        return scales
+    return CodedScales(scales, of_columns[0].astype(problem.store_dtype))
 
 
 def prefill_quantize(

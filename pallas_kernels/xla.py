@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.reference import LowRank, Packed
@@ -122,10 +123,10 @@ def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array,
 
 
 # A jit of its own: a long program to trace, and a model asks for it again and again.
-@functools.partial(jax.jit, static_argnames=("bits", "group_size"))
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "zero_unit"))
 def _one_row(
     x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
-    layer: jax.Array, *, bits: int, group_size: int,
+    layer: jax.Array, *, bits: int, group_size: int, zero_unit: float,
 ) -> jax.Array:  # fmt: skip
     """``float32[k] -> float32[n]`` without ever storing a weight."""
     layers, _, n = planes[0].shape
@@ -157,7 +158,9 @@ def _one_row(
             partial = partial + (x[octet, :, :, j, None] * jnp.float32(2.0**-up)) * code
         x_sum = functools.reduce(jnp.add, [x[octet, :, :, j, None] for j in range(step)])
         first = octet * n_part
-        z = jnp.float32(2 ** (bits - 1)) if zero is None else zero.read(layer, first, n_part)
+        z = jnp.float32(2 ** (bits - 1))
+        if zero is not None:
+            z = zero.read(layer, first, n_part) * jnp.float32(zero_unit)
         y = y + scale.read(layer, first, n_part) * (partial - z * x_sum)
     # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with all
     # that fuses into it to a library that wants every operand in memory.
@@ -175,7 +178,7 @@ def _block_octet_rows(rows: int, part: int, n: int) -> int:
 
 def _many_rows(
     x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
-    layer: jax.Array, *, bits: int, group_size: int,
+    layer: jax.Array, *, bits: int, group_size: int, zero_unit: float,
 ) -> jax.Array:  # fmt: skip
     """``float32[m, k] -> float32[m, n]``, some rows of every octet at a time."""
     layers, _, n = planes[0].shape
@@ -209,7 +212,9 @@ def _many_rows(
 
     def add_block(y: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         i, x_block = at
-        z = jnp.float32(2 ** (bits - 1)) if zero is None else per_group(zero, i)
+        z = jnp.float32(2 ** (bits - 1))
+        if zero is not None:
+            z = per_group(zero, i) * jnp.float32(zero_unit)
         w = per_group(scale, i) * (unpacked(i) - z)
         return y + jnp.matmul(x_block, w.reshape(-1, n), precision=_EXACT), None
 
@@ -221,7 +226,7 @@ def _many_rows(
 def packed_matmul(
     x: jax.Array,
     planes: tuple[jax.Array, ...],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
@@ -234,7 +239,7 @@ def packed_matmul(
     Args:
       x: ``[m, k]``, finite.
       planes: ``uint8[L, k * width // 8, n]`` for each width in ``PLANES[bits]``.
-      scales: ``[L, k // group_size, n]``, float32, bfloat16 or float16.
+      scales: ``[L, k // group_size, n]``, float32, bfloat16 or float16, or coded.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``.
       problem: Bits and group size.
@@ -242,9 +247,12 @@ def packed_matmul(
     Returns:
       ``y[m, n]`` in x's dtype.
     """
-    grouping: Any = {"bits": problem.bits, "group_size": problem.group_size}
+    grouping: Any = {
+        "bits": problem.bits, "group_size": problem.group_size, "zero_unit": problem.zero_unit
+    }  # fmt: skip
     m, n = x.shape[0], planes[0].shape[-1]
-    weight = (planes, scales, zeros, layer)
+    codes, columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    weight = (planes, codes, zeros, layer)
     rows = x.astype(jnp.float32)
     if m == 0:
         y = jnp.zeros((0, n), jnp.float32)
@@ -253,13 +261,15 @@ def packed_matmul(
         y = jnp.stack([_one_row(rows[i], *weight, **grouping) for i in range(m)])
     else:
         y = _many_rows(rows, *weight, **grouping)
+    if columns is not None:
+        y = y * _at(columns, layer).astype(jnp.float32)[None]
     return y.astype(x.dtype)
 
 
 def dense_matmul(
     x: jax.Array,
     planes: tuple[jax.Array, ...],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     layer: jax.Array,
     *,

@@ -154,7 +154,7 @@ def of_expert(kernel: Any, expert: Int[Array, ""]) -> Any:
       What `linear` takes.
     """
     if isinstance(kernel, MixedLinear):
-        n_experts = kernel.stacks[0].scales.shape[1]
+        n_experts = kernel.stacks[0].planes[0].shape[1]
         slots = kernel.slot[:, None] * n_experts + jnp.arange(n_experts, dtype=jnp.int32)[None]
         return MixedLinear(
             _merged(kernel.stacks), jnp.repeat(kernel.which, n_experts), slots.reshape(-1),
@@ -165,7 +165,7 @@ def of_expert(kernel: Any, expert: Int[Array, ""]) -> Any:
         if kernel.layer is None:
             return chosen
         planes, scales, zeros = _merged((kernel.planes, kernel.scales, kernel.zeros))
-        at = kernel.layer * kernel.scales.shape[1] + expert
+        at = kernel.layer * kernel.planes[0].shape[1] + expert
         return dataclasses.replace(chosen, planes=planes, scales=scales, zeros=zeros, layer=at)
     if isinstance(kernel, Stacked):
         at = kernel.layer * kernel.kernels.shape[1] + expert

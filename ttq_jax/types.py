@@ -167,13 +167,14 @@ class QuantizedLinear:
                   + (A B)[i, j],   (A, B) = low_rank.factors(),   g = i // group_size
 
     where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
-    scale is 1 if None and the low-rank term 0 if None. Rows from d_in up to the padded width
-    n_group · group_size are padding: their inputs are zeros.
+    scale is 1 if None and the low-rank term 0 if None. Coded scales are columns[j] · codes[g, j]
+    of `pallas_kernels.CodedScales`; the zero points beside them count in 2^(bits−8). Rows from d_in
+    up to the padded width n_group · group_size are padding: their inputs are zeros.
 
     Attributes:
       planes: uint8 bit planes of the codes, see `pallas_kernels.layout`.
-      scales: [n_group, d_out], positive.
-      zeros: [n_group, d_out] or None for a symmetric grid.
+      scales: [n_group, d_out], positive; an array, or `CodedScales`.
+      zeros: [n_group, d_out], uint8 beside coded scales, or None for a symmetric grid.
       channel_scale: D, [d_in], positive, or None.
       low_rank: the low-rank correction that is added, or None.
       layer: None for a single layer; else int32[], its index: planes, scales and zeros then have
@@ -302,7 +303,7 @@ def _leaf_sizes(leaf: Any) -> tuple[int, int]:
     if isinstance(leaf, MixedLinear):
         return stored, sum(_leaf_sizes(stack)[1] for stack in leaf.stacks)
     if isinstance(leaf, QuantizedLinear):
-        layers = math.prod(leaf.scales.shape[:-2])
+        layers = math.prod(leaf.planes[0].shape[:-2])
         return stored, layers * leaf.d_in * leaf.d_out
     return stored, math.prod(leaf.shape)
 

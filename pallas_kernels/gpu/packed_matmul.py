@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
 from pallas_kernels.gpu.triton import pallas_call, plgpu
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -206,13 +207,16 @@ def _steps(facts: _Facts) -> tuple[Any, Any]:
     return first, jnp.minimum(first + each, steps)
 
 
-def _scale_and_zero(refs: Any, row: Any, columns: Any, inside: Any, layer: Any) -> Any:
+def _scale_and_zero(
+    refs: Any, row: Any, columns: Any, inside: Any, layer: Any, facts: _Facts
+) -> Any:
     """Scales ``f32[c]`` of the group of a row and, if there are any, zero points."""
     scales, *zeros = refs
     both = [_load(ref, row, columns, inside, layer) for ref in (scales, *zeros)]
     # Triton has no conversion from uint8 to a float that is as fast as by way of int32.
     wide = [a.astype(jnp.int32) if a.dtype == jnp.uint8 else a for a in both]
-    return [a.astype(jnp.float32) for a in wide]
+    scales, *zeros = (a.astype(jnp.float32) for a in wide)
+    return [scales, *(z * facts.zero_unit for z in zeros)]
 
 
 def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
@@ -220,6 +224,7 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     *planes, y_ref = refs
     count = len(PLANES[facts.bits])
     planes, grid_refs = planes[:count], planes[count:]
+    of_columns = grid_refs.pop() if facts.scales == "coded" else None
     tiles, layer = facts.tiles, layer_ref[0]
     columns, inside = _columns(facts)
     mask = None if inside is None else inside[None, :]
@@ -234,7 +239,9 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 
     def slab_step(slab: int, step: Any, loaded: Any, accs: Any) -> Any:
         row = slab * facts.slab + step * tiles.depth
-        scale, *zeros = _scale_and_zero(grid_refs, row // facts.group_size, columns, inside, layer)
+        scale, *zeros = _scale_and_zero(
+            grid_refs, row // facts.group_size, columns, inside, layer, facts
+        )
         places = unpack.sources(slab, facts.bits)
         fields = [field for _, field in places]
         parts = [zero] * facts.m
@@ -273,7 +280,10 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 
     accs = lax.fori_loop(*_steps(facts), step, [zero] * facts.m)
     for i, acc in enumerate(accs):
-        total = jnp.sum(acc, axis=0, keepdims=True).astype(y_ref.dtype)
+        total = jnp.sum(acc, axis=0, keepdims=True)
+        if of_columns is not None:
+            total = total * _load(of_columns, 0, columns, inside)[None, :]
+        total = total.astype(y_ref.dtype)
         plgpu.store(y_ref.at[pl.program_id(2), pl.ds(i, 1), columns], total, mask=mask)
 
 
@@ -282,6 +292,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     *operands, y_ref = refs
     count = len(PLANES[facts.bits])
     planes, grid_refs = operands[:count], operands[count:]
+    of_columns = grid_refs.pop() if facts.scales == "coded" else None
     sums_ref = None if facts.zero_point == "none" else grid_refs.pop()
     tiles, layer = facts.tiles, layer_ref[0]
     columns, inside = _columns(facts)
@@ -311,7 +322,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
             precision = _EXACT if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
             part = jnp.dot(q.T, x.T, preferred_element_type=jnp.float32, precision=precision)
             scale, *zeros = _scale_and_zero(
-                grid_refs, row // facts.group_size, columns, inside, layer
+                grid_refs, row // facts.group_size, columns, inside, layer, facts
             )
             if zeros:
                 sums = _load(sums_ref, row // tiles.depth, rows, real)
@@ -321,6 +332,8 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 
     start = jnp.zeros((tiles.columns, tiles.rows), jnp.float32)
     acc = lax.fori_loop(*_steps(facts), step, start)
+    if of_columns is not None:
+        acc = acc * _load(of_columns, 0, columns, inside)[:, None]
     kept = mask if real_rows is None else real_rows
     if mask is not None and real_rows is not None:
         kept = mask & real_rows
@@ -331,7 +344,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 def packed_matmul(
     x: jax.Array,
     planes: tuple[jax.Array, ...],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
@@ -344,7 +357,7 @@ def packed_matmul(
     Args:
       x: ``[m, k]``.
       planes: ``uint8[L, k * width // 8, n]`` for each width in ``PLANES[bits]``.
-      scales: ``[L, k // group_size, n]``.
+      scales: ``[L, k // group_size, n]``, or coded.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``, which of the L.
       problem: What to do; `refusal` tells what is served.
@@ -362,12 +375,16 @@ def packed_matmul(
     tiles = tiles or blocks(problem)
     facts = _Facts(**vars(problem), tiles=tiles, interpret=interpret)
     few = m <= 2 and tiles.rows <= 2
-    operands = [layer.reshape(1), x, *planes, scales]
+    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    operands = [layer.reshape(1), x, *planes, codes]
     if zeros is not None:
         operands.append(zeros)
         if not few:
             runs = x.reshape(m, k // tiles.depth, tiles.depth)
             operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
+    if of_columns is not None:
+        row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
+        operands.append(row.astype(jnp.float32))
     grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
     partial = x.dtype if tiles.splits == 1 else jnp.float32
     out = pallas_call(

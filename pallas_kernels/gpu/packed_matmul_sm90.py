@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import check_addressable
 from pallas_kernels.gpu.packed_matmul import granule, unservable
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -136,7 +137,7 @@ def _kernel(*refs: Any, problem: Problem, tiles: Tiles, interpret: bool) -> None
     if not interpret:
         start = plgpu.layout_cast(start, plgpu.Layout.WGMMA)
     out_smem[...] = plgpu.emit_pipeline(
-        lambda _, *blocks: _step(*blocks, bits=problem.bits, interpret=interpret), grid=(each,),
+        lambda _, *blocks: _step(*blocks, problem=problem, interpret=interpret), grid=(each,),
         in_specs=specs, max_concurrent_steps=min(tiles.stages, each), init_carry=start,
     )(*operands)  # fmt: skip
     plgpu.commit_smem()
@@ -173,9 +174,10 @@ def _blocks_of(
     return specs, operands
 
 
-def _step(plane_smem: Any, *blocks: Any, bits: int, interpret: bool) -> jax.Array:
+def _step(plane_smem: Any, *blocks: Any, problem: Problem, interpret: bool) -> jax.Array:
     """Adds what one step's carriers contribute; the last of the blocks is the sum so far."""
     *others, acc = blocks
+    bits = problem.bits
     carriers = _load_transposed(plane_smem, interpret)
     shape, slabs = acc.shape, unpack.slabs(bits)
     for f in range(slabs):
@@ -188,6 +190,7 @@ def _step(plane_smem: Any, *blocks: Any, bits: int, interpret: bool) -> jax.Arra
         offset = _offset(bits, x_smem.dtype)
         if zero_smem:
             z = _load(zero_smem[0].at[0], by_column, interpret).astype(jnp.float32)
+            z = z * problem.zero_unit
             part = part - _across(z + offset, 0, shape) * _across(sums, 1, shape)
         else:
             part = part - _across(sums * (2.0 ** (bits - 1) + offset), 1, shape)
@@ -230,7 +233,7 @@ def _product(codes: jax.Array, x_smem: Any, shape: tuple[int, int], interpret: b
 def packed_matmul(
     x: jax.Array,
     planes: tuple[jax.Array, ...],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
@@ -243,7 +246,7 @@ def packed_matmul(
     Args:
       x: ``[m, k]``, bfloat16 or float16.
       planes: One ``uint8[L, k * bits // 8, n]``.
-      scales: ``[L, k // group_size, n]``.
+      scales: ``[L, k // group_size, n]``, or coded.
       zeros: As scales, or uint8, or None.
       layer: ``int32[]``, which of the L.
       problem: What to do; `refusal` tells what is served.
@@ -261,7 +264,8 @@ def packed_matmul(
     tiles = tiles or blocks(problem)
     padded = pl.cdiv(m, tiles.rows) * tiles.rows
     x = jnp.pad(x, ((0, padded - m), (0, 0)))
-    operands = [layer.reshape(1), x, *planes, scales]
+    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    operands = [layer.reshape(1), x, *planes, codes]
     runs = x.reshape(padded, k // tiles.depth, tiles.depth)
     operands += [jnp.sum(runs, axis=2, dtype=jnp.float32).T, *([] if zeros is None else [zeros])]
     out = plgpu.kernel(
@@ -276,4 +280,8 @@ def packed_matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )(*operands)  # fmt: skip
-    return jnp.sum(out, axis=0).T[:m].astype(x.dtype)
+    y = jnp.sum(out, axis=0).T[:m]
+    if of_columns is not None:
+        row = jax.lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
+        y = y * row.astype(jnp.float32)
+    return y.astype(x.dtype)

@@ -29,7 +29,7 @@ from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
-from pallas_kernels.reference import LowRank, Packed
+from pallas_kernels.reference import LowRank, Packed, column_scales
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -126,7 +126,7 @@ def _kernel(
 
     def store_and_put(slab: int, row: Any, found: Any, carriers: Any) -> Any:
         codes, scales, zeros = found
-        qp.write_grid(scales, zeros, row, place, facts, outputs[count:])
+        qp.write_grid(scales, zeros, row, place, facts, refs, outputs[count:])
         return qp.put(codes, slab, carriers, facts)
 
     def step(t: Any, acc: Any) -> Any:
@@ -200,7 +200,8 @@ def prefill_quantize(
       ``(y[m, n] in x's dtype, (planes, scales, zeros))``.
     """
     m, n = problem.m, problem.n
-    given = qp.operands_of(channel_scale, importance, low_rank, problem)
+    of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
+    given = qp.operands_of(channel_scale, importance, low_rank, of_columns, problem)
     block, columns = tiles or blocks(problem)
     facts = qp.Facts(**vars(problem), columns=columns, given=tuple(given), interpret=interpret)
     y, *outputs = pallas_call(
@@ -211,4 +212,4 @@ def prefill_quantize(
         interpret=interpret,
         name=f"prefill_quantize_{problem.bits}bit",
     )(layer.reshape(1), x, w, *given.values())
-    return y, qp.packed_of(outputs, facts)
+    return y, qp.packed_of(outputs, given, facts)

@@ -29,7 +29,7 @@ from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.gpu.triton import pallas_call, plgpu
 from pallas_kernels.layout import PLANES, pack
 from pallas_kernels.problem import Problem
-from pallas_kernels.reference import LowRank, Packed
+from pallas_kernels.reference import LowRank, Packed, column_scales, with_columns
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -117,7 +117,7 @@ def block_columns(problem: Problem) -> int:
 
 def operands_of(
     channel_scale: jax.Array | None, importance: jax.Array | None, low_rank: LowRank | None,
-    problem: Problem,
+    of_columns: jax.Array | None, problem: Problem,
 ) -> dict[str, jax.Array]:  # fmt: skip
     """The optional operands that there are, float32, by name; factors padded to `_rank_block`."""
     down, up = low_rank or (None, None)
@@ -125,7 +125,8 @@ def operands_of(
         # Zeros: a kernel may not read beyond an array, and Triton's products are of 16 and more.
         padding = _rank_block(problem.rank) - problem.rank
         down, up = jnp.pad(down, ((0, 0), (0, padding))), jnp.pad(up, ((0, padding), (0, 0)))
-    given = {"channel_scale": channel_scale, "importance": None, "down": down, "up": up}
+    given = {"channel_scale": channel_scale, "importance": None, "down": down, "up": up,
+             "of_columns": of_columns}  # fmt: skip
     if problem.searched:
         given |= {"importance": importance, "shrinks": jnp.asarray(problem.shrinks, jnp.float32)}
     return {name: a.astype(jnp.float32) for name, a in given.items() if a is not None}
@@ -134,16 +135,17 @@ def operands_of(
 def outputs_of(facts: Facts) -> list[jax.ShapeDtypeStruct]:
     """Planes, scales and zero points."""
     rows = [(facts.k * width // 8, "uint8") for width in PLANES[facts.stored_bits]]
-    rows += [(facts.k // facts.group_size, t) for t in (facts.store_dtype, facts.zero_dtype) if t]
+    rows += [(facts.k // facts.group_size, t) for t in (facts.scale_dtype, facts.zero_dtype) if t]
     return [jax.ShapeDtypeStruct((count, facts.n), dtype) for count, dtype in rows]
 
 
-def packed_of(outputs: Any, facts: Facts) -> Packed:
+def packed_of(outputs: Any, given: dict[str, jax.Array], facts: Facts) -> Packed:
     """What a kernel wrote, as the public calls return it."""
     count = len(PLANES[facts.stored_bits])
     planes, (scales, *zeros) = tuple(outputs[:count]), outputs[count:]
     if facts.stored_bits != facts.bits:
         planes = pack(planes[0], bits=facts.bits)
+    scales = with_columns(scales, given.get("of_columns"), facts)
     return planes, scales, zeros[0] if zeros else None
 
 
@@ -207,8 +209,10 @@ def quantize(
     nearest = functools.partial(unpack.nearest, interpret=facts.interpret)
     fit = functools.partial(
         grid.fit, bits=facts.bits, zero_point=facts.zero_point, store_dtype=facts.store_dtype,
-        nearest=nearest,
+        nearest=nearest, stored=functools.partial(unpack.as_stored, interpret=facts.interpret),
     )  # fmt: skip
+    if "of_columns" in refs:
+        fit = functools.partial(fit, columns=load_row(refs["of_columns"], place))
     encode = functools.partial(grid.encode, bits=facts.bits, nearest=nearest)
     low, high = jnp.min(w, axis=0), jnp.max(w, axis=0)
     shrink: Any = facts.shrinks[0]
@@ -235,14 +239,23 @@ def quantize(
     return encode(w, scales[None, :], zeros[None, :]), scales, zeros
 
 
+def load_row(ref: Any, place: Place) -> jax.Array:
+    """What there is per column, ``float32[columns]``; 1 beyond the last."""
+    inside = None if place.inside is None else place.inside[0]
+    return load(ref, (0, place.columns), inside, other=1.0)
+
+
 def write_grid(
-    scales: jax.Array, zeros: jax.Array, row: Any, place: Place, facts: Facts, refs: Any
-) -> None:
+    scales: jax.Array, zeros: jax.Array, row: Any, place: Place, facts: Facts,
+    refs: dict[str, Any], outputs: Any,
+) -> None:  # fmt: skip
     """Stores the scales and zero points of the group that starts at `row`."""
     group = row // facts.group_size
-    for ref, value in zip(refs, (scales, zeros), strict=False):
-        # No float is converted to uint8 but by way of int32.
-        whole = value.astype(jnp.int32) if ref.dtype == jnp.uint8 else value
+    if "of_columns" in refs:
+        scales = scales / load_row(refs["of_columns"], place)
+    for ref, value in zip(outputs, (scales, zeros / facts.zero_unit), strict=False):
+        # No float is converted to uint8 but by way of int32; a half for what the division leaves.
+        whole = (value + 0.5).astype(jnp.int32) if ref.dtype == jnp.uint8 else value
         block = whole.astype(ref.dtype)[None, :]
         plgpu.store(ref.at[pl.ds(group, 1), place.columns], block, mask=place.inside)
 
@@ -283,7 +296,7 @@ def _kernel(layer_ref: Any, w_ref: Any, *all_refs: Any, facts: Facts) -> None:
         w = load(w_ref, at, place.both(place.real(row)))
         w = residual(w, refs, row, place, facts)
         codes, scales, zeros = quantize(w, refs, row, place, facts)
-        write_grid(scales, zeros, row, place, facts, outputs[count:])
+        write_grid(scales, zeros, row, place, facts, refs, outputs[count:])
         carriers = put(codes, slab, carriers, facts)
     write_carriers(carriers, step, place, facts, outputs[:count])
 
@@ -314,7 +327,8 @@ def quantize_pack(
     Returns:
       ``(planes, scales, zeros)`` of that layer.
     """
-    given = operands_of(channel_scale, importance, low_rank, problem)
+    of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
+    given = operands_of(channel_scale, importance, low_rank, of_columns, problem)
     columns = tiles or block_columns(problem)
     facts = Facts(**vars(problem), columns=columns, given=tuple(given), interpret=interpret)
     outputs = pallas_call(
@@ -325,4 +339,4 @@ def quantize_pack(
         interpret=interpret,
         name=f"quantize_pack_{facts.bits}bit",
     )(layer.reshape(1), w, *given.values())
-    return packed_of(outputs, facts)
+    return packed_of(outputs, given, facts)

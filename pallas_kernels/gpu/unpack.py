@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import grid
 from pallas_kernels.gpu.triton import plgpu
 from pallas_kernels.layout import PLANES
 
@@ -190,6 +191,33 @@ def nearest(a: jax.Array, *, interpret: bool) -> jax.Array:
         return jnp.round(a)
     [out] = plgpu.elementwise_inline_asm(
         "cvt.rni.f32.f32 $0, $1;", args=[a], constraints="=f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
+    )  # fmt: skip
+    return out
+
+
+_AS_STORED = {
+    "bfloat16": "{ .reg .b16 h, z; cvt.rn.bf16.f32 h, $1; mov.b16 z, 0; mov.b32 $0, {z, h}; }",
+    "float16": "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.f32.f16 $0, h; }",
+}
+
+
+def as_stored(a: jax.Array, dtype: jax.typing.DTypeLike, *, interpret: bool) -> jax.Array:
+    """The nearest numbers of another type, `grid.as_stored`, which Pallas does not translate.
+
+    Args:
+      a: float32.
+      dtype: float32, bfloat16 or float16.
+      interpret: Whether no PTX can run.
+
+    Returns:
+      As a.
+    """
+    name = jnp.dtype(dtype).name
+    if interpret or name not in _AS_STORED:
+        return grid.as_stored(a, dtype)
+    [out] = plgpu.elementwise_inline_asm(
+        _AS_STORED[name], args=[a], constraints="=f,f", pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
     )  # fmt: skip
     return out

@@ -30,6 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grid import CodedScales, Scales
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.tpu.activations import (
@@ -173,6 +174,7 @@ def _kernel(
     bits, group_size, left = problem.bits, problem.group_size, list(refs)
     planes = [left.pop(0) for _ in PLANES[bits]]
     scales_ref, zeros_ref = left.pop(0), None if problem.zero_point == "none" else left.pop(0)
+    columns_ref = left.pop(0) if problem.scales == "coded" else None
     y_ref, sums_ref, rows_ref, *fetched = left
     left_ref = fetched.pop(0) if _arranged(bits, blocks) else x_ref
     k = x_ref.shape[1]
@@ -189,7 +191,7 @@ def _kernel(
 
     # A float32 row is broadcast while it is loaded, for nothing, though libtpu 0.0.42 keeps 4 KB of
     # fast memory for each.
-    rows_ref[...] = scales_ref[...].astype(jnp.float32)
+    rows_ref[...] = _as_float32(scales_ref[...])
     if arrive is not None:
         planes = arrive()
     for start in range(0, blocks.columns, blocks.width):
@@ -198,11 +200,16 @@ def _kernel(
         total = _scaled_sum(left_ref, load, rows_ref, lanes, bits, group_size, blocks)
         if integer:
             total = join_limbs(x_ref, total, m)
-        zeros = 2.0 ** (bits - 1) if zeros_ref is None else _as_float32(zeros_ref[:, lanes])
+        zeros: Any = 2.0 ** (bits - 1)
+        if zeros_ref is not None:
+            zeros = _as_float32(zeros_ref[:, lanes]) * problem.zero_unit
         zeros = rows_ref[:, lanes] * (zeros + offset(bits, integer=integer))
         rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m)
         rows = min(total.shape[0], rest.shape[0])
-        y_ref[:rows, lanes] = (total[:rows] + rest[:rows]).astype(y_ref.dtype)
+        total = total[:rows] + rest[:rows]
+        if columns_ref is not None:
+            total = total * columns_ref[:, lanes]
+        y_ref[:rows, lanes] = total.astype(y_ref.dtype)
 
 
 def _load(
@@ -259,14 +266,14 @@ def _fetch_ahead(fetch: Planes, planes: Any, fetched: Any, layer: Any) -> Callab
     return arrive
 
 
-def _as_float32(zeros: jax.Array) -> jax.Array:
-    return (zeros.astype(jnp.int32) if zeros.dtype == jnp.uint8 else zeros).astype(jnp.float32)
+def _as_float32(a: jax.Array) -> jax.Array:
+    return (a.astype(jnp.int32) if a.dtype == jnp.uint8 else a).astype(jnp.float32)
 
 
 def packed_matmul(
     x: jax.Array,
     planes: Sequence[jax.Array],
-    scales: jax.Array,
+    scales: Scales,
     zeros: jax.Array | None,
     layer: jax.Array,
     *,
@@ -279,7 +286,7 @@ def packed_matmul(
     Args:
       x: ``bfloat16[m, k]``, finite.
       planes: ``uint8[L, k * width // 8, n]`` for each width in ``PLANES[bits]``.
-      scales: ``[L, k // group_size, n]``.
+      scales: ``[L, k // group_size, n]``, or coded.
       zeros: as ``scales``, or uint8, or None.
       layer: ``int32[]``.
       problem: what to do; `refusal` tells what is served.
@@ -308,10 +315,16 @@ def packed_matmul(
         fetch = Planes(heights=heights, columns=columns, parts=sizes.parts)
     specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
               for rows in heights]  # fmt: skip
-    for small in (scales, zeros):
+    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    for small in (codes, zeros):
         if small is not None:
             operands.append(small)
             specs.append(block_of(k // group_size))
+    if of_columns is not None:
+        # One row to a block, of the layer's own: cut out here, as it is no more than that.
+        row = jax.lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
+        operands.append(row.astype(jnp.float32))
+        specs.append(pl.BlockSpec((1, columns), lambda core, i, j, layer: (0, core * steps + j)))
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     triple = pl.cdiv(3 * placed, 8) * 8

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
-from pallas_kernels.reference import LowRank, Packed
+from pallas_kernels.reference import LowRank, Packed, column_scales, with_columns
 from pallas_kernels.tpu import memory
 from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding
 from pallas_kernels.tpu.schedule import emit
@@ -176,12 +176,13 @@ class Call:
         scale = refs.pop(0) if s.scaled else None
         importance = refs.pop(0) if s.weighed else None
         down, up = (refs.pop(0), refs.pop(0)) if s.rank else (None, None)
+        of_columns = refs.pop(0) if s.scales == "coded" else None
         planes = tuple(outs[: len(PLANES[s.bits])])
         scales, *zeros = outs[len(planes) : len(self.out_shape)]
         return Rounder(
             spec=s, zero=zero, step=0 if s.steps == 1 else pl.program_id(2), w=w,
-            channel_scale=scale, importance=importance, down=down, up=up, planes=planes,
-            scales=scales, zeros=zeros[0] if zeros else None, rounded=rounded,
+            channel_scale=scale, importance=importance, down=down, up=up, of_columns=of_columns,
+            planes=planes, scales=scales, zeros=zeros[0] if zeros else None, rounded=rounded,
             scratch=tuple(outs[len(self.out_shape) :]),
         )  # fmt: skip
 
@@ -194,7 +195,7 @@ def _by_lanes(per_row: jax.Array, k: int) -> jax.Array:
 
 def prepare(
     w: jax.Array, channel_scale: jax.Array | None, importance: jax.Array | None,
-    low_rank: LowRank | None, blocks: Blocks, problem: Problem,
+    low_rank: LowRank | None, of_columns: jax.Array | None, blocks: Blocks, problem: Problem,
 ) -> Call:  # fmt: skip
     """Lays out operands and outputs.
 
@@ -203,6 +204,7 @@ def prepare(
       channel_scale: ``[d_in]`` or None.
       importance: ``[d_in]`` or None.
       low_rank: ``(A, B)`` or None.
+      of_columns: from `reference.column_scales`.
       blocks: sizes.
       problem: what is rounded.
 
@@ -236,8 +238,11 @@ def prepare(
         operands += [jnp.pad(down, ((0, k - spec.d_in), (0, 0))), up]
         in_specs.append(pl.BlockSpec((blocks.rows, rank), lambda c, i, s, layer: (s, 0)))
         in_specs.append(column_of(rank))
+    if of_columns is not None:
+        operands.append(of_columns)
+        in_specs.append(column_of(1))
     outs = [(k * width // 8, "uint8") for width in PLANES[spec.bits]]
-    outs += [(k // spec.group_size, t) for t in (spec.store_dtype, spec.zero_dtype) if t]
+    outs += [(k // spec.group_size, t) for t in (spec.scale_dtype, spec.zero_dtype) if t]
     return Call(
         spec=spec, cores=blocks.cores, operands=operands, in_specs=in_specs,
         out_specs=[column_of(rows) for rows, _ in outs],
@@ -245,11 +250,11 @@ def prepare(
     )  # fmt: skip
 
 
-def unflatten(outs: list[jax.Array], bits: int) -> Packed:
+def unflatten(outs: list[jax.Array], of_columns: jax.Array | None, problem: Problem) -> Packed:
     """Planes, scales, zero points from a call's outputs."""
-    planes = tuple(outs[: len(PLANES[bits])])
+    planes = tuple(outs[: len(PLANES[problem.bits])])
     scales, *zeros = outs[len(planes) :]
-    return planes, scales, zeros[0] if zeros else None
+    return planes, with_columns(scales, of_columns, problem), zeros[0] if zeros else None
 
 
 def is_first() -> Any:
@@ -294,7 +299,8 @@ def quantize_pack(
     """
     blocks = tiles or default_blocks(problem)
     assert blocks is not None, "refused before"
-    call = prepare(w, channel_scale, importance, low_rank, blocks, problem)
+    of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
+    call = prepare(w, channel_scale, importance, low_rank, of_columns, blocks, problem)
 
     def kernel(layer_ref: Any, *refs: Any) -> None:
         at = len(call.operands)
@@ -316,4 +322,4 @@ def quantize_pack(
         out_shape=call.out_shape, compiler_params=compiler_params(), interpret=interpret,
         name="quantize_pack",
     )(layer.reshape(1).astype(jnp.int32), *call.operands)  # fmt: skip
-    return unflatten(list(outs), problem.bits)
+    return unflatten(list(outs), of_columns, problem)

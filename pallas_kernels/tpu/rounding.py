@@ -73,6 +73,7 @@ class Rounding(Problem):
         exact = self.store_dtype == "float32"
         return (
             self.shrinks != (1.0,)
+            or self.scales == "coded"
             or self.zero_point == "integer"
             or self.bits > (8 if exact else 5)
         )
@@ -112,6 +113,7 @@ class Rounder:
       importance: likewise.
       down: ``[rows, rank]`` or None.
       up: ``[rank, columns]`` or None.
+      of_columns: ``float32[1, columns]``, see `grid.column_scales`; None if scales are not coded.
       planes: the column's planes, written by `pack`.
       scales: the column's scales, written by `pack`.
       zeros: the column's zero points, written by `pack`; None if symmetric.
@@ -127,6 +129,7 @@ class Rounder:
     importance: Any
     down: Any
     up: Any
+    of_columns: Any
     planes: tuple[Any, ...]
     scales: Any
     zeros: Any
@@ -217,17 +220,21 @@ class Rounder:
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
         fit = functools.partial(
-            grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype
-        )
+            grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
+            stored=_as_stored,
+        )  # fmt: skip
         for column, lanes in self._lanes():
             low = self._across(0, groups, column, jnp.minimum)
             high = self._across(1, groups, column, jnp.maximum)
             shrink: Any = s.shrinks[0]
+            within = fit
+            if self.of_columns is not None:
+                within = functools.partial(fit, columns=self.of_columns[:, lanes])
             if s.searched:
-                shrink = self._search(batch, groups, column, low, high, fit)
+                shrink = self._search(batch, groups, column, low, high, within)
             if s.searched or shrink != 1.0:
                 low, high = low * shrink, high * shrink
-            self._keep(batch, groups, lanes, *fit(low, high))
+            self._keep(batch, groups, lanes, *within(low, high))
 
     def _keep(self, batch: int, groups: int, lanes: slice, scales: Any, zeros: Any) -> None:
         where = slice(batch * SUBLANES, batch * SUBLANES + groups)
@@ -320,13 +327,17 @@ class Rounder:
     def put_grid(self) -> None:
         """Writes the column's scales and zero points."""
         s = self.spec
-        for source, target in ((self.scratch[3], self.scales), (self.scratch[4], self.zeros)):
+        unit: Any = 1.0 if self.of_columns is None else 1.0 / self.of_columns[...]
+        for source, target, factor in (
+            (self.scratch[3], self.scales, unit), (self.scratch[4], self.zeros, 1.0 / s.zero_unit),
+        ):  # fmt: skip
             if target is None:
                 continue
             for step in range(s.steps):
                 value = source[step, : s.groups, :]
                 if target.dtype == jnp.uint8:
-                    value = value.astype(jnp.int32)
+                    # They are whole, but for what a product with a reciprocal leaves.
+                    value = (value * factor + 0.5).astype(jnp.int32)
                 target[step * s.groups : (step + 1) * s.groups, :] = value.astype(target.dtype)
 
     def pieces(self) -> list[Piece]:
@@ -366,6 +377,18 @@ class Rounder:
                 cost = 24 / width * rows * s.columns / 1024
                 found.append((cost, s.rows, functools.partial(self.merge, plane, start, rows)))
         return found
+
+
+def _as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`grid.as_stored` of float32 and bfloat16, which Mosaic cannot translate, on the bits.
+
+    Converted there and back, the simulator's XLA would drop both.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    odd = lax.shift_right_logical(bits, jnp.int32(16)) & jnp.int32(1)
+    return lax.bitcast_convert_type((bits + jnp.int32(0x7FFF) + odd) & jnp.int32(-65536), x.dtype)
 
 
 def _turn(source: Any, target: Any) -> None:

@@ -17,7 +17,17 @@ from jaxtyping import Array, Float
 from pallas_kernels import pack, prefill_quantize, quantize_pack
 from ttq_jax.linear import dense_weight, linear
 from ttq_jax.quant.clip import ClipSearch
-from ttq_jax.quant.grid import Grid, Nearest, decode, encode, fit, split_groups, store, store_zeros
+from ttq_jax.quant.grid import (
+    Grid,
+    Nearest,
+    column_scales,
+    decode,
+    encode,
+    fit,
+    split_groups,
+    store,
+    write,
+)
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule, error_factors, joined, stored_factors
 from ttq_jax.quant.moments import Reads, gram_blocks
@@ -78,7 +88,7 @@ def _trial(ready: _Ready, second: Array | None, d: Array) -> Float[Array, ""]:
     assert second is not None, "a scale that is searched reads the second moment"
     rows = ready.grid.rows_per_group(len(d))
     groups = split_groups(ready.residual * d[:, None], rows)
-    scales, zeros = fit(groups, ready.grid)
+    scales, zeros = fit(groups, ready.grid, column_scales(groups, ready.grid))
     codes = encode(groups, scales, zeros, ready.grid)
     error = jnp.square(groups - decode(codes, scales, zeros))
     importance = split_groups(second / jnp.square(d), rows)
@@ -97,7 +107,7 @@ def _scaled(ready: dict[str, _Ready], moments: Moments | None, recipe: Recipe) -
         def trial(d: Array) -> Array:
             return sum((_trial(one, second, d) for one in group), jnp.zeros((), jnp.float32))
 
-        return store(rule(moments, trial), recipe.grid)
+        return store(rule(moments, trial), recipe.grid.store_dtype)
 
     if rule.shared:
         d = of(list(ready.values()))
@@ -137,14 +147,16 @@ def _round_together(
         gram = gram_blocks(moments, block) / jnp.where(d > 0, d, 1.0)[:, :, None]
         gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
     wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
-    codes, scales, zeros = rule.round(wide, gram, first.grid)
+    grid = first.grid
+    columns = column_scales(split_groups(wide, grid.rows_per_group(d_in)), grid)
+    codes, scales, zeros = rule.round(wide, gram, grid, columns)
     ends = np.cumsum([one.stack.shape[-1] for one in ready])[:-1].tolist()
     made = []
-    for one, q, s, z in zip(
-        ready, *(jnp.split(a, ends, axis=1) for a in (codes, scales, zeros)), strict=True
-    ):
-        planes = pack(q, bits=one.grid.bits)
-        made.append(_assembled((planes, store(s, one.grid), store_zeros(z, one.grid)), one))
+    parts = [jnp.split(a, ends, axis=1) for a in (codes, scales, zeros)]
+    of_columns = [None] * len(ready) if columns is None else jnp.split(columns, ends, axis=1)
+    for one, q, s, z, c in zip(ready, *parts, of_columns, strict=True):
+        planes = pack(q, bits=grid.bits)
+        made.append(_assembled((planes, *write(s, z, c, grid)), one))
     return made
 
 

@@ -12,6 +12,7 @@ from ttq_jax.errors import check_fields, shown
 
 BITS = (2, 3, 4, 5, 8)
 STORE_DTYPES = ("bfloat16", "float16", "float32")
+SCALES = formula.SCALES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,18 @@ class Grid:
         them.
       symmetric: whether no zero point is stored.
       zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
-        "integer" (uint8: 0 is on the grid; AutoAWQ's and GPTQ's convention).
-      store_dtype: type of scales, float zero points, channel scales and low-rank factors.
+        "integer" (whole: 0 is on the grid; AutoAWQ's and GPTQ's convention).
+      scales: "float", or "coded": scales and zero points take eight bits each, and every column one
+        number that its scales are multiples of.
+      store_dtype: type of scales, float zero points, channel scales and low-rank factors; of the
+        columns' numbers where scales are coded.
     """
 
     bits: int = 4
     group_size: int = 32
     symmetric: bool = False
     zero_point: str = "float"
+    scales: str = "float"
     store_dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -46,6 +51,15 @@ class Grid:
         if self.zero_point not in {"integer", "float"}:
             raise ConfigError(
                 f"zero point: expected 'integer' or 'float', got {shown(self.zero_point)}"
+            )
+        if self.scales not in SCALES:
+            raise ConfigError(
+                f"scales: expected one of {', '.join(SCALES)}, got {shown(self.scales)}"
+            )
+        if self.scales == "coded" and self.store_dtype == "float16":
+            raise ConfigError(
+                "coded scales: expected store_dtype bfloat16 or float32, got 'float16', in which "
+                "the columns' numbers would lose their last bits"
             )
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(
@@ -72,12 +86,13 @@ class Grid:
           d_in: input channels.
 
         Returns:
-          bits, group_size, zero_point and store_dtype.
+          bits, group_size, zero_point, scales and store_dtype.
         """
         return {
             "bits": self.bits,
             "group_size": self.rows_per_group(d_in),
             "zero_point": self.kind,
+            "scales": self.scales,
             "store_dtype": self.store_dtype,
         }
 
@@ -94,20 +109,41 @@ def split_groups(w: Float[Array, " d_in *rest"], rows: int) -> Float[Array, "n_g
     return w.reshape(-1, rows, *w.shape[1:])
 
 
-def store(x: Array, grid: Grid) -> Array:
-    """X in the dtype that scales and other small arrays are stored in."""
-    return x.astype(grid.store_dtype)
+def store(x: Array, dtype: str) -> Array:
+    """Float32 in the dtype that it is stored in.
+
+    What reads it as float32 within one program gets the numbers that are stored; a bare `astype`
+    does not promise that, see `pallas_kernels.grid.as_stored`.
+    """
+    return formula.as_stored(x, dtype).astype(dtype)
 
 
-def store_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Array | None:
-    """Zero points as they are stored: floating, uint8, or None for a symmetric grid."""
-    if grid.symmetric:
+def _stored(grid: Grid) -> dict[str, Any]:
+    return {"bits": grid.bits, "zero_point": grid.kind, "store_dtype": grid.store_dtype}
+
+
+def column_scales(
+    groups: Float[Array, "n_group rows d_out"], grid: Grid
+) -> Float[Array, "1 d_out"] | None:
+    """What the coded scales of each column are multiples of; None where scales are not coded.
+
+    Args:
+      groups: the whole columns' weights, float32.
+      grid: the grid.
+
+    Returns:
+      float32 with the values that are stored.
+    """
+    if grid.scales != "coded":
         return None
-    return zeros.astype(jnp.uint8) if grid.kind == "integer" else store(zeros, grid)
+    return formula.column_scales(jnp.min(groups, axis=1), jnp.max(groups, axis=1), **_stored(grid))
 
 
 def fit_range(
-    low: Float[Array, "n_group d_out"], high: Float[Array, "n_group d_out"], grid: Grid
+    low: Float[Array, "n_group d_out"],
+    high: Float[Array, "n_group d_out"],
+    grid: Grid,
+    columns: Float[Array, "1 d_out"] | None,
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
     """Scales and zero points of ranges.
 
@@ -115,20 +151,46 @@ def fit_range(
       low: smallest weight of each group, float32.
       high: largest.
       grid: the grid.
+      columns: from `column_scales`.
 
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
-    return formula.fit(
-        low, high, bits=grid.bits, zero_point=grid.kind, store_dtype=grid.store_dtype
-    )
+    return formula.fit(low, high, columns, **_stored(grid))
 
 
 def fit(
-    groups: Float[Array, "n_group rows d_out"], grid: Grid
+    groups: Float[Array, "n_group rows d_out"],
+    grid: Grid,
+    columns: Float[Array, "1 d_out"] | None,
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
     """Scales and zero points of each group's whole range, see `fit_range`."""
-    return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid)
+    return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid, columns)
+
+
+def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
+    """Zero points, in units of codes, as a grid with zero points stores them; float32."""
+    return formula.fit_zeros(zeros, coded=grid.scales == "coded", **_stored(grid))
+
+
+def write(
+    scales: Float[Array, "n_group d_out"],
+    zeros: Float[Array, "n_group d_out"],
+    columns: Float[Array, "1 d_out"] | None,
+    grid: Grid,
+) -> tuple[Any, Array | None]:
+    """Scales and zero points as `QuantizedLinear` holds them.
+
+    Args:
+      scales: with the values that are stored, as from `fit`.
+      zeros: likewise.
+      columns: from `column_scales`.
+      grid: the grid.
+
+    Returns:
+      (scales, zeros).
+    """
+    return formula.write(scales, zeros, columns, **_stored(grid))
 
 
 def encode(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
-from ttq_jax.quant.grid import Grid, decode, encode, fit, split_groups, store
+from ttq_jax.quant.grid import Grid, decode, encode, fit, fit_zeros, split_groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,17 @@ class HalfQuadratic:
             )
 
     def round(
-        self, w: Float[Array, "d_in n"], gram: Array | None, grid: Grid
+        self,
+        w: Float[Array, "d_in n"],
+        gram: Array | None,
+        grid: Grid,
+        columns: Float[Array, "1 n"] | None,
     ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
         """Codes of a scaled weight; see `SecondOrder.round`, whose arguments it takes."""
         del gram
         rows = grid.rows_per_group(w.shape[0])
         groups = split_groups(w, rows)
-        scales, zeros = fit(groups, grid)
+        scales, zeros = fit(groups, grid, columns)
         if not grid.symmetric:
             # Rows that only pad the last group do not count.
             real = split_groups(jnp.ones(w.shape[0], jnp.float32), rows)[:, :, None]
@@ -74,11 +78,6 @@ class HalfQuadratic:
             wrong = groups - decode(codes, scales, zeros)
             return codes, wrong, jnp.sum(real * jnp.abs(wrong) ** self.p, axis=1)
 
-        def stored(zeros: Array) -> Array:
-            if grid.kind == "integer":
-                return jnp.clip(jnp.round(zeros), 0, 2**grid.bits - 1)
-            return store(zeros, grid).astype(jnp.float32)
-
         def step(i: Array, state: tuple) -> tuple:
             zeros, best, least = state
             codes, wrong, _ = measured(zeros)
@@ -89,9 +88,10 @@ class HalfQuadratic:
             large = jnp.sign(wrong) * jnp.maximum(size - floor / beta, 0.0)
             fitting = codes - (groups - large) / scales[:, None]
             zeros = jnp.sum(real * fitting, axis=1) / jnp.sum(real, axis=1)
-            _, _, error = measured(stored(zeros))
+            stored = fit_zeros(zeros, grid)
+            _, _, error = measured(stored)
             better = error < least
-            return zeros, jnp.where(better, stored(zeros), best), jnp.where(better, error, least)
+            return zeros, jnp.where(better, stored, best), jnp.where(better, error, least)
 
         _, best, _ = jax.lax.fori_loop(0, self.steps, step, (zeros, zeros, measured(zeros)[2]))
         return best

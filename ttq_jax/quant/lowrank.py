@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields, shown
+from ttq_jax.quant.grid import store
 from ttq_jax.types import LowRank
 
 _STORES = ("float", "int8")
@@ -86,11 +87,11 @@ def stored_factors(factors: LowRank, rule: LowRankRule, dtype: str) -> LowRank:
     if factors.down_scale is not None:
         return factors
     if rule.store == "float":
-        return LowRank(factors.down.astype(dtype), factors.up.astype(dtype))
+        return LowRank(store(factors.down, dtype), store(factors.up, dtype))
 
     def eight_bits(a: Array, axis: int) -> tuple[Array, Array]:
         scale = jnp.max(jnp.abs(a), axis=axis) / 127.0
-        scale = jnp.where(scale > 0, scale, 1.0).astype(dtype)
+        scale = store(jnp.where(scale > 0, scale, 1.0), dtype)
         unit = a / jnp.expand_dims(scale.astype(jnp.float32), axis)
         return jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8), scale
 

@@ -175,6 +175,9 @@ class Recipe:
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 rule = {"rule": RULE_NAMES[type(value)]} if type(value) in RULE_NAMES else {}
                 knobs = dataclasses.asdict(value)
+                if field.name == "grid" and knobs["scales"] == "float":
+                    # Stores and rows from before there was a choice say nothing of it.
+                    del knobs["scales"]
                 # JSON has no infinity.
                 value = rule | {k: "inf" if v == math.inf else v for k, v in knobs.items()}
             out[field.name] = value

@@ -33,6 +33,7 @@ SHORT = {
     "group_size": "grid.group_size",
     "symmetric": "grid.symmetric",
     "zero_point": "grid.zero_point",
+    "scales": "grid.scales",
     "store_dtype": "grid.store_dtype",
     "rank": "low_rank.rank",
     "prefill": "prefill",

@@ -107,7 +107,7 @@ def gather_widths(packed: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     out = dict(packed)
     for name, results in packed.items():
         if isinstance(results, tuple):
-            n_layers = results[0].scales.shape[0]
+            n_layers = results[0].planes[0].shape[0]
             _, which = _used(recipe.grids(name, n_layers))
             members = [np.flatnonzero(which == i).astype(np.int32) for i in range(len(results))]
             slot = np.zeros_like(which)

@@ -23,6 +23,7 @@ _SETTINGS = {
 _SPECIAL = {
     ("group_size", -1): "whole rows", ("symmetric", True): "symmetric",
     ("symmetric", False): "with zero points", ("clip", True): "clip search",
+    ("scales", "float"): "floating-point scales", ("scales", "coded"): "coded scales",
     ("clip", False): "no clip search", ("rank", 0): "no ranks",
 }  # fmt: skip
 AXES = {
