@@ -58,6 +58,7 @@ from ttq_jax.files import check_destination, write_file
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
+from ttq_jax.quant.grid import SCALES
 from ttq_jax.quant.recipe import PRESETS, Recipe
 from ttq_jax.quant.source import Source
 from ttq_jax.sweeps.words import fixed
@@ -68,7 +69,8 @@ DRAWS = 1000
 # A bootstrap of fewer windows of a corpus draws the same ones again and again.
 FEWEST = 5
 NAMES = (
-    "FILE.toml or PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-nTOKENS|-sTOKENS][@CALIBRATION]; a "
+    "FILE.toml or "
+    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-nTOKENS|-sTOKENS][@CALIBRATION]; a "
     "prior worth so many tokens, n from the weights (0 for none), s from samples"
 )
 
@@ -86,6 +88,8 @@ def recipe_named(name: str) -> Recipe | None:
         letter, number = part[0], part[1:]
         if part in {"sym", "asym"}:
             given["symmetric"] = part == "sym"
+        elif part in SCALES:
+            given["scales"] = part
         elif part.isdigit():
             given["bits"] = int(part)
         elif letter in _SHORT and number.isdigit():

@@ -72,7 +72,6 @@ def search_ranges(
     importance: Float[Array, "n_group rows"],
     grid: Grid,
     shrinks: tuple[float, ...],
-    columns: Float[Array, "1 n"] | None,
 ) -> tuple[Float[Array, "n_group n"], Float[Array, "n_group n"]]:
     """The search as plain JAX, for roundings without a kernel.
 
@@ -81,21 +80,20 @@ def search_ranges(
       importance: h, what a squared error costs.
       grid: the codes' grid.
       shrinks: factors on a group's range; the first of equally good ones wins.
-      columns: from `column_scales`.
 
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
     if len(shrinks) == 1:
-        return fit_range(low * shrinks[0], high * shrinks[0], grid, columns)
+        return fit_range(low * shrinks[0], high * shrinks[0], grid)
 
     def error(shrink: Array) -> Array:
-        scales, zeros = fit_range(low * shrink, high * shrink, grid, columns)
+        scales, zeros = fit_range(low * shrink, high * shrink, grid)
         wrong = groups - decode(encode(groups, scales, zeros, grid), scales, zeros)
         return jnp.einsum("gr,grn->gn", importance, jnp.square(wrong), precision="highest")
 
     # Mapped, not vmapped: one candidate's temporaries at a time.
     factors = jnp.asarray(shrinks, jnp.float32)
     best = factors[jax.lax.argmin(jax.lax.map(error, factors), 0, jnp.int32)]
-    return fit_range(low * best, high * best, grid, columns)
+    return fit_range(low * best, high * best, grid)

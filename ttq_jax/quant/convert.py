@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import pack, prefill_quantize, quantize_pack
@@ -20,10 +19,10 @@ from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import (
     Grid,
     Nearest,
-    column_scales,
     decode,
     encode,
     fit,
+    for_weight,
     split_groups,
     store,
     write,
@@ -88,8 +87,9 @@ def _trial(ready: _Ready, second: Array | None, d: Array) -> Float[Array, ""]:
     assert second is not None, "a scale that is searched reads the second moment"
     rows = ready.grid.rows_per_group(len(d))
     groups = split_groups(ready.residual * d[:, None], rows)
-    scales, zeros = fit(groups, ready.grid, column_scales(groups, ready.grid))
-    codes = encode(groups, scales, zeros, ready.grid)
+    grid = for_weight(ready.grid, groups)
+    scales, zeros = fit(groups, grid)
+    codes = encode(groups, scales, zeros, grid)
     error = jnp.square(groups - decode(codes, scales, zeros))
     importance = split_groups(second / jnp.square(d), rows)
     return jnp.einsum("gr,grn->", importance, error, precision="highest")
@@ -147,16 +147,14 @@ def _round_together(
         gram = gram_blocks(moments, block) / jnp.where(d > 0, d, 1.0)[:, :, None]
         gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
     wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
-    grid = first.grid
-    columns = column_scales(split_groups(wide, grid.rows_per_group(d_in)), grid)
-    codes, scales, zeros = rule.round(wide, gram, grid, columns)
-    ends = np.cumsum([one.stack.shape[-1] for one in ready])[:-1].tolist()
-    made = []
-    parts = [jnp.split(a, ends, axis=1) for a in (codes, scales, zeros)]
-    of_columns = [None] * len(ready) if columns is None else jnp.split(columns, ends, axis=1)
-    for one, q, s, z, c in zip(ready, *parts, of_columns, strict=True):
-        planes = pack(q, bits=grid.bits)
-        made.append(_assembled((planes, *write(s, z, c, grid)), one))
+    grid = for_weight(first.grid, split_groups(wide, first.grid.rows_per_group(d_in)))
+    codes, scales, zeros = rule.round(wide, gram, grid)
+    made, at = [], 0
+    for one in ready:
+        columns = slice(at, at := at + one.stack.shape[-1])
+        planes = pack(codes[:, columns], bits=grid.bits)
+        stored = write(scales[:, columns], zeros[:, columns], grid.of(columns))
+        made.append(_assembled((planes, *stored), one))
     return made
 
 

@@ -38,6 +38,7 @@ class Grid:
     zero_point: str = "float"
     scales: str = "float"
     store_dtype: str = "bfloat16"
+    columns: ClassVar[Any] = None  # those of a weight, see `ColumnGrid`
 
     def __post_init__(self):
         check_fields(self, ConfigError)
@@ -122,50 +123,63 @@ def _stored(grid: Grid) -> dict[str, Any]:
     return {"bits": grid.bits, "zero_point": grid.kind, "store_dtype": grid.store_dtype}
 
 
-def column_scales(
-    groups: Float[Array, "n_group rows d_out"], grid: Grid
-) -> Float[Array, "1 d_out"] | None:
-    """What the coded scales of each column are multiples of; None where scales are not coded.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ColumnGrid(Grid):
+    """A grid for one weight, whose coded scales are multiples of a number per column.
+
+    Attributes:
+      columns: float32[1, d_out] with the values that are stored; None where scales are not coded.
+    """
+
+    columns: Any = None  # type: ignore[misc]
+
+    def of(self, columns: slice) -> "ColumnGrid":
+        """The grid of some of the columns."""
+        if self.columns is None:
+            return self
+        return dataclasses.replace(self, columns=self.columns[:, columns])
+
+
+def for_weight(grid: Grid, groups: Float[Array, "n_group rows d_out"]) -> ColumnGrid:
+    """The grid of a whole weight, to `fit` any of its groups.
 
     Args:
-      groups: the whole columns' weights, float32.
-      grid: the grid.
+      grid: the recipe's.
+      groups: the weight, float32.
 
     Returns:
-      float32 with the values that are stored.
+      The same grid with the weight's columns.
     """
-    if grid.scales != "coded":
-        return None
-    return formula.column_scales(jnp.min(groups, axis=1), jnp.max(groups, axis=1), **_stored(grid))
+    columns = None
+    if grid.scales == "coded":
+        low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
+        columns = formula.column_scales(low, high, **_stored(grid))
+    fields = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Grid)}
+    return ColumnGrid(**fields, columns=columns)
 
 
 def fit_range(
-    low: Float[Array, "n_group d_out"],
-    high: Float[Array, "n_group d_out"],
-    grid: Grid,
-    columns: Float[Array, "1 d_out"] | None,
+    low: Float[Array, "n_group d_out"], high: Float[Array, "n_group d_out"], grid: Grid
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
     """Scales and zero points of ranges.
 
     Args:
       low: smallest weight of each group, float32.
       high: largest.
-      grid: the grid.
-      columns: from `column_scales`.
+      grid: from `for_weight`.
 
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
-    return formula.fit(low, high, columns, **_stored(grid))
+    assert (grid.columns is None) == (grid.scales == "float"), "coded: pass what for_weight made"
+    return formula.fit(low, high, grid.columns, **_stored(grid))
 
 
 def fit(
-    groups: Float[Array, "n_group rows d_out"],
-    grid: Grid,
-    columns: Float[Array, "1 d_out"] | None,
+    groups: Float[Array, "n_group rows d_out"], grid: Grid
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
     """Scales and zero points of each group's whole range, see `fit_range`."""
-    return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid, columns)
+    return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid)
 
 
 def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
@@ -174,23 +188,19 @@ def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, 
 
 
 def write(
-    scales: Float[Array, "n_group d_out"],
-    zeros: Float[Array, "n_group d_out"],
-    columns: Float[Array, "1 d_out"] | None,
-    grid: Grid,
+    scales: Float[Array, "n_group d_out"], zeros: Float[Array, "n_group d_out"], grid: Grid
 ) -> tuple[Any, Array | None]:
     """Scales and zero points as `QuantizedLinear` holds them.
 
     Args:
       scales: with the values that are stored, as from `fit`.
       zeros: likewise.
-      columns: from `column_scales`.
-      grid: the grid.
+      grid: the one that they were fitted with.
 
     Returns:
       (scales, zeros).
     """
-    return formula.write(scales, zeros, columns, **_stored(grid))
+    return formula.write(scales, zeros, grid.columns, **_stored(grid))
 
 
 def encode(

@@ -54,13 +54,12 @@ class HalfQuadratic:
         w: Float[Array, "d_in n"],
         gram: Array | None,
         grid: Grid,
-        columns: Float[Array, "1 n"] | None,
     ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
         """Codes of a scaled weight; see `SecondOrder.round`, whose arguments it takes."""
         del gram
         rows = grid.rows_per_group(w.shape[0])
         groups = split_groups(w, rows)
-        scales, zeros = fit(groups, grid, columns)
+        scales, zeros = fit(groups, grid)
         if not grid.symmetric:
             # Rows that only pad the last group do not count.
             real = split_groups(jnp.ones(w.shape[0], jnp.float32), rows)[:, :, None]

@@ -78,7 +78,6 @@ class SecondOrder:
         w: Float[Array, "d_in n"],
         gram: Float[Array, "n_block b b"] | None,
         grid: Grid,
-        columns: Float[Array, "1 n"] | None,
     ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
         """Codes of a scaled weight.
 
@@ -86,7 +85,6 @@ class SecondOrder:
           w: D · W; its columns may be those of several projections with one input.
           gram: E[x xᵀ] of x / D in blocks of consecutive channels, the last padded with zeros.
           grid: the codes' grid.
-          columns: from `column_scales`.
 
         Returns:
           (codes, scales, zeros), k the width padded to whole groups; the small ones float32 with
@@ -109,7 +107,7 @@ class SecondOrder:
         importance = jnp.diagonal(gram, axis1=1, axis2=2).reshape(-1)
         h = importance[:k].reshape(n_group, rows)
         shrinks = shrink_factors(self.steps, self.smallest)
-        scales, zeros = search_ranges(groups, h, grid, shrinks, columns)
+        scales, zeros = search_ranges(groups, h, grid, shrinks)
         group_of = jnp.minimum(jnp.arange(total, dtype=jnp.int32) // rows, n_group - 1)
         matrix = regularized(gram, self, w.shape[0])
         refit = None
@@ -122,7 +120,7 @@ class SecondOrder:
                     "change one of them, or set static_groups = true"
                 )
             refit = lambda t, g: jax.tree.map(  # noqa: E731
-                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks, columns)
+                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
             )
         if not self.act_order:
             codes, scales, zeros = round_rows(
