@@ -18,8 +18,9 @@ run inside a Pallas kernel, where a group is a block of rows, and outside.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ _MOST = 255
 _SMALLEST = 2.0**-120
 
 
-class CodedScales(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedScales:
     """Scales in eight bits: ``s[g, c] = columns[c] * codes[g, c]``.
 
     Attributes:
@@ -234,6 +237,13 @@ def read(
         return scales.astype(jnp.float32), z
     columns = scales.columns.astype(jnp.float32)[..., None, :]
     return scales.codes.astype(jnp.float32) * columns, z
+
+
+def taken_apart(scales: Scales) -> tuple[jax.Array, jax.Array | None]:
+    """What is stored per group; and per column, None unless the scales are coded."""
+    if isinstance(scales, CodedScales):
+        return scales.codes, scales.columns
+    return scales, None
 
 
 def zero_unit(bits: int, *, coded: bool) -> float:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import Scales, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.reference import LowRank, Packed
@@ -251,7 +251,7 @@ def packed_matmul(
         "bits": problem.bits, "group_size": problem.group_size, "zero_unit": problem.zero_unit
     }  # fmt: skip
     m, n = x.shape[0], planes[0].shape[-1]
-    codes, columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    codes, columns = taken_apart(scales)
     weight = (planes, codes, zeros, layer)
     rows = x.astype(jnp.float32)
     if m == 0:

@@ -87,7 +87,8 @@ CASES = {
     "rtn": RTN,
     "gptq": preset("gptq", bits=3, group_size=16, select=FEW),
     "awq, widths": preset(
-        "awq", bits=3, group_size=16, select=FEW, widths=(Width(select="layers/1/down", bits=2),)
+        "awq", bits=3, group_size=16, select=FEW, scales="coded",
+        widths=(Width(select="layers/1/down", bits=2),),
     ),
     "factors": preset("ttq", rank=4, group_size=16, select="layers/q"),
     "prior, int8 factors": CHAT,
@@ -102,6 +103,7 @@ CASES = {
     "packed int8 factors": dataclasses.replace(RTN, low_rank=INT8),
     "everything, symmetric": preset("rtn", bits=5, group_size=16, symmetric=True),
     "integer zero points": preset("rtn", zero_point="integer", select=FEW),
+    "coded, symmetric": preset("rtn", scales="coded", symmetric=True, select=FEW),
 }  # fmt: skip
 DECODED = ("rtn", "gptq", "awq, widths", "factors", "prior, int8 factors")
 

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
 from pallas_kernels.gpu.triton import pallas_call, plgpu
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import Scales, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -375,7 +375,7 @@ def packed_matmul(
     tiles = tiles or blocks(problem)
     facts = _Facts(**vars(problem), tiles=tiles, interpret=interpret)
     few = m <= 2 and tiles.rows <= 2
-    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    codes, of_columns = taken_apart(scales)
     operands = [layer.reshape(1), x, *planes, codes]
     if zeros is not None:
         operands.append(zeros)

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import check_addressable
 from pallas_kernels.gpu.packed_matmul import granule, unservable
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import Scales, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -264,7 +264,7 @@ def packed_matmul(
     tiles = tiles or blocks(problem)
     padded = pl.cdiv(m, tiles.rows) * tiles.rows
     x = jnp.pad(x, ((0, padded - m), (0, 0)))
-    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    codes, of_columns = taken_apart(scales)
     operands = [layer.reshape(1), x, *planes, codes]
     runs = x.reshape(padded, k // tiles.depth, tiles.depth)
     operands += [jnp.sum(runs, axis=2, dtype=jnp.float32).T, *([] if zeros is None else [zeros])]

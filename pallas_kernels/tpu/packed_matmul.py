@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import Scales, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.tpu.activations import (
@@ -315,7 +315,7 @@ def packed_matmul(
         fetch = Planes(heights=heights, columns=columns, parts=sizes.parts)
     specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
               for rows in heights]  # fmt: skip
-    codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
+    codes, of_columns = taken_apart(scales)
     for small in (codes, zeros):
         if small is not None:
             operands.append(small)

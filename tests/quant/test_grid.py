@@ -1,19 +1,22 @@
 """Grids, clip search and scales against the NumPy oracle, and the theory as inequalities."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import round_groups
+from oracle import round_coded, round_groups
 
 from ttq_jax.config import ConfigError
 from ttq_jax.linear import dense_weight
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import BITS, Grid, Nearest, decode, encode, fit, split_groups
+from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
-from ttq_jax.types import Moments
+from ttq_jax.types import Moments, leaf_bits
 
 
 def weight(d_in=100, d_out=9, seed=0):
@@ -43,6 +46,49 @@ def test_rtn_is_the_oracles(bits, symmetric, zero_point, dtype):
     # one step apart, all others agree to rounding.
     off = np.abs(got - want) > 1e-5 * np.abs(w).max()
     assert off.mean() < 0.003
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("symmetric", "zero_point"), [(True, "float"), (False, "float"), (False, "integer")]
+)
+@pytest.mark.parametrize("bits", BITS)
+def test_coded_scales_are_the_oracles(bits, symmetric, zero_point, dtype):
+    # Columns of very different sizes, and groups too: eight bits of scale have to span them.
+    sizes = np.exp(np.random.default_rng(1).normal(size=(4, 1, 9)))
+    w = (weight(128).reshape(4, 32, 9) * sizes).reshape(128, 9)[:100]
+    packed = quantize(
+        jnp.asarray(w), None,
+        rtn(bits=bits, group_size=32, symmetric=symmetric, zero_point=zero_point, scales="coded",
+            store_dtype=dtype),
+    )  # fmt: skip
+    assert packed.scales.codes.dtype == jnp.uint8
+    assert packed.scales.columns.dtype == dtype
+    assert int(jnp.max(packed.scales.codes)) == 255
+    assert symmetric == (packed.zeros is None)
+    want = round_coded(w, bits, 32, symmetric, zero_point, dtype)
+    off = np.abs(dense_weight(packed) - want) > 1e-5 * np.abs(w).max()
+    assert off.mean() < 0.003
+
+
+@pytest.mark.parametrize("rounding", [Nearest(), ClipSearch(), HalfQuadratic(), SecondOrder()])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_coded_scales_cost_half_a_bit_less_and_nearly_nothing(bits, rounding):
+    x = np.random.default_rng(2).normal(size=(64, 128)) * np.exp(np.arange(128) / 64)
+    w, seen = jnp.asarray(weight(128, 32)), moments_of(x.astype(np.float32))
+    seen = dataclasses.replace(seen, gram=jnp.asarray(x.T @ x, jnp.float32)[None])
+
+    def error(scales):
+        grid = Grid(bits=bits, group_size=32, scales=scales)
+        recipe = Recipe(scale=NoScale(), rounding=rounding, grid=grid)
+        packed = quantize(w, seen, recipe)
+        wrong = np.asarray(dense_weight(packed), np.float64) - weight(128, 32)
+        return np.sum((x @ wrong) ** 2), leaf_bits(packed)
+
+    (coded, few), (stored, many) = error("coded"), error("float")
+    assert few == bits + 16 / 32 + 16 / 128
+    assert many == bits + 32 / 32
+    assert coded < 1.05 * stored
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

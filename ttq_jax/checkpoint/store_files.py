@@ -25,6 +25,7 @@ from ttq_jax.checkpoint.store_schema import HEADER, TREES
 from ttq_jax.errors import shown
 from ttq_jax.files import clear, draft, replace_folder, reserve
 from ttq_jax.foreign import check, parse_json, read_bytes
+from ttq_jax.quant.grid import CodedScales
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
@@ -36,7 +37,8 @@ Shardings = jax.sharding.Sharding | ShardingOf | None
 _MARK = "ttq-jax store"
 _HEADER, _ARRAYS = "ttq.json", "arrays"
 _NODES: dict[str, type] = {
-    node.__name__: node for node in (LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
+    node.__name__: node
+    for node in (CodedScales, LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
 }
 
 

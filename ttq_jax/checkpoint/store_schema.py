@@ -21,11 +21,12 @@ _MOMENTS = _named(
 _LOW_RANK = _node(
     "LowRank", {"down": _ARRAY, "up": _ARRAY, "down_scale": _MAYBE, "up_scale": _MAYBE}, {}
 )
+_CODED = _node("CodedScales", {"codes": _ARRAY, "columns": _ARRAY}, {})
 _QUANTIZED = _node(
     "QuantizedLinear",
     {
-        "planes": {"tuple": [_ARRAY]}, "scales": _ARRAY, "zeros": _MAYBE, "channel_scale": _MAYBE,
-        "low_rank": (None, _LOW_RANK), "layer": None,
+        "planes": {"tuple": [_ARRAY]}, "scales": (_ARRAY, _CODED), "zeros": _MAYBE,
+        "channel_scale": _MAYBE, "low_rank": (None, _LOW_RANK), "layer": None,
     },
     dict.fromkeys(("bits", "group_size", "d_in", "d_out"), COUNT),
 )  # fmt: skip

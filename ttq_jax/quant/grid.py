@@ -13,6 +13,7 @@ from ttq_jax.errors import check_fields, shown
 BITS = (2, 3, 4, 5, 8)
 STORE_DTYPES = ("bfloat16", "float16", "float32")
 SCALES = formula.SCALES
+CodedScales = formula.CodedScales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
