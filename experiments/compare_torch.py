@@ -132,13 +132,13 @@ def rule_of(name: str, recipe: Recipe) -> "Rule":
     for kind, (moments, scale) in SCALES.items():
         known = Recipe(
             moments=moments, scale=scale, low_rank=LowRankRule(rank=rank),
-            grid=Grid(store_dtype="float32", **shape),
+            grid=Grid(store_dtype="float32", scales=grid.scales, **shape),
         )  # fmt: skip
         if recipe == known:
-            return Rule(scale=kind, rank=rank, **shape)
+            return Rule(scale=kind, rank=rank, coded=grid.scales == "coded", **shape)
     raise SystemExit(
         f"method {name!r}: the PyTorch side knows rtn, awq@CALIBRATION and ttq, each with -gGROUP, "
-        "-rRANK, -sym; the prompt read by unquantized weights, rounding to nearest, no prior"
+        "-rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to nearest, no prior"
     )
 
 

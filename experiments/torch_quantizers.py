@@ -35,6 +35,8 @@ class Rule:
     scale: one of `SCALES`: RTN's, TTQ's, AWQ's.
     group_size: weights of a row that share a scale; -1 for the whole row.
     rank: of the part that is kept in floating point, 0 for none.
+    coded: scales are whole multiples, 1 to 255, of a number per row of w; zero points are multiples
+      of 1/256 of the grid.
     """
 
     scale: str
@@ -42,6 +44,7 @@ class Rule:
     group_size: int = 32
     symmetric: bool = False
     rank: int = 0
+    coded: bool = False
 
 
 class Inputs:
@@ -90,17 +93,28 @@ def round_groups(w: torch.Tensor, rule: Rule) -> torch.Tensor:
     g = torch.nn.functional.pad(w, (0, -d_in % size)).reshape(d_out, -1, size)
     if rule.symmetric:
         low, high = -(2 ** (rule.bits - 1)), 2 ** (rule.bits - 1) - 1
-        scale = g.abs().amax(-1, keepdim=True) / high
+        scale = as_coded(g.abs().amax(-1, keepdim=True) / high, rule)
         zero = torch.zeros_like(scale)
     else:
         low, high = 0, 2**rule.bits - 1
         least, most = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
-        scale = (most - least) / high
+        scale = as_coded((most - least) / high, rule)
         zero = -least / scale
+        if rule.coded:
+            steps = 2 ** (8 - rule.bits)
+            zero = torch.round(zero * steps).clamp(0, 255) / steps
     rounded = (torch.round(g / scale + zero).clamp(low, high) - zero) * scale
     # A group of zeros has no scale.
     rounded = torch.where(scale > 0, rounded, 0.0)
     return rounded.reshape(d_out, -1)[:, :d_in]
+
+
+def as_coded(scale: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Scales [d_out, groups, 1] as they are stored."""
+    if not rule.coded:
+        return scale
+    unit = scale.amax(1, keepdim=True) / 255
+    return torch.where(unit > 0, torch.round(scale / unit).clamp(1, 255) * unit, scale)
 
 
 def power_law(inputs: Inputs) -> torch.Tensor:

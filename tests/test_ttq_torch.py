@@ -73,7 +73,7 @@ def check_same(model, reference, method, rule, window, protocol, calibration=Non
     theirs = pair.score(as_torch(window), prompt)
     recipe = ttq.preset(
         method, bits=rule.bits, group_size=rule.group_size, symmetric=rule.symmetric,
-        rank=rule.rank, store_dtype="float32",
+        rank=rule.rank, store_dtype="float32", scales="coded" if rule.coded else "float",
     )  # fmt: skip
     got, ours = jax_quantize_and_score(
         model.params, jnp.asarray(window), prepare(model, recipe, calibration),
@@ -118,14 +118,19 @@ def test_same_weights_and_same_perplexity(tiny, bits, symmetric, rank):
 
 
 # 96 input channels of one projection do not fill two groups of 64.
-METHODS = [("rtn", "window", -1), ("awq", "causal", 64), ("awq", "window", 32),
-           ("ttq", "causal", 32)]  # fmt: skip
+METHODS = [
+    ("rtn", "window", -1, {}),
+    ("rtn", "causal", 32, {"coded": True, "symmetric": True}),
+    ("awq", "causal", 64, {"coded": True}),
+    ("awq", "window", 32, {}),
+    ("ttq", "causal", 32, {"coded": True}),
+]
 
 
-@pytest.mark.parametrize(("name", "kind", "group_size"), METHODS)
-def test_methods_protocols_and_groups(tiny, name, kind, group_size):
+@pytest.mark.parametrize(("name", "kind", "group_size", "stored"), METHODS)
+def test_methods_protocols_and_groups(tiny, name, kind, group_size, stored):
     method, rule = RULES[name]
-    rule = dataclasses.replace(rule, group_size=group_size)
+    rule = dataclasses.replace(rule, group_size=group_size, **stored)
     calibration = tokens_of(tiny[0], 2, 64, seed=1) if name == "awq" else None
     protocol = Protocol(kind=kind, window=96, prompt_tokens=PROMPT)
     check_same(*tiny, method, rule, tokens_of(tiny[0], 96), protocol, calibration)
