@@ -137,8 +137,9 @@ def rule_of(name: str, recipe: Recipe) -> "Rule":
         if recipe == known:
             return Rule(scale=kind, rank=rank, coded=grid.scales == "coded", **shape)
     raise SystemExit(
-        f"method {name!r}: the PyTorch side knows rtn, awq@CALIBRATION and ttq, each with -gGROUP, "
-        "-rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to nearest, no prior"
+        f"method {name!r}: the PyTorch side knows rtn, awq@CALIBRATION and ttq, each with "
+        "-gGROUP, -rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to nearest, "
+        "no prior"
     )
 
 
