@@ -138,8 +138,8 @@ def rule_of(name: str, recipe: Recipe) -> "Rule":
             return Rule(scale=kind, rank=rank, coded=grid.scales == "coded", **shape)
     raise SystemExit(
         f"method {name!r}: the PyTorch side knows rtn, awq@CALIBRATION and ttq, each with "
-        "-gGROUP, -rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to nearest,"
-        " no prior"
+        "-gGROUP, -rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to "
+        "nearest, no prior"
     )
 
 
