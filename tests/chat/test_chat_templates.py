@@ -10,6 +10,7 @@ from tiny_files import write_model
 from tokenizers import AddedToken, Tokenizer
 
 import ttq_jax as ttq
+from ttq_jax.chat import worker
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint.chat_template import ChatTemplate, gguf_template, read_template
@@ -165,6 +166,15 @@ def test_an_endless_template_ends(model, monkeypatch):
         fine = dataclasses.replace(model, chat=ChatTemplate("{{ messages[0].content }}", {}))
         assert ask(fine, ["hello"], chat=True, render=render).texts == ["hello"]
     assert time.process_time() - start < 5
+
+
+def test_a_process_that_waits_for_ever_ends(model, monkeypatch, tmp_path):
+    (tmp_path / "transformers.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker, "PATIENCE", 1)
+    fine = dataclasses.replace(model, chat=ChatTemplate("x", {}))
+    with pytest.raises(PromptError, match="or more than 1 seconds"):
+        ask(fine, ["hello"], chat=True)
 
 
 def test_a_broken_installation_is_told(model, monkeypatch, tmp_path):

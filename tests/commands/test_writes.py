@@ -232,7 +232,9 @@ def test_standard_output_that_takes_nothing(
 
 # Stops in the middle of writing: of a line, or where a file is synced.
 CHILD = """
-import os, sys, time
+import os, signal, sys, time
+# Where the tests run under nohup, their children would ignore it too, as they should.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from ttq_jax.commands.main import main
 write, where = os.write, sys.argv.pop(1)
 def pause(*_):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -48,12 +49,17 @@ class Renderer:
                 text=True, encoding="utf-8",
             )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
+        # The process ends itself when it computes for too long, not when it waits for ever.
+        patience = threading.Timer(worker.PATIENCE, self._process.kill)
+        patience.start()
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
             return self._process.stdout.readline()
         except BrokenPipeError:
             return ""
+        finally:
+            patience.cancel()
 
     def _ended(self) -> str:
         """Why the process is dead."""
@@ -63,8 +69,9 @@ class Renderer:
         if code > 0:
             return "transformers cannot be used; install ttq-jax again, with its dependencies"
         return (
-            f"it takes more than {worker.SECONDS} seconds of computing, or too much memory. Use "
-            "the template of the model's authors, or leave out chat"
+            f"it takes more than {worker.SECONDS} seconds of computing, too much memory, or more "
+            f"than {worker.PATIENCE} seconds. Use the template of the model's authors, or leave "
+            "out chat"
         )
 
     def __call__(

@@ -16,6 +16,9 @@ from typing import Any
 SECONDS = 5
 """Of computing, for one conversation."""
 
+PATIENCE = 300
+"""Seconds of anything, for all conversations of a call."""
+
 _MEMORY = 2**30
 _LONGEST = 2**22
 
