@@ -198,8 +198,9 @@ RULES: dict[str, dict[str, type]] = {
 RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}
 
 
-# 4.3 stored bits per weight: a bit more per code gains more than narrower groups of the same cost.
-_WIDE = Grid(bits=4, group_size=64, symmetric=True)
+# 4.3 stored bits per weight: a bit more per code gains more than narrower groups of the same cost,
+# and zero points in eight bits more than a symmetric grid.
+_WIDE = Grid(bits=4, group_size=64, scales="coded")
 # It hardly changes a long prompt's moments; those of a short one are too noisy by themselves.
 _BLEND = Source(prior="weights", prior_tokens=16.0)
 
