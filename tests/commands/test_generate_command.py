@@ -147,7 +147,7 @@ def test_human_output(cli, tiny):
     assert out.startswith("abc")
     assert out.count("\n") == 1  # the answer and nothing else
     assert re.search(r"4 prompt tokens, \d new; stopped by: (end|limit)", err)
-    assert "fast, 4 bits, group 64, moments prompt + weights prior (16 tokens)" in err
+    assert "fast, 4 bits, group 64, coded scales, moments prompt + weights prior (16 tokens)" in err
     assert "loading" in err
     assert "generating" in err
     assert "\r" not in err

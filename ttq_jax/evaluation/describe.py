@@ -128,11 +128,13 @@ def low_rank_in_short(rule: LowRankRule) -> str:
 
 
 def describe_grid(recipe: Recipe) -> str:
-    """Bits and groups, in a few words."""
+    """Bits, groups and how they are stored, in a few words."""
     grid = recipe.grid
     parts = [
         f"{grid.bits} bits" + (" and width rules" if recipe.widths else ""),
         "whole rows" if grid.group_size == -1 else f"group {grid.group_size}",
+        *(["symmetric"] if grid.symmetric else []),
+        *(["coded scales"] if grid.scales == "coded" else []),
     ]
     return ", ".join(parts)
 

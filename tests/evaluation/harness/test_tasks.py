@@ -152,7 +152,7 @@ def test_the_command_line(directory, tasks, tmp_path, quiet_datasets, monkeypatc
         "--output_path", tmp_path,
     )  # fmt: skip
     assert code == 0, said.err
-    assert "ttq: fast, 3 bits, group 64, moments prompt + weights prior" in said.err
+    assert "ttq: fast, 3 bits, group 64, coded scales, moments prompt + weights prior" in said.err
     assert "|choices" in said.out
     (written,) = tmp_path.rglob("results_*.json")
     results = json.loads(written.read_text())
