@@ -80,6 +80,7 @@ def column_scales(
     bits: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    stored: Stored = as_stored,
 ) -> jax.Array:
     """What the coded scales of a column are multiples of.
 
@@ -89,12 +90,13 @@ def column_scales(
       bits: Width of a code.
       zero_point: One of `ZERO_POINTS`.
       store_dtype: See `CodedScales.columns`.
+      stored: See `fit`.
 
     Returns:
       ``float32[1, n]``, exactly representable in ``store_dtype``.
     """
     steps = _step(jnp.minimum(low, 0.0), jnp.maximum(high, 0.0), bits, zero_point)
-    columns = as_stored(jnp.max(steps, axis=0, keepdims=True) / _MOST, store_dtype)
+    columns = stored(jnp.max(steps, axis=0, keepdims=True) / _MOST, store_dtype)
     return jnp.where(columns > _SMALLEST, columns, 1.0)
 
 
