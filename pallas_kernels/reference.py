@@ -216,7 +216,7 @@ def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Probl
     """
     if of_columns is None:
         return scales
-    return CodedScales(scales, of_columns[0].astype(problem.store_dtype))
+    return CodedScales(scales, of_columns.reshape(-1).astype(problem.store_dtype))
 
 
 def prefill_quantize(

@@ -183,8 +183,8 @@ class _Facts(Problem):
 
 
 def _load(ref: Any, rows: Any, columns: Any, inside: Any, layer: Any = None) -> jax.Array:
-    """A masked block; masked-out columns are 0. Rows are an index or a slice."""
-    at = (rows, columns) if layer is None else (layer, rows, columns)
+    """A masked block; masked-out columns are 0. Rows are an index, a slice, or None: no axis."""
+    at = tuple(index for index in (layer, rows, columns) if index is not None)
     if inside is None:
         return plgpu.load(ref.at[at])
     other = jnp.zeros((), ref.dtype)
@@ -282,7 +282,7 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     for i, acc in enumerate(accs):
         total = jnp.sum(acc, axis=0, keepdims=True)
         if of_columns is not None:
-            total = total * _load(of_columns, 0, columns, inside)[None, :]
+            total = total * _load(of_columns, None, columns, inside)[None, :]
         total = total.astype(y_ref.dtype)
         plgpu.store(y_ref.at[pl.program_id(2), pl.ds(i, 1), columns], total, mask=mask)
 
@@ -333,7 +333,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     start = jnp.zeros((tiles.columns, tiles.rows), jnp.float32)
     acc = lax.fori_loop(*_steps(facts), step, start)
     if of_columns is not None:
-        acc = acc * _load(of_columns, 0, columns, inside)[:, None]
+        acc = acc * _load(of_columns, None, columns, inside)[:, None]
     kept = mask if real_rows is None else real_rows
     if mask is not None and real_rows is not None:
         kept = mask & real_rows
@@ -383,7 +383,7 @@ def packed_matmul(
             runs = x.reshape(m, k // tiles.depth, tiles.depth)
             operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
     if of_columns is not None:
-        row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
+        row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=False)
         operands.append(row.astype(jnp.float32))
     grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
     partial = x.dtype if tiles.splits == 1 else jnp.float32

@@ -177,7 +177,7 @@ class Rounder:
         low, high = (self.scratch[i][0, : s.groups, :] for i in (3, 4))
         self.of_columns[...] = grid.column_scales(
             low, high, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
-            stored=_as_stored,
+            stored=as_stored,
         )  # fmt: skip
 
     def fit(self, batch: int) -> None:
@@ -186,7 +186,7 @@ class Rounder:
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
         fit = functools.partial(
             grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
-            stored=_as_stored,
+            stored=as_stored,
         )  # fmt: skip
         for column, lanes in self._lanes():
             if s.finds_columns:
@@ -349,10 +349,17 @@ class Rounder:
         return found
 
 
-def _as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`grid.as_stored` of float32 and bfloat16, which Mosaic cannot translate, on the bits.
 
     Converted there and back, the simulator's XLA would drop both.
+
+    Args:
+      x: float32, finite.
+      dtype: float32 or bfloat16.
+
+    Returns:
+      As x.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return x
