@@ -62,6 +62,9 @@ def block_cores(n: int, columns: int, cores: int) -> int:
 def shapes(problem: Problem) -> Iterator[Rounding]:
     """Blocks in the order in which they are preferred: wide ones of many rows first.
 
+    Coded scales prefer narrow blocks of all rows to wide ones of some: without a whole column in
+    fast memory, XLA would read the weight once more to find the column's number.
+
     Args:
       problem: what is rounded.
 
@@ -69,10 +72,16 @@ def shapes(problem: Problem) -> Iterator[Rounding]:
       It, in such blocks.
     """
     p = problem
-    for columns in (2 * LANES, LANES) if p.n > LANES else (LANES,):
-        for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1):
-            rows = block_rows(p.k, p.group_size, most)
-            yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)
+    widths = (2 * LANES, LANES) if p.n > LANES else (LANES,)
+    sizes = [
+        (block_rows(p.k, p.group_size, most), columns)
+        for columns in widths
+        for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1)
+    ]
+    if p.scales == "coded":
+        sizes = [at for at in sizes if at[0] == p.k] + [(p.k, LANES)] + sizes
+    for rows, columns in sizes:
+        yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)
 
 
 def default_blocks(problem: Problem, chip: str | None = None) -> Blocks | None:

@@ -24,10 +24,11 @@ def random_weight(seed, bits, group_size, n_group, n, scale_dtype="float32", zer
 
 
 def coded_weight(seed, bits, group_size, n_group, n, columns_dtype="bfloat16", symmetric=False):
-    """As `random_weight`, with scales and zero points of eight bits, all of which occur."""
+    """As `random_weight`, with scales and zero points of eight bits, both ends among them."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 2**bits, (n_group * group_size, n), dtype=np.uint8)
     scales = rng.integers(1, 255, (n_group, n), dtype=np.uint8, endpoint=True)
+    scales[:, 0] = np.arange(n_group) % 2 * 254 + 1
     columns = jnp.asarray(2.0 ** rng.uniform(-20, 4, n), columns_dtype)
     zeros = rng.integers(0, 255, (n_group, n), dtype=np.uint8, endpoint=True)
     return (
