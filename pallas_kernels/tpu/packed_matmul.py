@@ -333,9 +333,11 @@ def packed_matmul(
         # longer to cut it out than the kernel to read them all.
         rows = min(of_columns.shape[0], _ROWS)
         operands.append(of_columns)
-        specs.append(pl.BlockSpec(
-            (rows, columns), lambda core, i, j, layer: (layer[0] // rows, core * steps + j)
-        ))
+        specs.append(
+            pl.BlockSpec(
+                (rows, columns), lambda core, i, j, layer: (layer[0] // rows, core * steps + j)
+            )
+        )
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     triple = pl.cdiv(3 * placed, 8) * 8

@@ -46,7 +46,20 @@ def test_measured_records(cli_json, quick):
         assert list(record)[: len(KEYS) - 2] == KEYS[:-2]
         assert set(KEYS) < set(record)
         facts = [record[key] for key in KEYS if key not in {"m", "block"}]
-        assert facts == ["packed_matmul", 4, 32, True, 64, 32, "float", None, None, None, None, "cpu"]
+        assert facts == [
+            "packed_matmul",
+            4,
+            32,
+            True,
+            64,
+            32,
+            "float",
+            None,
+            None,
+            None,
+            None,
+            "cpu",
+        ]
         assert record["microseconds"]["kernel"] > 0
         assert record["versions"]["jax"]
 

@@ -246,4 +246,6 @@ def test_a_batch_of_weights_is_packed_and_multiplied():
         jax.tree.map(np.testing.assert_array_equal, mine, alone(w[i])[0])
         back = np.asarray(dequantize(*mine, **kind), np.float64)
         bound = 80 * EPS * (np.abs(np.asarray(x, np.float64)) @ (np.abs(back) + 4))
-        assert np.all(np.abs(np.asarray(y[i], np.float64) - np.asarray(x, np.float64) @ back) <= bound)
+        assert np.all(
+            np.abs(np.asarray(y[i], np.float64) - np.asarray(x, np.float64) @ back) <= bound
+        )

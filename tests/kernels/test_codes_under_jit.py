@@ -49,7 +49,9 @@ def check(got, bits, **kind):
     for one, other in zip(jax.tree.leaves(got[1:]), jax.tree.leaves(want[1:]), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other), err_msg=f"{bits} {kind}")
     s, z = stored_grid(*want[1:], bits)
-    s, z = (np.repeat(a, GROUP, 0) for a in (s, np.full_like(s, 2 ** (bits - 1)) if z is None else z))
+    s, z = (
+        np.repeat(a, GROUP, 0) for a in (s, np.full_like(s, 2 ** (bits - 1)) if z is None else z)
+    )
     target = np.asarray(w, np.float64) * np.asarray(d, np.float64)[:, None]
     value = target / s + z
     slack = EPS * (4 * np.abs(target / s) + np.abs(value))

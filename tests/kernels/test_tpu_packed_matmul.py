@@ -97,7 +97,9 @@ def test_a_layer_of_more_than_a_block_has():
         weight, size = oracle_weight(*every[layer], bits, group)
         exact = f64(x) @ weight
         wrong = np.abs(f64(y) - exact)
-        assert np.all(wrong <= half_step(y.dtype) * np.abs(exact) + 2**-16 * (np.abs(f64(x)) @ size))
+        assert np.all(
+            wrong <= half_step(y.dtype) * np.abs(exact) + 2**-16 * (np.abs(f64(x)) @ size)
+        )
 
 
 @pytest.mark.parametrize("bits", sorted(ROWS))

@@ -82,7 +82,9 @@ class Case:
     def packed_shapes(self) -> tuple[Any, Any, Any]:
         """Planes, scales and zero points."""
         planes = tuple(Shape((self.k * w // 8, self.n), jnp.uint8) for w in PLANES[self.bits])
-        scales: Any = Shape((self.k // self.group_size, self.n), jnp.dtype(self.problem.scale_dtype))
+        scales: Any = Shape(
+            (self.k // self.group_size, self.n), jnp.dtype(self.problem.scale_dtype)
+        )
         zeros = None if self.symmetric else scales
         if self.scales == "coded":
             scales = CodedScales(scales, Shape((self.n,), jnp.bfloat16))
