@@ -135,7 +135,8 @@ def test_problems_that_no_kernel_has_are_refused(options, parts):
 
 def test_a_sweep_is_the_product_of_its_axes():
     made = sweep(kernels=["packed_matmul", "quantize_pack"], bits=[3, 4], group_sizes=[32],
-                 rows=[1, 7], shapes=[(64, 32), (32, 8)], symmetric=True, scales="coded")  # fmt: skip
+                 rows=[1, 7], shapes=[(64, 32), (32, 8)], symmetric=True,
+                 scales="coded")  # fmt: skip
     assert len(made) == 2 * 2 * 2 + 2 * 2
     assert len({*made}) == len(made)
     assert {c.m for c in made if c.kernel == "quantize_pack"} == {0}
