@@ -267,6 +267,17 @@ def _fetch_ahead(fetch: Planes, planes: Any, fetched: Any, layer: Any) -> Callab
     return arrive
 
 
+def _rows_of_layers(layers: int, columns: int, steps: int) -> pl.BlockSpec:
+    """A block of several layers' rows, `_row` finds one: a single row does not make a block.
+
+    XLA would take longer to cut the row out than the kernel to read them all.
+    """
+    rows = min(layers, _ROWS)
+    return pl.BlockSpec(
+        (rows, columns), lambda core, i, j, layer: (layer[0] // rows, core * steps + j)
+    )
+
+
 def _row(rows_ref: Any, layer: Any, lanes: slice) -> jax.Array:
     """The layer's row of a block of layers, ``float32[1, lanes]``."""
     rows = rows_ref[:, lanes].astype(jnp.float32)
@@ -324,20 +335,12 @@ def packed_matmul(
     specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
               for rows in heights]  # fmt: skip
     codes, of_columns = scales if isinstance(scales, CodedScales) else (scales, None)
-    for small in (codes, zeros):
-        if small is not None:
-            operands.append(small)
-            specs.append(block_of(k // group_size))
+    small = [a for a in (codes, zeros) if a is not None]
+    operands += small
+    specs += [block_of(k // group_size)] * len(small)
     if of_columns is not None:
-        # One row does not make a block: the layer's own is found in the kernel. XLA would take
-        # longer to cut it out than the kernel to read them all.
-        rows = min(of_columns.shape[0], _ROWS)
         operands.append(of_columns)
-        specs.append(
-            pl.BlockSpec(
-                (rows, columns), lambda core, i, j, layer: (layer[0] // rows, core * steps + j)
-            )
-        )
+        specs.append(_rows_of_layers(of_columns.shape[0], columns, steps))
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     triple = pl.cdiv(3 * placed, 8) * 8

@@ -7,8 +7,10 @@ to bytes yields codes without any conversion.
 
 A block of ``rows`` is rounded in *batches* of up to eight groups, so that the grid of a batch is
 computed on full registers, in three passes: `Rounder.measure` finds each group's range,
-`Rounder.fit` its scale and zero point, `Rounder.encode` the codes. When a column of blocks is
-complete, `Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
+`Rounder.fit` its scale and zero point, `Rounder.encode` the codes. Coded scales are multiples of a
+number of their column: where a block has all of it, every group is measured before the first is
+fitted, and `Rounder.find_columns` stands between. When a column of blocks is complete,
+`Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from pallas_kernels.layout import PLANES, unpack
 from pallas_kernels.problem import rounding_problem
 from pallas_kernels.tpu import quantize_pack as mosaic
 from pallas_kernels.tpu import rounding
+from pallas_kernels.tpu.activations import split3
 
 K, N, GROUP = 128, 128, 32
 KINDS = [
@@ -78,6 +79,9 @@ def check_xla():
 def check_simulated():
     """The kernels for TPUs and GPUs; each of the grid's roundings occurs in both."""
     w, d = operands()
+    # The same conversions, and the product of a split number: nothing of it is lost.
+    parts = jax.jit(split3)(w)
+    np.testing.assert_array_equal(sum(np.asarray(p, np.float64) for p in parts), np.asarray(w))
     tpu = functools.partial(mosaic.quantize_pack, interpret=pltpu.InterpretParams())
     gpu = functools.partial(triton.quantize_pack, interpret=True)
     for bits, at in ((8, 4), (5, 6), (4, 0)):
