@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import PLANES, pack, reference
+from pallas_kernels import PLANES, CodedScales, grid, pack, reference
 from pallas_kernels.choice import Problem
 
 LAYERS = 2
@@ -45,6 +45,7 @@ class Check:
     n: int
     quantized: bool = False
     implementation: str = "triton"
+    scales: str = "float"
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -56,7 +57,8 @@ class Check:
         """Static arguments of the quantizers."""
         shrinks = SEARCH if self.kind == "search" else (1.0,)
         return self.grid | {
-            "zero_point": self.zero_point, "store_dtype": "bfloat16", "shrinks": shrinks
+            "zero_point": self.zero_point, "store_dtype": "bfloat16", "shrinks": shrinks,
+            "scales": self.scales,
         }  # fmt: skip
 
 
@@ -95,6 +97,16 @@ def checks(rows: tuple[int, ...], groups: tuple[int, ...], k: int, n: int) -> li
             add(i, kernel="packed_matmul", kind=kind, bits=bits, m=rows[i])
         m = rows[-1]
         add(i, kernel="prefill_quantize", kind="exact", bits=bits, m=m)
+    for b, bits in enumerate(PLANES):
+        coded = partial(add, 2 * b, scales="coded", bits=bits)
+        for kind in ("exact", "real"):
+            for m in (rows[0], rows[len(rows) // 2]):
+                coded(kernel="packed_matmul", kind=kind, m=m)
+        # Their weights reach 255 steps: only float32 holds them.
+        coded(kernel="quantize_pack", kind="exact", m=0, dtype="float32")
+    for quantized in (False, True):
+        coded(kernel="prefill_quantize", kind="exact", bits=4, m=rows[2], dtype="float32",
+              quantized=quantized)  # fmt: skip
     return out
 
 
@@ -103,6 +115,7 @@ def packed_operands(check: Check, seed: int) -> tuple[Any, ...]:
     rng = np.random.default_rng(seed)
     x: Any
     scales: Any
+    zeros: Any
     k, n, groups = check.k, check.n, check.k // check.group_size
     codes = jnp.asarray(rng.integers(0, 2**check.bits, (LAYERS, k, n), np.uint8))
     shape = (LAYERS, groups, n)
@@ -113,12 +126,19 @@ def packed_operands(check: Check, seed: int) -> tuple[Any, ...]:
         x = rng.integers(-2, 3, (check.m, k))
         scales = 2.0 ** rng.integers(-1, 2, shape)
     zeros = rng.integers(0, 2**check.bits, shape)
-    stored = {"none": None, "float": jnp.asarray(zeros, jnp.bfloat16),
-              "integer": jnp.asarray(zeros, jnp.uint8)}  # fmt: skip
-    planes = pack(codes, bits=check.bits)
+    kinds = {"none": None, "float": jnp.bfloat16, "integer": jnp.uint8}
+    if check.scales == "coded":
+        whole = check.kind != "real"
+        u = rng.integers(1, 256, shape) if not whole else 2 * scales
+        columns = rng.uniform(0.01, 1, (LAYERS, n)) if not whole else np.full((LAYERS, n), 0.5)
+        stored = CodedScales(jnp.asarray(u, jnp.uint8), jnp.asarray(columns, jnp.bfloat16))
+        zeros, kinds["float"] = zeros << (8 - check.bits), jnp.uint8
+    else:
+        stored = jnp.asarray(scales, jnp.bfloat16)
+    kind = kinds[check.zero_point]
     return (
-        jnp.asarray(x, check.dtype), planes, jnp.asarray(scales, jnp.bfloat16),
-        stored[check.zero_point],
+        jnp.asarray(x, check.dtype), pack(codes, bits=check.bits), stored,
+        None if kind is None else jnp.asarray(zeros, kind),
     )  # fmt: skip
 
 
@@ -139,6 +159,9 @@ def weight_operands(check: Check, seed: int) -> tuple[jax.Array, jax.Array]:
     units[:, :, :1], units[:, :, 1:2] = low, high
     d = 2.0 ** rng.integers(0, 2, k)
     steps = 2.0 ** rng.integers(-1, 1, (LAYERS, groups, 1, n))
+    if check.scales == "coded":
+        # Multiples of what is then the column's number, a power of two.
+        steps = np.where(np.arange(groups)[:, None, None] == 0, 127.5, steps)
     w = (units * steps).reshape(LAYERS, k, n) / d[:, None]
     return jnp.asarray(w, check.dtype), jnp.asarray(d, jnp.float32)
 
@@ -175,9 +198,9 @@ def check_matmul(check: Check, call: Callable[..., Any], seed: int) -> tuple[flo
     if check.kind == "exact":
         return different(got, want.astype(x.dtype)), 0.0
     # The sizes of what is added: s (q + z), and 128 more of each for the kernel of a few rows.
-    middle = jnp.full(scales.shape, 2.0 ** (check.bits - 1))
-    z = (middle if zeros is None else zeros.astype(jnp.float32)) + (256 if check.m <= 2 else 0)
-    size = reference.dequantize(planes, scales, -z, **check.grid)[-1, :d_in]
+    s, z = grid.read(scales, zeros, bits=check.bits)
+    z = jnp.broadcast_to(z, s.shape) + (256 if check.m <= 2 else 0)
+    size = reference.dequantize(planes, s, -z, **check.grid)[-1, :d_in]
     eps = float(jnp.finfo(jnp.float32).eps)
     # Tensor cores cut off where others round: an eps each of k products and sums, in both results.
     bound = 2 * (check.k + 8) * eps * (jnp.abs(x.astype(jnp.float32)) @ size)
@@ -238,7 +261,7 @@ def problem_of(check: Check) -> Problem:
         kernel=check.kernel, m=check.m, d_in=check.k, n=check.n, bits=check.bits,
         group_size=check.group_size, zero_point=check.zero_point, dtype=check.dtype,
         rank=5 if check.kind == "search" else 0, shrinks=check.rounding["shrinks"] if packs else (),
-        quantized=check.quantized, scaled=packs,
+        quantized=check.quantized, scaled=packs, scales=check.scales,
     )  # fmt: skip
 
 
@@ -271,8 +294,8 @@ def run_checks(
     return records
 
 
-FIELDS = ("kernel", "implementation", "kind", "bits", "group_size", "zero_point", "dtype", "m",
-          "quantized", "error", "limit")  # fmt: skip
+FIELDS = ("kernel", "implementation", "kind", "bits", "group_size", "zero_point", "scales",
+          "dtype", "m", "quantized", "error", "limit")  # fmt: skip
 
 
 def failure_line(record: dict[str, Any]) -> str:

@@ -83,6 +83,7 @@ def column_scales(
     bits: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    stored: Stored = as_stored,
 ) -> jax.Array:
     """What the coded scales of a column are multiples of.
 
@@ -92,19 +93,27 @@ def column_scales(
       bits: Width of a code.
       zero_point: One of `ZERO_POINTS`.
       store_dtype: See `CodedScales.columns`.
+      stored: See `fit`.
 
     Returns:
       ``float32[1, n]``, exactly representable in ``store_dtype``.
     """
-    steps = _step(jnp.minimum(low, 0.0), jnp.maximum(high, 0.0), bits, zero_point)
-    columns = as_stored(jnp.max(steps, axis=0, keepdims=True) / _MOST, store_dtype)
+    span, part = _span(low, high, bits, zero_point)
+    columns = stored(jnp.max(span, axis=0, keepdims=True) * (part / _MOST), store_dtype)
     return jnp.where(columns > _SMALLEST, columns, 1.0)
 
 
-def _step(low: jax.Array, high: jax.Array, bits: int, zero_point: str) -> jax.Array:
+def _span(low: jax.Array, high: jax.Array, bits: int, zero_point: str) -> tuple[jax.Array, float]:
+    """What a grid reaches over, and the part of that which is a step.
+
+    Steps are products with that part. XLA compiles a quotient by a constant as such a product, and
+    moves a constant factor past a division, but not in operations that are run one by one: a scale
+    next to a tie would be another there.
+    """
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     if zero_point == "none":
-        return jnp.maximum(-low, high) / (2 ** (bits - 1) - 1)
-    return (high - low) / (2**bits - 1)
+        return jnp.maximum(-low, high), 1.0 / (2 ** (bits - 1) - 1)
+    return high - low, 1.0 / (2**bits - 1)
 
 
 def fit(
@@ -134,17 +143,16 @@ def fit(
     Returns:
       ``(scales, zeros)``, float32 with the values of what is stored; scales are positive.
     """
-    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    step = _step(low, high, bits, zero_point)
+    span, part = _span(low, high, bits, zero_point)
     if columns is None:
-        scales = stored(step, store_dtype)
+        scales = stored(span * part, store_dtype)
         # An all-zero group, or one too small to be divided by, is exactly 0.
         scales = jnp.where(scales > _SMALLEST, scales, 1.0)
     else:
-        scales = jnp.clip(nearest(step / columns), 1.0, _MOST) * columns
+        scales = jnp.clip(nearest(span * (part / columns)), 1.0, _MOST) * columns
     if zero_point == "none":
         return scales, jnp.full_like(scales, 2 ** (bits - 1))
-    zeros = -low / scales
+    zeros = -jnp.minimum(low, 0.0) / scales
     return scales, fit_zeros(
         zeros, bits=bits, zero_point=zero_point, coded=columns is not None,
         store_dtype=store_dtype, nearest=nearest, stored=stored,

@@ -178,10 +178,10 @@ def column_scales(
     w: jax.Array, channel_scale: jax.Array | None, low_rank: LowRank | None, layer: jax.Array, *,
     problem: Problem,
 ) -> jax.Array | None:  # fmt: skip
-    """What the coded scales of each column are multiples of; a kernel gets them ready-made.
+    """What the coded scales of each column are multiples of, for kernels that cannot find it.
 
-    They depend on a whole column, which a kernel sees block by block. XLA fuses all of this into
-    one more read of the weight.
+    It depends on a whole column: where a kernel's blocks have parts of one, XLA reads the weight
+    once more.
 
     Args:
       w: ``[L, d_in, n]``.
@@ -216,7 +216,7 @@ def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Probl
     """
     if of_columns is None:
         return scales
-    return CodedScales(scales, of_columns[0].astype(problem.store_dtype))
+    return CodedScales(scales, of_columns.reshape(-1).astype(problem.store_dtype))
 
 
 def prefill_quantize(

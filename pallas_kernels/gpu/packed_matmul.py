@@ -183,8 +183,8 @@ class _Facts(Problem):
 
 
 def _load(ref: Any, rows: Any, columns: Any, inside: Any, layer: Any = None) -> jax.Array:
-    """A masked block; masked-out columns are 0. Rows are an index or a slice."""
-    at = (rows, columns) if layer is None else (layer, rows, columns)
+    """A masked block; masked-out columns are 0. Rows are an index, a slice, or None: no axis."""
+    at = tuple(index for index in (layer, rows, columns) if index is not None)
     if inside is None:
         return plgpu.load(ref.at[at])
     other = jnp.zeros((), ref.dtype)
@@ -211,12 +211,19 @@ def _scale_and_zero(
     refs: Any, row: Any, columns: Any, inside: Any, layer: Any, facts: _Facts
 ) -> Any:
     """Scales ``f32[c]`` of the group of a row and, if there are any, zero points."""
-    scales, *zeros = refs
-    both = [_load(ref, row, columns, inside, layer) for ref in (scales, *zeros)]
+    both = [_load(ref, row // facts.group_size, columns, inside, layer) for ref in refs]
     # Triton has no conversion from uint8 to a float that is as fast as by way of int32.
     wide = [a.astype(jnp.int32) if a.dtype == jnp.uint8 else a for a in both]
     scales, *zeros = (a.astype(jnp.float32) for a in wide)
     return [scales, *(z * facts.zero_unit for z in zeros)]
+
+
+def _by_columns(sums: jax.Array, ref: Any, columns: Any, inside: Any, axis: int) -> jax.Array:
+    """Sums times what there is per column, if scales are coded; the sums' other axis is `axis`."""
+    if ref is None:
+        return sums
+    factor = _load(ref, None, columns, inside)
+    return sums * (factor[None, :] if axis == 0 else factor[:, None])
 
 
 def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
@@ -239,9 +246,7 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 
     def slab_step(slab: int, step: Any, loaded: Any, accs: Any) -> Any:
         row = slab * facts.slab + step * tiles.depth
-        scale, *zeros = _scale_and_zero(
-            grid_refs, row // facts.group_size, columns, inside, layer, facts
-        )
+        scale, *zeros = _scale_and_zero(grid_refs, row, columns, inside, layer, facts)
         places = unpack.sources(slab, facts.bits)
         fields = [field for _, field in places]
         parts = [zero] * facts.m
@@ -281,9 +286,7 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     accs = lax.fori_loop(*_steps(facts), step, [zero] * facts.m)
     for i, acc in enumerate(accs):
         total = jnp.sum(acc, axis=0, keepdims=True)
-        if of_columns is not None:
-            total = total * _load(of_columns, 0, columns, inside)[None, :]
-        total = total.astype(y_ref.dtype)
+        total = _by_columns(total, of_columns, columns, inside, 0).astype(y_ref.dtype)
         plgpu.store(y_ref.at[pl.program_id(2), pl.ds(i, 1), columns], total, mask=mask)
 
 
@@ -321,9 +324,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
             x = _load(x_ref, rows, pl.ds(row, tiles.depth), real_rows)
             precision = _EXACT if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
             part = jnp.dot(q.T, x.T, preferred_element_type=jnp.float32, precision=precision)
-            scale, *zeros = _scale_and_zero(
-                grid_refs, row // facts.group_size, columns, inside, layer, facts
-            )
+            scale, *zeros = _scale_and_zero(grid_refs, row, columns, inside, layer, facts)
             if zeros:
                 sums = _load(sums_ref, row // tiles.depth, rows, real)
                 part = part - zeros[0][:, None] * sums[None, :]
@@ -332,8 +333,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
 
     start = jnp.zeros((tiles.columns, tiles.rows), jnp.float32)
     acc = lax.fori_loop(*_steps(facts), step, start)
-    if of_columns is not None:
-        acc = acc * _load(of_columns, 0, columns, inside)[:, None]
+    acc = _by_columns(acc, of_columns, columns, inside, 1)
     kept = mask if real_rows is None else real_rows
     if mask is not None and real_rows is not None:
         kept = mask & real_rows
@@ -383,7 +383,7 @@ def packed_matmul(
             runs = x.reshape(m, k // tiles.depth, tiles.depth)
             operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
     if of_columns is not None:
-        row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
+        row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=False)
         operands.append(row.astype(jnp.float32))
     grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
     partial = x.dtype if tiles.splits == 1 else jnp.float32

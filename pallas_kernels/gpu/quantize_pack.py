@@ -126,7 +126,7 @@ def operands_of(
         padding = _rank_block(problem.rank) - problem.rank
         down, up = jnp.pad(down, ((0, 0), (0, padding))), jnp.pad(up, ((0, padding), (0, 0)))
     given = {"channel_scale": channel_scale, "importance": None, "down": down, "up": up,
-             "of_columns": of_columns}  # fmt: skip
+             "of_columns": None if of_columns is None else of_columns[0]}  # fmt: skip
     if problem.searched:
         given |= {"importance": importance, "shrinks": jnp.asarray(problem.shrinks, jnp.float32)}
     return {name: a.astype(jnp.float32) for name, a in given.items() if a is not None}
@@ -242,7 +242,7 @@ def quantize(
 def load_row(ref: Any, place: Place) -> jax.Array:
     """What there is per column, ``float32[columns]``; 1 beyond the last."""
     inside = None if place.inside is None else place.inside[0]
-    return load(ref, (0, place.columns), inside, other=1.0)
+    return load(ref, (place.columns,), inside, other=1.0)
 
 
 def write_grid(

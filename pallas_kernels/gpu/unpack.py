@@ -196,8 +196,9 @@ def nearest(a: jax.Array, *, interpret: bool) -> jax.Array:
     return out
 
 
-_AS_STORED = {
-    "bfloat16": "{ .reg .b16 h, z; cvt.rn.bf16.f32 h, $1; mov.b16 z, 0; mov.b32 $0, {z, h}; }",
+AS_STORED = {
+    # With zeros below it, a bfloat16 number is its float32.
+    "bfloat16": "{ .reg .b32 w; cvt.rn.bf16x2.f32 w, $1, 0f00000000; mov.b32 $0, w; }",
     "float16": "{ .reg .b16 h; cvt.rn.f16.f32 h, $1; cvt.f32.f16 $0, h; }",
 }
 
@@ -214,10 +215,10 @@ def as_stored(a: jax.Array, dtype: jax.typing.DTypeLike, *, interpret: bool) -> 
       As a.
     """
     name = jnp.dtype(dtype).name
-    if interpret or name not in _AS_STORED:
+    if interpret or name not in AS_STORED:
         return grid.as_stored(a, dtype)
     [out] = plgpu.elementwise_inline_asm(
-        _AS_STORED[name], args=[a], constraints="=f,f", pack=1,
+        AS_STORED[name], args=[a], constraints="=f,f", pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
     )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.rounding import LANES, Rounding
+from pallas_kernels.tpu.blocks import LANES, Rounding
 
 _VERSIONS = {
     "v4": pltpu.ChipVersion.TPU_V4, "v5e": pltpu.ChipVersion.TPU_V5E,
@@ -59,7 +59,7 @@ def needed(spec: Rounding, *, w_itemsize: int, resident: bool = False) -> int:
     factors = 4 * (s.rows * pl.cdiv(s.rank, LANES) * LANES + s.rank * s.columns)
     moved = (
         s.rows * s.columns * w_itemsize + s.k * s.bits // 8 * s.columns
-        + 2 * groups * s.columns * jnp.dtype(s.store_dtype).itemsize + factors
+        + 2 * groups * s.columns * jnp.dtype(s.scale_dtype).itemsize + factors
     )  # fmt: skip
     sums = s.padded_m * s.columns * (4 + 2 * s.itemsize)
     x = s.padded_m * (s.k if resident else 2 * s.rows) * s.itemsize

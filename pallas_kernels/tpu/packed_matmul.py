@@ -179,7 +179,7 @@ def _kernel(
     left_ref = fetched.pop(0) if _arranged(bits, blocks) else x_ref
     k = x_ref.shape[1]
     arrive = _fetch_ahead(fetch, planes, fetched, layer_ref[0]) if fetch else None
-    integer, folds = blocks.integer, blocks.folds
+    integer, folds, unit = blocks.integer, blocks.folds, problem.zero_unit
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -200,15 +200,16 @@ def _kernel(
         total = _scaled_sum(left_ref, load, rows_ref, lanes, bits, group_size, blocks)
         if integer:
             total = join_limbs(x_ref, total, m)
-        zeros: Any = 2.0 ** (bits - 1)
+        # In what zero points count in: exact, as that is a power of two.
+        zeros: Any = 2.0 ** (bits - 1) / unit
         if zeros_ref is not None:
-            zeros = _as_float32(zeros_ref[:, lanes]) * problem.zero_unit
-        zeros = rows_ref[:, lanes] * (zeros + offset(bits, integer=integer))
-        rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m)
+            zeros = _as_float32(zeros_ref[:, lanes])
+        zeros = rows_ref[:, lanes] * (zeros + offset(bits, integer=integer) / unit)
+        rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m) * unit
         rows = min(total.shape[0], rest.shape[0])
         total = total[:rows] + rest[:rows]
         if columns_ref is not None:
-            total = total * columns_ref[:, lanes]
+            total = total * _row(columns_ref, layer_ref[0], lanes)
         y_ref[:rows, lanes] = total.astype(y_ref.dtype)
 
 
@@ -266,6 +267,24 @@ def _fetch_ahead(fetch: Planes, planes: Any, fetched: Any, layer: Any) -> Callab
     return arrive
 
 
+def _rows_of_layers(layers: int, columns: int, steps: int) -> pl.BlockSpec:
+    """A block of several layers' rows, `_row` finds one: a single row does not make a block.
+
+    XLA would take longer to cut the row out than the kernel to read them all.
+    """
+    rows = min(layers, _ROWS)
+    return pl.BlockSpec(
+        (rows, columns), lambda core, i, j, layer: (layer[0] // rows, core * steps + j)
+    )
+
+
+def _row(rows_ref: Any, layer: Any, lanes: slice) -> jax.Array:
+    """The layer's row of a block of layers, ``float32[1, lanes]``."""
+    rows = rows_ref[:, lanes].astype(jnp.float32)
+    mine = lax.broadcasted_iota(jnp.int32, (rows.shape[0], 1), 0) == lax.rem(layer, rows.shape[0])
+    return jnp.sum(jnp.where(mine, rows, 0.0), axis=0, keepdims=True)
+
+
 def _as_float32(a: jax.Array) -> jax.Array:
     return (a.astype(jnp.int32) if a.dtype == jnp.uint8 else a).astype(jnp.float32)
 
@@ -316,15 +335,12 @@ def packed_matmul(
     specs += [block_of(rows) if fetch is None else pl.BlockSpec(memory_space=pl.ANY)
               for rows in heights]  # fmt: skip
     codes, of_columns = taken_apart(scales)
-    for small in (codes, zeros):
-        if small is not None:
-            operands.append(small)
-            specs.append(block_of(k // group_size))
+    small = [a for a in (codes, zeros) if a is not None]
+    operands += small
+    specs += [block_of(k // group_size)] * len(small)
     if of_columns is not None:
-        # One row to a block, of the layer's own: cut out here, as it is no more than that.
-        row = jax.lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
-        operands.append(row.astype(jnp.float32))
-        specs.append(pl.BlockSpec((1, columns), lambda core, i, j, layer: (0, core * steps + j)))
+        operands.append(of_columns)
+        specs.append(_rows_of_layers(of_columns.shape[0], columns, steps))
     placed = m if sizes.integer else sizes.rows
     sums = pl.cdiv(k // group_size, LANES) * LANES
     triple = pl.cdiv(3 * placed, 8) * 8

@@ -19,11 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.problem import Problem
-from pallas_kernels.reference import LowRank, Packed, column_scales
+from pallas_kernels.reference import LowRank, Packed
 from pallas_kernels.tpu import memory
 from pallas_kernels.tpu import quantize_pack as alone
+from pallas_kernels.tpu.blocks import LANES, SUBLANES
 from pallas_kernels.tpu.fetch import Activations
-from pallas_kernels.tpu.rounding import LANES, SUBLANES, Rounder
+from pallas_kernels.tpu.rounding import Rounder
 from pallas_kernels.tpu.schedule import Matmul, emit
 
 
@@ -185,8 +186,7 @@ def prefill_quantize(
     """
     blocks = tiles or default_blocks(problem, w_itemsize=w.dtype.itemsize)
     assert blocks is not None, "refused before"
-    of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
-    call = alone.prepare(w, channel_scale, importance, low_rank, of_columns, blocks, problem)
+    call = alone.prepare(w, channel_scale, importance, low_rank, layer, blocks, problem)
     m, n, padded = problem.m, problem.n, call.spec.padded_m
     if problem.quantized and channel_scale is not None:
         x = (x.astype(jnp.float32) / channel_scale.astype(jnp.float32)[None]).astype(x.dtype)
@@ -212,7 +212,7 @@ def prefill_quantize(
         compiler_params=alone.compiler_params(), interpret=interpret, name="prefill_quantize",
     )(layer.reshape(1).astype(jnp.int32), x, *call.operands)  # fmt: skip
     y, *packed = outs
-    return y[:m], alone.unflatten(packed, of_columns, problem)
+    return y[:m], alone.unflatten(packed, call)
 
 
 def _kernel(

@@ -20,7 +20,8 @@ from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.reference import LowRank, Packed, column_scales, with_columns
 from pallas_kernels.tpu import memory
-from pallas_kernels.tpu.rounding import LANES, Rounder, Rounding
+from pallas_kernels.tpu.blocks import LANES, Rounding
+from pallas_kernels.tpu.rounding import Rounder
 from pallas_kernels.tpu.schedule import emit
 
 _ROWS = 4096
@@ -61,6 +62,9 @@ def block_cores(n: int, columns: int, cores: int) -> int:
 def shapes(problem: Problem) -> Iterator[Rounding]:
     """Blocks in the order in which they are preferred: wide ones of many rows first.
 
+    Coded scales prefer narrow blocks of all rows to wide ones of some: without a whole column in
+    fast memory, XLA would read the weight once more to find the column's number.
+
     Args:
       problem: what is rounded.
 
@@ -68,10 +72,16 @@ def shapes(problem: Problem) -> Iterator[Rounding]:
       It, in such blocks.
     """
     p = problem
-    for columns in (2 * LANES, LANES) if p.n > LANES else (LANES,):
-        for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1):
-            rows = block_rows(p.k, p.group_size, most)
-            yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)
+    widths = (2 * LANES, LANES) if p.n > LANES else (LANES,)
+    sizes = [
+        (block_rows(p.k, p.group_size, most), columns)
+        for columns in widths
+        for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1)
+    ]
+    if p.scales == "coded":
+        sizes = [at for at in sizes if at[0] == p.k] + [(p.k, LANES)] + sizes
+    for rows, columns in sizes:
+        yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)
 
 
 def default_blocks(problem: Problem, chip: str | None = None) -> Blocks | None:
@@ -147,8 +157,9 @@ class Call:
       cores: see `Blocks`.
       operands: weight, and what is given beside it.
       in_specs: of the operands.
-      out_specs: planes, scales, zero points.
+      out_specs: planes, scales, zero points, what the kernel found of the columns.
       out_shape: likewise.
+      of_columns: the last operand, from `reference.column_scales`, or None.
     """
 
     spec: Rounding
@@ -157,6 +168,7 @@ class Call:
     in_specs: list[Any]
     out_specs: list[Any]
     out_shape: list[Any]
+    of_columns: jax.Array | None
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -176,9 +188,11 @@ class Call:
         scale = refs.pop(0) if s.scaled else None
         importance = refs.pop(0) if s.weighed else None
         down, up = (refs.pop(0), refs.pop(0)) if s.rank else (None, None)
-        of_columns = refs.pop(0) if s.scales == "coded" else None
+        of_columns = None if self.of_columns is None else refs.pop(0)
         planes = tuple(outs[: len(PLANES[s.bits])])
         scales, *zeros = outs[len(planes) : len(self.out_shape)]
+        if s.finds_columns:
+            of_columns = zeros.pop()
         return Rounder(
             spec=s, zero=zero, step=0 if s.steps == 1 else pl.program_id(2), w=w,
             channel_scale=scale, importance=importance, down=down, up=up, of_columns=of_columns,
@@ -195,7 +209,7 @@ def _by_lanes(per_row: jax.Array, k: int) -> jax.Array:
 
 def prepare(
     w: jax.Array, channel_scale: jax.Array | None, importance: jax.Array | None,
-    low_rank: LowRank | None, of_columns: jax.Array | None, blocks: Blocks, problem: Problem,
+    low_rank: LowRank | None, layer: jax.Array, blocks: Blocks, problem: Problem,
 ) -> Call:  # fmt: skip
     """Lays out operands and outputs.
 
@@ -204,7 +218,7 @@ def prepare(
       channel_scale: ``[d_in]`` or None.
       importance: ``[d_in]`` or None.
       low_rank: ``(A, B)`` or None.
-      of_columns: from `reference.column_scales`.
+      layer: int32[].
       blocks: sizes.
       problem: what is rounded.
 
@@ -238,23 +252,28 @@ def prepare(
         operands += [jnp.pad(down, ((0, k - spec.d_in), (0, 0))), up]
         in_specs.append(pl.BlockSpec((blocks.rows, rank), lambda c, i, s, layer: (s, 0)))
         in_specs.append(column_of(rank))
+    of_columns = None
+    if not spec.finds_columns:
+        of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
     if of_columns is not None:
         operands.append(of_columns)
         in_specs.append(column_of(1))
     outs = [(k * width // 8, "uint8") for width in PLANES[spec.bits]]
     outs += [(k // spec.group_size, t) for t in (spec.scale_dtype, spec.zero_dtype) if t]
+    outs += [(1, "float32")] * spec.finds_columns
     return Call(
-        spec=spec, cores=blocks.cores, operands=operands, in_specs=in_specs,
+        spec=spec, cores=blocks.cores, operands=operands, in_specs=in_specs, of_columns=of_columns,
         out_specs=[column_of(rows) for rows, _ in outs],
         out_shape=[jax.ShapeDtypeStruct((rows, n), dtype) for rows, dtype in outs],
     )  # fmt: skip
 
 
-def unflatten(outs: list[jax.Array], of_columns: jax.Array | None, problem: Problem) -> Packed:
+def unflatten(outs: list[jax.Array], call: Call) -> Packed:
     """Planes, scales, zero points from a call's outputs."""
-    planes = tuple(outs[: len(PLANES[problem.bits])])
+    planes = tuple(outs[: len(PLANES[call.spec.bits])])
     scales, *zeros = outs[len(planes) :]
-    return planes, with_columns(scales, of_columns, problem), zeros[0] if zeros else None
+    of_columns = zeros.pop() if call.spec.finds_columns else call.of_columns
+    return planes, with_columns(scales, of_columns, call.spec), zeros[0] if zeros else None
 
 
 def is_first() -> Any:
@@ -299,8 +318,7 @@ def quantize_pack(
     """
     blocks = tiles or default_blocks(problem)
     assert blocks is not None, "refused before"
-    of_columns = column_scales(w, channel_scale, low_rank, layer, problem=problem)
-    call = prepare(w, channel_scale, importance, low_rank, of_columns, blocks, problem)
+    call = prepare(w, channel_scale, importance, low_rank, layer, blocks, problem)
 
     def kernel(layer_ref: Any, *refs: Any) -> None:
         at = len(call.operands)
@@ -322,4 +340,4 @@ def quantize_pack(
         out_shape=call.out_shape, compiler_params=compiler_params(), interpret=interpret,
         name="quantize_pack",
     )(layer.reshape(1).astype(jnp.int32), *call.operands)  # fmt: skip
-    return unflatten(list(outs), of_columns, problem)
+    return unflatten(list(outs), call)

@@ -7,8 +7,10 @@ to bytes yields codes without any conversion.
 
 A block of ``rows`` is rounded in *batches* of up to eight groups, so that the grid of a batch is
 computed on full registers, in three passes: `Rounder.measure` finds each group's range,
-`Rounder.fit` its scale and zero point, `Rounder.encode` the codes. When a column of blocks is
-complete, `Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
+`Rounder.fit` its scale and zero point, `Rounder.encode` the codes. Coded scales are multiples of a
+number of their column: where a block has all of it, every group is measured before the first is
+fitted, and `Rounder.find_columns` stands between. When a column of blocks is complete,
+`Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
 """
 
 from __future__ import annotations
@@ -26,78 +28,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
-from pallas_kernels.problem import Problem
+from pallas_kernels.tpu.blocks import LANES, SUBLANES, Rounding
 from pallas_kernels.tpu.schedule import Piece
 
-LANES, SUBLANES = 128, 8
 _NEAREST = 1.5 * 2.0**23
 _EXACT = lax.Precision.HIGHEST
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rounding(Problem):
-    """A problem, and the blocks that its weight is rounded in.
-
-    Attributes:
-      weighed: there is an importance, and a search that it matters to.
-      rows: of a block, a multiple of ``group_size`` that divides ``k``.
-      columns: of a block, a multiple of 128.
-    """
-
-    weighed: bool
-    rows: int
-    columns: int
-
-    @property
-    def steps(self) -> int:
-        """Blocks in a column of blocks."""
-        return self.k // self.rows
-
-    @property
-    def groups(self) -> int:
-        """Groups of a block."""
-        return self.rows // self.group_size
-
-    @property
-    def padded_m(self) -> int:
-        """Rows of x, in whole registers of bfloat16."""
-        return pl.cdiv(self.m, 2 * SUBLANES) * 2 * SUBLANES
-
-    @property
-    def clipped(self) -> bool:
-        """Whether a code can leave its range, up to ties, before it is clipped.
-
-        It cannot where the range covers all weights, both ends are on the grid, and what rounding
-        scale and zero point to bfloat16 moves them by, 2**-8 of the largest code, is below half.
-        """
-        exact = self.store_dtype == "float32"
-        return (
-            self.shrinks != (1.0,)
-            or self.scales == "coded"
-            or self.zero_point == "integer"
-            or self.bits > (8 if exact else 5)
-        )
-
-    @property
-    def padded_groups(self) -> int:
-        """Rows that the scales of a block take in scratch."""
-        return pl.cdiv(self.groups, SUBLANES) * SUBLANES
-
-    def scratch(self) -> list[Any]:
-        """The scratch arrays that `Rounder` takes, in order."""
-        batch = min(self.groups, SUBLANES) * self.group_size
-        kept = pltpu.VMEM((self.steps, self.padded_groups, self.columns), jnp.float32)
-        arena = SUBLANES + 2 * SUBLANES * SUBLANES + self.k // 4
-        per_row = pl.cdiv(self.k, LANES) * LANES
-        return [
-            pltpu.VMEM((self.columns // LANES, arena, LANES), jnp.int32),
-            pltpu.VMEM((2, batch, self.columns), jnp.float32),
-            pltpu.VMEM((3, 2, SUBLANES, self.columns), jnp.float32),
-            kept,
-            kept,
-            pltpu.VMEM((per_row if self.scaled else SUBLANES, LANES), jnp.float32),
-            pltpu.VMEM((per_row if self.weighed else SUBLANES, LANES), jnp.float32),
-        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +48,8 @@ class Rounder:
       importance: likewise.
       down: ``[rows, rank]`` or None.
       up: ``[rank, columns]`` or None.
-      of_columns: ``float32[1, columns]``, see `grid.column_scales`; None if scales are not coded.
+      of_columns: ``float32[1, columns]``, see `grid.column_scales`: written where this block has
+        all of a column, else read; None if scales are not coded.
       planes: the column's planes, written by `pack`.
       scales: the column's scales, written by `pack`.
       zeros: the column's zero points, written by `pack`; None if symmetric.
@@ -178,6 +114,11 @@ class Rounder:
         index = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
         return index < self.spec.d_in - self.step * self.spec.rows - row
 
+    def _kept(self, batch: int, t: int) -> tuple[int, slice]:
+        """Where `measure` leaves a group's weights."""
+        slot, row = (0, batch * SUBLANES + t) if self.spec.finds_columns else (batch % 2, t)
+        return slot, slice(row * self.spec.group_size, (row + 1) * self.spec.group_size)
+
     def measure(self, batch: int, t: int) -> None:
         """Scales group ``t`` of a batch, keeps it, and its range by sublanes."""
         s, g = self.spec, self.spec.group_size
@@ -195,7 +136,7 @@ class Rounder:
                 part = jnp.where(self.present(row, g), part, 0.0)
             if factor is not None:
                 part *= factor
-            self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes] = part
+            self.scratch[1][(*self._kept(batch, t), lanes)] = part
             stacked = part.reshape(g // SUBLANES, SUBLANES, LANES)
             for side, reduced in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
                 at = self._at((side * SUBLANES + t) * SUBLANES, SUBLANES)
@@ -215,17 +156,45 @@ class Rounder:
             rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
         return rows[0]
 
+    def _ranges(self, batch: int, column: int) -> tuple[jax.Array, jax.Array]:
+        """The least and the largest weights of a batch's groups."""
+        groups = min(SUBLANES, self.spec.groups - batch * SUBLANES)
+        return (
+            self._across(0, groups, column, jnp.minimum),
+            self._across(1, groups, column, jnp.maximum),
+        )
+
+    def _places(self, batch: int) -> slice:
+        return slice(batch * SUBLANES, min((batch + 1) * SUBLANES, self.spec.groups))
+
+    def keep_ranges(self, batch: int) -> None:
+        """Leaves a batch's ranges where its grid will be."""
+        for column, lanes in self._lanes():
+            for target, side in zip(self.scratch[3:5], self._ranges(batch, column), strict=True):
+                target[0, self._places(batch), lanes] = side
+
+    def find_columns(self) -> None:
+        """What the scales of each column are multiples of, once all its ranges are kept."""
+        s = self.spec
+        low, high = (self.scratch[i][0, : s.groups, :] for i in (3, 4))
+        self.of_columns[...] = grid.column_scales(
+            low, high, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
+            stored=as_stored,
+        )  # fmt: skip
+
     def fit(self, batch: int) -> None:
         """The grids of a batch."""
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
         fit = functools.partial(
             grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
-            stored=_as_stored,
+            stored=as_stored,
         )  # fmt: skip
         for column, lanes in self._lanes():
-            low = self._across(0, groups, column, jnp.minimum)
-            high = self._across(1, groups, column, jnp.maximum)
+            if s.finds_columns:
+                low, high = (self.scratch[i][0, self._places(batch), lanes] for i in (3, 4))
+            else:
+                low, high = self._ranges(batch, column)
             shrink: Any = s.shrinks[0]
             within = fit
             if self.of_columns is not None:
@@ -234,14 +203,11 @@ class Rounder:
                 shrink = self._search(batch, groups, column, low, high, within)
             if s.searched or shrink != 1.0:
                 low, high = low * shrink, high * shrink
-            self._keep(batch, groups, lanes, *within(low, high))
-
-    def _keep(self, batch: int, groups: int, lanes: slice, scales: Any, zeros: Any) -> None:
-        where = slice(batch * SUBLANES, batch * SUBLANES + groups)
-        self.scratch[3][self.step, where, lanes] = scales
-        self.scratch[4][self.step, where, lanes] = zeros
-        for i, value in enumerate((1.0 / scales, zeros, scales)):
-            self.scratch[2][i, batch % 2, :groups, lanes] = value
+            scales, zeros = within(low, high)
+            self.scratch[3][self.step, self._places(batch), lanes] = scales
+            self.scratch[4][self.step, self._places(batch), lanes] = zeros
+            for i, value in enumerate((1.0 / scales, zeros, scales)):
+                self.scratch[2][i, batch % 2, :groups, lanes] = value
 
     def _search(
         self, batch: int, groups: int, column: int, low: Any, high: Any, fit: Callable
@@ -253,7 +219,7 @@ class Rounder:
         def try_factor(shrink: jax.Array, best: Any) -> Any:
             scales, zeros = fit(low * shrink, high * shrink)
             for t in range(groups):
-                kept = self.scratch[1][batch % 2, t * g : (t + 1) * g, lanes]
+                kept = self.scratch[1][(*self._kept(batch, t), lanes)]
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]
                 codes = grid.encode(kept, scale, zero, bits=s.bits)
                 error = jnp.square(kept - grid.decode(codes, scale, zero))
@@ -280,7 +246,7 @@ class Rounder:
             inverse, zero, scale = (
                 self.scratch[2][i, batch % 2, t : t + 1, lanes] for i in (0, 1, 2)
             )
-            kept = (batch % 2, slice(t * g, (t + 1) * g), lanes)
+            kept = (*self._kept(batch, t), lanes)
             value = self.scratch[1][kept] * inverse + zero
             if s.clipped:
                 value = jnp.clip(value, 0.0, 2.0**s.bits - 1)
@@ -352,11 +318,17 @@ class Rounder:
         def add(cost: float | int, piece: Callable, *args: int) -> None:
             found.append((cost * work, coded, lambda: piece(*args)))
 
-        for t in range(sizes[0]):
-            add(4, self.measure, 0, t)
+        first = range(batches) if s.finds_columns else (0,)
+        for b in first:
+            for t in range(sizes[b]):
+                add(4, self.measure, b, t)
+            if s.finds_columns:
+                add(1, self.keep_ranges, b)
+        if s.finds_columns:
+            add(1, self.find_columns)
         for b in range(batches):
             add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
-            ahead = sizes[b + 1] if b + 1 < batches else 0
+            ahead = sizes[b + 1] if b + 1 < batches and not s.finds_columns else 0
             for t in range(max(sizes[b], ahead)):
                 if t < sizes[b]:
                     coded += s.group_size
@@ -379,10 +351,17 @@ class Rounder:
         return found
 
 
-def _as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`grid.as_stored` of float32 and bfloat16, which Mosaic cannot translate, on the bits.
 
     Converted there and back, the simulator's XLA would drop both.
+
+    Args:
+      x: float32, finite.
+      dtype: float32 or bfloat16.
+
+    Returns:
+      As x.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return x

@@ -12,7 +12,7 @@ from ttq_jax.chips.cycles import CompileError, Estimate
 from ttq_jax.chips.device_times import measure
 
 KEYS = {
-    "kernel", "bits", "group_size", "symmetric", "m", "k", "n", "cycles", "floor_cycles",
+    "kernel", "bits", "group_size", "symmetric", "scales", "m", "k", "n", "cycles", "floor_cycles",
     "fraction_of_floor", "speedup_vs_bf16", "block", "chip",
 }  # fmt: skip
 
@@ -39,9 +39,10 @@ def test_the_floor_is_every_stored_byte_once(bits, symmetric):
 
 
 @pytest.mark.parametrize("kernel", comparison.KERNELS)
-@pytest.mark.parametrize("bits", [3, 8])
-def test_the_floor_is_of_the_arrays_that_the_call_takes_and_returns(kernel, bits):
-    it = case(kernel, bits=bits, k=256, n=128, m=0 if kernel == "quantize_pack" else 8)
+@pytest.mark.parametrize(("bits", "scales"), [(3, "float"), (8, "float"), (4, "coded")])
+def test_the_floor_is_of_the_arrays_that_the_call_takes_and_returns(kernel, bits, scales):
+    m = 0 if kernel == "quantize_pack" else 8
+    it = case(kernel, bits=bits, k=256, n=128, m=m, scales=scales)
     operands = it.operands()
     made = jax.eval_shape(lambda x, w: it.run(x, w, implementation="xla"), *operands)
     sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves((operands, made))]
@@ -82,9 +83,9 @@ def test_a_sweep_goes_on_past_what_has_no_estimate(monkeypatch):
         if fn is comparison.dense_product:
             return Estimate({"convolution": 10**6}, "")
         (weight,) = shapes[1][0][:1]
-        if weight.shape[1] == 512:
+        if weight.shape[-1] == 512:
             raise CompileError("RESOURCE_EXHAUSTED:\n  out of vmem")
-        if weight.shape[1] == 640:
+        if weight.shape[-1] == 640:
             return Estimate({"copy.1": 7}, "columns=640", aborted=True)
         return Estimate({"packed_matmul.1": 7}, "columns=768", aborted=True)
 
@@ -134,11 +135,12 @@ def test_problems_that_no_kernel_has_are_refused(options, parts):
 
 def test_a_sweep_is_the_product_of_its_axes():
     made = sweep(kernels=["packed_matmul", "quantize_pack"], bits=[3, 4], group_sizes=[32],
-                 rows=[1, 7], shapes=[(64, 32), (32, 8)], symmetric=True)  # fmt: skip
+                 rows=[1, 7], shapes=[(64, 32), (32, 8)], symmetric=True,
+                 scales="coded")  # fmt: skip
     assert len(made) == 2 * 2 * 2 + 2 * 2
     assert len({*made}) == len(made)
     assert {c.m for c in made if c.kernel == "quantize_pack"} == {0}
-    assert all(c.symmetric for c in made)
+    assert all(c.symmetric and c.scales == "coded" for c in made)
     assert {c.kernel for c in sweep()} == {*comparison.KERNELS}
 
 

@@ -15,7 +15,7 @@ from ttq_jax.chips.absent import libtpu_version
 
 ROOT = Path(__file__).parent.parent.parent
 KEYS = [
-    "kernel", "bits", "group_size", "symmetric", "m", "k", "n", "cycles", "floor_cycles",
+    "kernel", "bits", "group_size", "symmetric", "m", "k", "n", "scales", "cycles", "floor_cycles",
     "fraction_of_floor", "speedup_vs_bf16", "block", "chip",
 ]  # fmt: skip
 BENCH = ("bench", "kernels", "--no-compilation-cache")
@@ -46,7 +46,20 @@ def test_measured_records(cli_json, quick):
         assert list(record)[: len(KEYS) - 2] == KEYS[:-2]
         assert set(KEYS) < set(record)
         facts = [record[key] for key in KEYS if key not in {"m", "block"}]
-        assert facts == ["packed_matmul", 4, 32, True, 64, 32, None, None, None, None, "cpu"]
+        assert facts == [
+            "packed_matmul",
+            4,
+            32,
+            True,
+            64,
+            32,
+            "float",
+            None,
+            None,
+            None,
+            None,
+            "cpu",
+        ]
         assert record["microseconds"]["kernel"] > 0
         assert record["versions"]["jax"]
 

@@ -354,3 +354,26 @@ def _():
     ])  # fmt: skip
     narrow = {c: cycles(c, "packed_matmul", 4, 32, 16)["fraction_of_floor"] for c in CHIPS}
     return [table], [f"{c} {100 * one:.0f} %" for c, one in narrow.items()]
+
+
+@evidence("Coded scales")
+def _():
+    rows = read("kernels_coded.jsonl")
+    facts = ("chip", "kernel", "m", "group_size", "scales")
+    names = {"packed_matmul": "`packed_matmul`, M = {}", "quantize_pack": "`quantize_pack`",
+             "prefill_quantize": "`prefill_quantize`, {} tokens"}  # fmt: skip
+
+    def thousands(*wanted):
+        (one,) = [r for r in rows if tuple(r[name] for name in facts) == wanted]
+        return f"{max(one['cycles'], one['floor_cycles']) / 1000:.1f}"
+
+    def line(kernel, m, group):
+        return [f"{names[kernel].format(m)}, group {group}"] + [
+            " / ".join(thousands(chip, kernel, m, group, scales) for scales in ("float", "coded"))
+            for chip in CHIPS
+        ]  # fmt: skip
+
+    kernels = ("packed_matmul", 1), ("packed_matmul", 16), ("quantize_pack", 0), (
+        "prefill_quantize", 512,
+    )  # fmt: skip
+    return [[["", *CHIPS], *(line(*k, g) for k in kernels for g in (32, 64, 128))]], []

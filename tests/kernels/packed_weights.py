@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grid import CodedScales
+
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -21,9 +23,33 @@ def random_weight(seed, bits, group_size, n_group, n, scale_dtype="float32", zer
     return codes, scales, zeros
 
 
+def coded_weight(seed, bits, group_size, n_group, n, columns_dtype="bfloat16", symmetric=False):
+    """As `random_weight`, with scales and zero points of eight bits, both ends among them."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2**bits, (n_group * group_size, n), dtype=np.uint8)
+    scales = rng.integers(1, 255, (n_group, n), dtype=np.uint8, endpoint=True)
+    scales[:, 0] = np.arange(n_group) % 2 * 254 + 1
+    columns = jnp.asarray(2.0 ** rng.uniform(-20, 4, n), columns_dtype)
+    zeros = rng.integers(0, 255, (n_group, n), dtype=np.uint8, endpoint=True)
+    return (
+        codes,
+        CodedScales(jnp.asarray(scales), columns),
+        None if symmetric else jnp.asarray(zeros),
+    )
+
+
+def stored_grid(scales, zeros, bits):
+    """Scales and zero points in float64, as the layout defines what is stored."""
+    z = None if zeros is None else np.asarray(zeros, np.float64)
+    if not isinstance(scales, CodedScales):
+        return np.asarray(scales, np.float64), z
+    codes, columns = (np.asarray(a, np.float64) for a in scales)
+    return codes * columns[..., None, :], None if z is None else z / 2 ** (8 - bits)
+
+
 def oracle_weight(codes, scales, zeros, bits, group_size):
     """``s (q - z)`` and ``s (q + |z|)``, the latter to bound rounding."""
-    s = np.repeat(np.asarray(scales, np.float64), group_size, -2)
-    z = 2.0 ** (bits - 1) if zeros is None else np.asarray(zeros, np.float64)
-    z = z if zeros is None else np.repeat(z, group_size, -2)
+    s, z = stored_grid(scales, zeros, bits)
+    s = np.repeat(s, group_size, -2)
+    z = 2.0 ** (bits - 1) if z is None else np.repeat(z, group_size, -2)
     return s * (codes - z), np.abs(s) * (codes + np.abs(z))

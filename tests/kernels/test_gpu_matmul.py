@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_weights import EPS, oracle_weight, random_weight
+from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import packed_matmul as gpu
@@ -36,7 +36,7 @@ def check_close(y, x, weight, bits, group_size, terms=8):
     exact, size = oracle_weight(codes, scales, zeros, bits, group_size)
     if len(x) <= 2 and bits < 8:
         # A row or two multiply 128 + q, and subtract 128 with the zero point.
-        size = size + 256 * np.repeat(np.asarray(scales, np.float64), group_size, 0)
+        size = size + 256 * np.repeat(stored_grid(scales, zeros, bits)[0], group_size, 0)
     wide = np.asarray(x, np.float64)
     bound = (codes.shape[0] + terms) * (EPS / 2) * (np.abs(wide) @ size)
     if y.dtype != jnp.float32:
@@ -51,6 +51,7 @@ CASES = [
     (2, 48, 8, 17, 2, "bfloat16", "bfloat16", "uint8"),
     (2, 128, 3, 33, 17, "bfloat16", "bfloat16", "bfloat16"),
     (2, 320, 1, 40, 33, "float16", "float16", "float16"),
+    (2, 32, 8, 33, 2, "bfloat16", "coded", "uint8"),
     (3, 64, 2, 65, 1, "bfloat16", "bfloat16", "bfloat16"),
     (3, 96, 4, 140, 16, "float32", "float32", None),
     (3, 384, 1, 24, 3, "float16", "float32", "uint8"),
@@ -58,9 +59,11 @@ CASES = [
     (4, 64, 3, 16, 2, "float16", "float16", None),
     (4, 128, 2, 128, 70, "bfloat16", "bfloat16", None),
     (4, 224, 1, 300, 3, "float32", "bfloat16", "float32"),
+    (4, 32, 4, 130, 17, "bfloat16", "coded", "uint8"),
     (5, 32, 4, 131, 2, "float16", "float16", None),
     (5, 48, 8, 30, 33, "bfloat16", "bfloat16", "float16"),
     (5, 256, 1, 16, 16, "float32", "float32", "uint8"),
+    (5, 64, 4, 16, 1, "float16", "coded", None),
     (8, 32, 3, 50, 16, "bfloat16", "bfloat16", "uint8"),
     (8, 64, 1, 130, 2, "float32", "float32", None),
     (8, 96, 2, 15, 17, "float16", "float16", "bfloat16"),
@@ -92,7 +95,11 @@ def test_the_cases_cover_every_width_with_everything():
 def test_within_the_rounding_bound(bits, group_size, n_group, n, m, dtype, store, zero):
     k = group_size * n_group
     kind = {"bits": bits, "group_size": group_size}
-    weight = random_weight(m + bits, bits, group_size, n_group, n, store, zero)
+    shape = m + bits, bits, group_size, n_group, n
+    if store == "coded":
+        weight = coded_weight(*shape, symmetric=zero is None)
+    else:
+        weight = random_weight(*shape, store, zero)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)
     packed = stacked((pack(jnp.asarray(weight[0]), bits=bits), *weight[1:]))
     assert gpu.refusal(matmul_problem(x, *packed[1:], **kind), "h100") is None

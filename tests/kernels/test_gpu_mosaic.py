@@ -11,7 +11,7 @@ import pytest
 from compilers import MODELS, needs_compilers
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from packed_weights import EPS, oracle_weight, random_weight
+from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
 
 from pallas_kernels.gpu import packed_matmul_sm90 as gpu
 from pallas_kernels.layout import PLANES, pack
@@ -63,15 +63,19 @@ def test_integers_are_exact_in_a_later_layer(bits, group_size, n_group, n, m, ze
     np.testing.assert_array_equal(np.asarray(y), exact.astype(jnp.dtype(dtype)))
 
 
-def test_real_operands_within_the_rounding_bound():
+@pytest.mark.parametrize("coded", [False, True])
+def test_real_operands_within_the_rounding_bound(coded):
     bits, group_size = 4, 32
-    codes, scales, zeros = random_weight(1, bits, group_size, 8, 128, "bfloat16", "bfloat16")
+    shape = 1, bits, group_size, 8, 128
+    codes, scales, zeros = (
+        coded_weight(*shape) if coded else random_weight(*shape, "bfloat16", "bfloat16")
+    )
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 256)), jnp.bfloat16)
     weight = jax.tree.map(lambda a: a[None], (pack(jnp.asarray(codes), bits=bits), scales, zeros))
     y = simulate(x, *weight, 0, bits=bits, group_size=group_size)
     exact, size = oracle_weight(codes, scales, zeros, bits, group_size)
     # Codes carry a constant 128, which the zero point takes back.
-    size = size + 256 * np.repeat(np.asarray(scales, np.float64), group_size, 0)
+    size = size + 256 * np.repeat(stored_grid(scales, zeros, bits)[0], group_size, 0)
     wide = np.asarray(x, np.float64)
     bound = (256 + 8) * (EPS / 2) * (np.abs(wide) @ size)
     bound = bound + float(jnp.finfo(y.dtype).eps) / 2 * (np.abs(wide @ exact) + bound)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_weights import EPS, oracle_weight
+from packed_weights import EPS, oracle_weight, stored_grid
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import prefill_quantize as gpu_prefill
@@ -283,6 +283,44 @@ def test_prefill_of_real_operands_within_the_bound(
     bound = bound + out * (np.abs(exact) + bound)
     assert y.dtype == x.dtype
     assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= bound)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "d_in", "n", "zero_point", "dtype", "shrinks"),
+    [
+        (2, 32, 128, 33, "float", "bfloat16", (1.0, 0.8)),
+        (4, 48, 150, 20, "none", "float32", (1.0,)),
+        (5, 64, 100, 17, "integer", "bfloat16", (1.0,)),
+        (8, 32, 70, 40, "float", "float16", (1.0,)),
+    ],
+)
+def test_coded_scales(bits, group_size, d_in, n, zero_point, dtype, shrinks):
+    """Scales and zero points are the oracle's, codes the nearest; so is the product with them."""
+    rng = np.random.default_rng(bits)
+    x, w = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((5, d_in), (1, d_in, n)))
+    d = jnp.asarray(rng.uniform(0.5, 2, d_in), jnp.float32)
+    kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scales": "coded",
+            "store_dtype": "bfloat16", "shrinks": shrinks}  # fmt: skip
+    want = oracle(w[0], d, None, **kind)
+    problem = rounding_problem(w, d, None, x, **kind, quantized=True)
+    operands = (x, w, d, None, None)
+    y, beside = run(gpu_prefill.prefill_quantize, operands, 0, problem=problem)
+    s, z = stored_grid(*want[1:], bits)
+    z = np.full_like(s, 2.0 ** (bits - 1)) if z is None else z
+    s, z = (np.repeat(a, group_size, 0) for a in (s, z))
+    target = np.asarray(w[0], np.float64) * np.asarray(d, np.float64)[:, None]
+    target = np.pad(target, ((0, len(s) - d_in), (0, 0)))
+    value = np.clip(target / s + z, 0, 2**bits - 1)
+    slack = EPS * (4 * np.abs(target) / s + np.abs(value))
+    for got in (pack(w, d, None, None, 0, **kind), beside):
+        jax.tree.map(np.testing.assert_array_equal, got[1:], want[1:])
+        codes = np.asarray(unpack(got[0], bits=bits), np.float64)
+        assert np.all(np.abs(codes - value) <= 0.5 + slack)
+    weight, size = (a[:d_in] for a in oracle_weight(codes, *want[1:], bits, group_size))
+    left, eps = np.asarray(x, np.float64) / np.asarray(d, np.float64), float(jnp.finfo(dtype).eps)
+    # x / D, the weight and the result are rounded to x's type.
+    bound = (d_in * EPS + 3 * eps) * (np.abs(left) @ size)
+    assert np.all(np.abs(np.asarray(y, np.float64) - left @ weight) <= bound)
 
 
 ROUNDING = {"d_in": 1000, "n": 64, "bits": 4, "group_size": 32, "zero_point": "float",

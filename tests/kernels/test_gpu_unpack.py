@@ -46,6 +46,8 @@ INSTRUCTIONS = {
     "sub.f32": lambda a, b: (floats(a) - floats(b)).view(np.uint32),
     # The first source goes to the upper half.
     "cvt.rn.bf16x2.f32": lambda a, b: word_of(np.stack([floats(b), floats(a)], 1), jnp.bfloat16),
+    "cvt.rn.f16.f32": lambda a: floats(a).astype(np.float16).view(np.uint16).astype(np.uint32),
+    "cvt.f32.f16": lambda a: word_of(a.astype(np.uint16).view(np.float16), np.float32),
     "fma.rn.bf16x2": bf16_fma,
     "add.rn.f16x2": lambda a, b: word_of(halves(a, np.float16) + halves(b, np.float16), np.float16),
 }
@@ -70,7 +72,7 @@ def run(text, outputs, inputs):
         name, rest = line.split(maxsplit=1)
         operands = [word.strip() for word in rest.split(",")]
         if name == ".reg":
-            declared |= {word.removeprefix(".b32").strip() for word in operands}
+            declared |= {word.split()[-1] for word in operands}
             continue
         target, *sources = operands
         assert target in declared, f"{target} is no register that may be written"
@@ -135,3 +137,19 @@ def test_sources_cover_every_bit_once(bits):
             seen.add((plane, part, field))
     # A row has one field in each plane.
     assert len(seen) == unpack.slabs(bits) * len(PLANES[bits])
+
+
+@pytest.mark.parametrize("dtype", sorted(unpack.AS_STORED))
+def test_a_number_becomes_what_is_stored_of_it(dtype):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, 4096, dtype=np.uint32)
+    # Ties to even in either type.
+    words[:1000] = words[:1000] & 0xFFFF0000 | 0x8000
+    words[1000:2000] = words[1000:2000] & 0xFFFFE000 | 0x1000
+    finite = np.isfinite(floats(words)) & (np.abs(floats(words)) < 6e4)
+    words = words[finite & (np.abs(floats(words)) > 2.0**-14)]
+    (got,) = run(unpack.AS_STORED[dtype], ["$0"], [words])
+    want = floats(words).astype(jnp.dtype(dtype)).astype(np.float32)
+    np.testing.assert_array_equal(floats(got), want)
+    plain = unpack.as_stored(jnp.asarray(floats(words)), dtype, interpret=True)
+    np.testing.assert_array_equal(np.asarray(plain), want)

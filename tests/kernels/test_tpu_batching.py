@@ -11,6 +11,7 @@ from packed_weights import oracle_weight
 from tpu_cases import f64, rounded
 
 import pallas_kernels
+from pallas_kernels import CodedScales
 from pallas_kernels.layout import pack
 
 BOTH = pytest.mark.parametrize("implementation", ["interpret", "xla"])
@@ -59,6 +60,21 @@ def kernels_and_loops(f, *arguments):
 
 def check(y, x, weight):
     np.testing.assert_array_equal(f64(y), rounded(np.matmul(f64(x), weight), y.dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("axes", [(0, None, None), (None, 0, None), (0, None, 0)])
+def test_coded_weights_are_batched_as_others(implementation, axes):
+    weight, (planes, scales, zeros) = whole_weights(*(BATCH,) * (axes[1] == 0), LAYERS)
+    columns = jnp.full((*scales.shape[:-2], N), 0.5, jnp.bfloat16)
+    coded = CodedScales((2 * scales).astype(jnp.uint8), columns)
+    x = whole_x(BATCH, 2) if axes[0] == 0 else whole_x(2)
+    layer = jnp.asarray([2, 0]) if axes[2] == 0 else jnp.asarray(1)
+    run = jax.jit(jax.vmap(multiply(implementation), axes))
+    y = run(x, (planes, coded, zeros << (8 - BITS)), layer)
+    for i in range(BATCH):
+        one = (weight[i] if axes[1] == 0 else weight)[layer[i] if axes[2] == 0 else layer]
+        check(y[i], x[i] if axes[0] == 0 else x, one)
 
 
 @BOTH

@@ -9,6 +9,7 @@ import pytest
 from compilers import MODELS, needs_compilers
 
 import pallas_kernels
+from pallas_kernels import CodedScales
 from pallas_kernels.choice import Problem, choose, current_target
 from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
 from ttq_jax.chips.released import projections, released_config
@@ -26,13 +27,16 @@ def shape(dims, dtype):
     return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
 
 
-def packed_shapes(k, n, *, bits, group_size, zero_point, store="bfloat16", layers=()):
+def packed_shapes(k, n, *, bits, group_size, zero_point, store="bfloat16", layers=(),
+                  scales="float"):  # fmt: skip
     planes = tuple(
         shape((*layers, k * width // 8, n), "uint8") for width in pallas_kernels.PLANES[bits]
     )
-    scales = shape((*layers, k // group_size, n), store)
-    zeros = {"none": None, "float": scales, "integer": shape(scales.shape, "uint8")}
-    return planes, scales, zeros[zero_point]
+    codes = shape((*layers, k // group_size, n), "uint8" if scales == "coded" else store)
+    zeros = {"none": None, "float": codes, "integer": shape(codes.shape, "uint8")}[zero_point]
+    if scales == "coded":
+        return planes, CodedScales(codes, shape((*layers, n), store)), zeros
+    return planes, codes, zeros
 
 
 def calls(text):
@@ -149,6 +153,29 @@ def test_small_groups_of_a_large_weight(bits):
     assert calls(compiled.as_text())["prefill_quantize"] == 1
 
 
+@pytest.mark.parametrize("chip", TPUS)
+def test_coded_scales(chip):
+    """A small weight, from the same operands as models have: stacks, and a layer of them."""
+    i = TPUS.index(chip)
+    kind = {"bits": BITS[i], "group_size": 32, "zero_point": ZERO_POINTS[i % 3]}
+    k, n, common = 512, 256, {"layer": 1, "implementation": "tpu"}
+    packed = packed_shapes(k, n, **kind, scales="coded", layers=(2,))
+    call = functools.partial(
+        pallas_kernels.packed_matmul, bits=kind["bits"], group_size=32, **common
+    )
+    text = compile_for(chip, call, shape((1 + 16 * i, k), "bfloat16"), *packed).as_text()
+    assert calls(text)["packed_matmul"] == 1
+    kind |= {"scales": "coded", "store_dtype": "bfloat16", "shrinks": (1.0, 0.8)[: 1 + i % 2]}
+    weight = shape((2, k - 7, n), "bfloat16"), shape((k - 7,), "float32")
+    call = functools.partial(pallas_kernels.quantize_pack, **kind, **common)
+    text = compile_for(chip, call, *weight).as_text()
+    assert calls(text)["quantize_pack"] == 1
+    assert " minimum(" not in text, "not the kernel, but XLA finds the columns' numbers"
+    call = functools.partial(pallas_kernels.prefill_quantize, **kind, **common, quantized=i % 2 > 0)
+    text = compile_for(chip, call, shape((16, k - 7), "bfloat16"), *weight).as_text()
+    assert calls(text)["prefill_quantize"] == 1
+
+
 @pytest.mark.parametrize(
     ("chip", "m", "k", "n", "kind"),
     [
@@ -218,10 +245,13 @@ def test_what_is_refused_is_said_and_left_to_xla(chip, kernel, change, reason):
             assert reason in str(error.value)
 
 
-@pytest.mark.parametrize(("bits", "group_size", "m"), [(4, 128, 1), (3, 32, 16), (5, 128, 32)])
-def test_a_scan_over_layers_copies_none(bits, group_size, m):
+@pytest.mark.parametrize(
+    ("bits", "group_size", "m", "scales"),
+    [(4, 128, 1, "float"), (3, 32, 16, "float"), (5, 128, 32, "coded")],
+)
+def test_a_scan_over_layers_copies_none(bits, group_size, m, scales):
     layers, k = 6, 1024
-    kind = {"bits": bits, "group_size": group_size, "zero_point": "float"}
+    kind = {"bits": bits, "group_size": group_size, "zero_point": "float", "scales": scales}
     stacks = packed_shapes(k, k, **kind, layers=(layers,))
 
     def decode(x, planes, scales, zeros):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from packed_weights import EPS
+from packed_weights import EPS, coded_weight, oracle_weight
 from tpu_cases import (
     LAYER,
     check_product,
@@ -26,6 +26,7 @@ from tpu_cases import (
 
 import pallas_kernels
 from pallas_kernels import reference
+from pallas_kernels.layout import pack
 from pallas_kernels.problem import Problem, matmul_problem
 from pallas_kernels.tpu import packed_matmul as kernel
 
@@ -66,6 +67,39 @@ def test_every_width_and_group(i, case):
     # way of multiplying, occur.
     zeros = ZEROS[(i + i // 6) % 4]
     run(MANY[i % 9], *case, COLUMNS[i % 3], zeros, "float32" if i % 2 else "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("m", "bits", "group", "zeros", "blocks"),
+    [
+        (1, 2, 32, "uint8", {}),
+        (17, 3, 64, None, {}),
+        (3, 4, 32, "uint8", {"columns": 128, "rows": 16}),
+        (16, 4, 128, None, {}),
+        (33, 5, 96, "uint8", {}),
+        (10, 8, 64, "uint8", {}),
+    ],
+)
+def test_coded_scales(m, bits, group, zeros, blocks):
+    run(m, bits, group, ROWS[bits][group], 256, zeros, "coded", **blocks)
+
+
+def test_a_layer_of_more_than_a_block_has():
+    """The columns' numbers of 19 layers come in blocks of 16: which row, and what is beyond."""
+    bits, group, k, n, layers = 4, 32, 64, 128, 19
+    every = [coded_weight(i, bits, group, k // group, n) for i in range(layers)]
+    codes, scales, zeros = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *every)
+    x = mixed_rows(0, 3, k)
+    problem = matmul_problem(x, scales, zeros, bits=bits, group_size=group)
+    for layer in (3, 17):
+        y = simulate(kernel.packed_matmul, x, pack(codes, bits=bits), scales, zeros,
+                     jnp.asarray(layer), problem=problem)  # fmt: skip
+        weight, size = oracle_weight(*every[layer], bits, group)
+        exact = f64(x) @ weight
+        wrong = np.abs(f64(y) - exact)
+        assert np.all(
+            wrong <= half_step(y.dtype) * np.abs(exact) + 2**-16 * (np.abs(f64(x)) @ size)
+        )
 
 
 @pytest.mark.parametrize("bits", sorted(ROWS))

@@ -25,11 +25,12 @@ SEARCH = (1.0, 0.85, 0.7)
 
 
 def run(m, bits, zero_point, group, d_in, n, *, quantized, store="bfloat16", dtype="bfloat16",
-        w_dtype="bfloat16", cores=1, blocks=None, shrinks=(1.0,), **weight):  # fmt: skip
+        w_dtype="bfloat16", cores=1, blocks=None, shrinks=(1.0,), scales="float",
+        **weight):  # fmt: skip
     kind = {"bits": bits, "group_size": group, "zero_point": zero_point}
     x = mixed_rows(m, m, d_in, dtype)
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=w_dtype, **weight)
-    kind |= {"store_dtype": store, "shrinks": shrinks}
+    kind |= {"store_dtype": store, "shrinks": shrinks, "scales": scales}
     problem, tiles = given.problem(x, **kind, quantized=quantized), None
     if blocks:
         tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
@@ -74,6 +75,19 @@ def test_every_width_and_grid(bits, zero_point, group, d_in, n, m, options, quan
 )
 def test_search_and_low_rank(bits, zero_point, group, d_in, quantized, options):
     run(9, bits, zero_point, group, d_in, 130, quantized=quantized, **options)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero_point", "group", "d_in", "quantized", "blocks"),
+    [
+        (3, "float", 32, 285, False, None),
+        (4, "none", 64, 192, True, None),
+        (4, "float", 64, 384, True, {"rows": 128, "columns": 128}),
+    ],
+)
+def test_coded_scales(bits, zero_point, group, d_in, quantized, blocks):
+    run(17, bits, zero_point, group, d_in, 200, quantized=quantized, scales="coded", blocks=blocks,
+        real=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -17,10 +17,10 @@ SEARCH = (1.0, 0.85, 0.7)
 
 
 def run(bits, zero_point, group, d_in, n, store="bfloat16", dtype="bfloat16", *, cores=1,
-        blocks=None, shrinks=(1.0,), **weight):  # fmt: skip
+        blocks=None, shrinks=(1.0,), scales="float", **weight):  # fmt: skip
     kind = {"bits": bits, "group_size": group, "zero_point": zero_point}
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=dtype, **weight)
-    kind |= {"store_dtype": store, "shrinks": shrinks}
+    kind |= {"store_dtype": store, "shrinks": shrinks, "scales": scales}
     problem, tiles = given.problem(**kind), None
     if blocks:
         tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
@@ -103,6 +103,23 @@ def test_search_for_the_range(bits, zero_point, group, d_in, options):
 def test_blocks(bits, zero_point, group, d_in, n, cores, blocks, options):
     dtype = "float32" if options.get("rank") else "bfloat16"
     run(bits, zero_point, group, d_in, n, dtype=dtype, cores=cores, blocks=blocks, **options)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero_point", "group", "d_in", "blocks", "options"),
+    [
+        (2, "integer", 32, 96, None, {"store": "float32"}),
+        # More groups than are rounded at a time, and not a multiple of that; a ragged last one.
+        (3, "float", 32, 285, None, {}),
+        (4, "float", 64, 192, None, {"shrinks": SEARCH, "weighed": True}),
+        (4, "none", 64, 128, None, {"rank": 3, "dtype": "float32"}),
+        (8, "float", 96, 288, None, {}),
+        # Of a column in several blocks, XLA finds the numbers.
+        (5, "float", 64, 384, {"rows": 128, "columns": 128}, {}),
+    ],
+)
+def test_coded_scales(bits, zero_point, group, d_in, blocks, options):
+    run(bits, zero_point, group, d_in, 200, scales="coded", blocks=blocks, real=True, **options)
 
 
 def test_nothing_and_constants_stay_what_they_are():

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
-from packed_weights import EPS, oracle_weight, random_weight
+from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
 
 from pallas_kernels import reference
+from pallas_kernels.grid import CodedScales
 from pallas_kernels.layout import pack, unpack
 from pallas_kernels.problem import rounding_problem
 
@@ -76,22 +77,37 @@ def mixed_rows(seed, m, k, dtype="bfloat16"):
 
 
 def mixed_packed(seed, bits, group_size, k, n, scale_dtype="bfloat16", zero_dtype="bfloat16"):
-    """(codes of one layer, (planes, scales, zeros) of `LAYERS`)."""
+    """(codes of one layer, (planes, scales, zeros) of `LAYERS`).
+
+    A scale type of "coded" has zero points of eight bits, or none.
+    """
     rng = np.random.default_rng(seed)
     every = []
     for layer in range(LAYERS):
-        codes, scales, zeros = random_weight(
-            [seed, layer], bits, group_size, k // group_size, n, scale_dtype, zero_dtype
-        )
+        shape = [seed, layer], bits, group_size, k // group_size, n
+        if scale_dtype == "coded":
+            every.append(_whole_coded(rng, bits, *coded_weight(*shape, symmetric=not zero_dtype)))
+            continue
+        codes, scales, zeros = random_weight(*shape, scale_dtype, zero_dtype)
         scales = np.array(scales)
         scales[:, ::2] = 2.0 ** rng.integers(-1, 2, scales[:, ::2].shape)
         if zero_dtype not in {None, "uint8"}:
             zeros = np.array(zeros)
             zeros[:, ::2] = rng.integers(0, 2**bits, zeros[:, ::2].shape)
-        every.append((codes, scales) if zeros is None else (codes, scales, zeros))
-    codes, *grids = (np.stack(of) for of in zip(*every, strict=True))
-    scales, zeros = (*map(jnp.asarray, grids), None)[:2]
-    return codes[LAYER], (pack(jnp.asarray(codes), bits=bits), scales, zeros)
+        every.append((codes, scales, zeros))
+    codes, *grids = jax.tree.map(lambda *of: np.stack(of), *every)
+    return codes[LAYER], (pack(jnp.asarray(codes), bits=bits), *jax.tree.map(jnp.asarray, grids))
+
+
+def _whole_coded(rng, bits, codes, scales, zeros):
+    """The same; even columns have powers of two for scales, and whole zero points."""
+    u, columns = map(np.array, scales)
+    u[:, ::2] = 2 ** rng.integers(0, 3, u[:, ::2].shape)
+    columns[::2] = 0.5
+    if zeros is not None:
+        zeros = np.array(zeros)
+        zeros[:, ::2] = zeros[:, ::2] >> (8 - bits) << (8 - bits)
+    return codes, CodedScales(u, columns), zeros
 
 
 def one_layer(stacks):
@@ -106,9 +122,9 @@ def check_product(y, x, codes, stacks, *, bits, group_size):
     each, with at most 16 more roundings: scales, the parts of a split number, and their sums. Whole
     numbers stay below 2**24 in all of it.
     """
-    scales, zeros = (None if a is None else np.asarray(a)[LAYER] for a in stacks[1:])
+    scales, zeros = one_layer(stacks[1:])
     weight, size = oracle_weight(codes, scales, zeros, bits, group_size)
-    scale = np.repeat(f64(scales), group_size, 0)
+    scale = np.repeat(stored_grid(scales, zeros, bits)[0], group_size, 0)
     exact, x64 = f64(x) @ weight, f64(x)
     k = codes.shape[0]
     bound = (k + 16) * EPS * (np.abs(x64) @ (size + 2 * 128 * scale))
@@ -201,9 +217,10 @@ def mixed_weight(seed, d_in, n, *, bits, group_size, zero_point, dtype="bfloat16
 
 def _grid(packed, bits, group_size):
     """(codes, scales, zeros) in float64, all ``[k, n]``."""
-    planes, scales, zeros = packed
-    z = np.full(scales.shape, 2.0 ** (bits - 1)) if zeros is None else f64(zeros)
-    rows = [np.repeat(a, group_size, 0) for a in (f64(scales), z)]
+    planes, *stored = packed
+    s, z = stored_grid(*stored, bits)
+    z = np.full(s.shape, 2.0 ** (bits - 1)) if z is None else z
+    rows = [np.repeat(a, group_size, 0) for a in (s, z)]
     return f64(unpack(planes, bits=bits)), *rows
 
 
@@ -219,7 +236,8 @@ def _errors(weight, codes, s, z, group_size):
     return error, by_group(2 * off * blur + blur**2) + (group_size + 4) * EPS * error
 
 
-def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shrinks=(1.0,)):
+def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shrinks=(1.0,),
+                 scales="float"):  # fmt: skip
     """Holds packed codes to the reference's; returns how many differ, all of them near ties.
 
     A code may differ only where the weight lies between two codes up to what float32 makes of
@@ -228,7 +246,7 @@ def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shri
     factors' errors are equal up to rounding.
     """
     problem = weight.problem(bits=bits, group_size=group_size, zero_point=zero_point,
-                             store_dtype=store_dtype, shrinks=shrinks)  # fmt: skip
+                             store_dtype=store_dtype, shrinks=shrinks, scales=scales)  # fmt: skip
     oracle = functools.partial(reference.quantize_pack, problem=problem)
     given = weight.w[LAYER], weight.channel_scale, weight.importance, weight.low_rank
     want = jax.jit(oracle)(*given)
@@ -256,6 +274,10 @@ def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shri
         assert np.all(excused | ~other_grid), "not the best range factor"
     elif weight.low_rank is not None and not weight.whole:
         moved = _moved(weight, want_s, want_z, bits, group_size, store_dtype)
+        if scales == "coded":
+            # By one of what each counts in besides.
+            unit = f64(want[1].columns)
+            moved = moved[0] + unit, moved[1] + np.abs(want_z) * unit / want_s + 2.0 ** (bits - 8)
         assert np.all(np.abs(s - want_s) <= moved[0])
         assert np.all(np.abs(z - want_z) <= moved[1])
     else:

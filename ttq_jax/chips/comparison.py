@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import PLANES, Problem, Target, packed_matmul, prefill_quantize, quantize_pack
 from pallas_kernels.choice import module_of, refusal
+from pallas_kernels.grid import CodedScales
 from ttq_jax.chips.absent import chip as find_chip
 from ttq_jax.chips.cycles import CompileError
 from ttq_jax.chips.cycles import estimate as estimate_program
@@ -32,7 +33,7 @@ Shape = jax.ShapeDtypeStruct
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One problem of one kernel; scales and zero points are bfloat16.
+    """One problem of one kernel; scales and zero points, or columns of scales, are bfloat16.
 
     Attributes:
       kernel: one of `KERNELS`.
@@ -43,6 +44,7 @@ class Case:
       k: rows of the weight.
       n: its columns.
       dtype: of activations and dense weights.
+      scales: how they are stored, one of `pallas_kernels.grid.SCALES`.
     """
 
     kernel: str
@@ -53,6 +55,7 @@ class Case:
     k: int
     n: int
     dtype: str = "bfloat16"
+    scales: str = "float"
 
     @property
     def static(self) -> dict[str, Any]:
@@ -60,7 +63,9 @@ class Case:
         static: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
         if self.kernel != "packed_matmul":
             zero_point = "none" if self.symmetric else "float"
-            static |= {"zero_point": zero_point, "store_dtype": "bfloat16"}
+            static |= {
+                "zero_point": zero_point, "store_dtype": "bfloat16", "scales": self.scales
+            }  # fmt: skip
         return static
 
     @property
@@ -71,13 +76,19 @@ class Case:
             kernel=self.kernel, m=self.m, d_in=self.k, n=self.n, bits=self.bits,
             group_size=self.group_size, zero_point="none" if self.symmetric else "float",
             dtype=self.dtype, shrinks=(1.0,) if quantizes else (), scaled=quantizes,
+            scales=self.scales,
         )  # fmt: skip
 
     def packed_shapes(self) -> tuple[Any, Any, Any]:
         """Planes, scales and zero points."""
         planes = tuple(Shape((self.k * w // 8, self.n), jnp.uint8) for w in PLANES[self.bits])
-        scales = Shape((self.k // self.group_size, self.n), jnp.bfloat16)
-        return planes, scales, None if self.symmetric else scales
+        scales: Any = Shape(
+            (self.k // self.group_size, self.n), jnp.dtype(self.problem.scale_dtype)
+        )
+        zeros = None if self.symmetric else scales
+        if self.scales == "coded":
+            scales = CodedScales(scales, Shape((self.n,), jnp.bfloat16))
+        return planes, scales, zeros
 
     def operands(self) -> tuple[tuple[Any, ...], Any]:
         """``(activations, weight)``: a tuple of none or one, and a tree of shapes."""
@@ -151,6 +162,7 @@ def sweep(
     rows: Sequence[int] | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
     symmetric: bool = False,
+    scales: str = "float",
 ) -> list[Case]:
     """The problems to measure; what is None takes each kernel's own default.
 
@@ -161,6 +173,7 @@ def sweep(
       rows: of activations; `quantize_pack` has none.
       shapes: ``(k, n)``.
       symmetric: no zero points.
+      scales: how they are stored.
 
     Returns:
       Cases, kernel by kernel.
@@ -182,9 +195,10 @@ def sweep(
                     "divides K, and at least 1 row, got "
                     f"bits {b}, group size {g}, {m} rows, K x N = {k}x{n}"
                 )
-            cases.append(
-                Case(kernel=kernel, bits=b, group_size=g, symmetric=symmetric, m=m, k=k, n=n)
-            )
+            cases.append(Case(
+                kernel=kernel, bits=b, group_size=g, symmetric=symmetric, m=m, k=k, n=n,
+                scales=scales,
+            ))  # fmt: skip
     return cases
 
 
@@ -259,10 +273,17 @@ def kernel_cycles(case: Case, chip: str) -> tuple[int | None, str, str]:
     if why is not None:
         return None, "", why
 
-    def call(x: Any, weight: Any) -> Any:
-        return case.run(x, weight, implementation="tpu")
+    x, weight = case.operands()
+    at: dict[str, Any] = {"implementation": "tpu"}
+    if case.kernel == "packed_matmul":
+        # As a model keeps it: out of a stack, nothing is laid out anew.
+        weight = jax.tree.map(lambda a: Shape((1, *a.shape), a.dtype), weight)
+        at["layer"] = 0
 
-    return cycles_of(chip, call, case.operands(), block_note(case), kernel=case.kernel)
+    def call(x: Any, weight: Any) -> Any:
+        return case.run(x, weight, **at)
+
+    return cycles_of(chip, call, (x, weight), block_note(case), kernel=case.kernel)
 
 
 def cycles_of(

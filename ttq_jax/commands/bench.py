@@ -35,7 +35,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     try:
         return sweep(
             kernels=args.kernel, bits=args.bits, group_sizes=args.group_size, rows=args.m,
-            shapes=shapes, symmetric=args.symmetric,
+            shapes=shapes, symmetric=args.symmetric, scales=args.scales,
         )  # fmt: skip
     except ValueError as e:
         raise ConfigError(str(e)) from e
@@ -67,6 +67,7 @@ def _text(records: list[dict[str, Any]], measured: bool) -> str:
     notes: list[str] = []
     for r in records:
         group = f"{r['group_size']}{' sym' if r['symmetric'] else ''}"
+        group += " coded" if r["scales"] == "coded" else ""
         mark = ""
         if "note" in r:
             if r["note"] not in notes:

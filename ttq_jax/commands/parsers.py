@@ -335,6 +335,9 @@ def _bench_parser(commands: Any) -> None:
     add("--m", type=int, nargs="+", metavar="M", help="rows of activations")
     add("--shape", nargs="+", metavar="KxN", help="shape of the weight (default: 4096x4096)")
     add("--symmetric", action="store_true", help="quantize without zero points")
+    add("--scales", choices=("float", "coded"), default="float",
+        help="a bfloat16 number each, or eight bits and a number per column (default: float)"
+        )  # fmt: skip
     _add_common(parser)
 
 
