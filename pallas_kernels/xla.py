@@ -245,7 +245,7 @@ def packed_matmul(
       problem: Bits and group size.
 
     Returns:
-      ``y[m, n]`` in x's dtype.
+      ``y[m, n]`` in ``problem.y_dtype``.
     """
     grouping: Any = {
         "bits": problem.bits, "group_size": problem.group_size, "zero_unit": problem.zero_unit
@@ -263,7 +263,7 @@ def packed_matmul(
         y = _many_rows(rows, *weight, **grouping)
     if columns is not None:
         y = y * _at(columns, layer).astype(jnp.float32)[None]
-    return y.astype(x.dtype)
+    return y.astype(problem.y_dtype)
 
 
 def dense_matmul(
@@ -286,7 +286,7 @@ def dense_matmul(
       problem: See `packed_matmul`.
 
     Returns:
-      ``y[m, n]`` in x's dtype; the weight was rounded to it once, sums are float32.
+      ``y[m, n]`` in ``problem.y_dtype``; the weight was rounded to it once, sums are float32.
     """
     w = reference.dequantize(
         *_at((planes, scales, zeros), layer), bits=problem.bits, group_size=problem.group_size,
@@ -294,7 +294,7 @@ def dense_matmul(
     )  # fmt: skip
     precision = _EXACT if x.dtype == jnp.float32 else None
     y = jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(problem.y_dtype)
 
 
 def quantize_pack(

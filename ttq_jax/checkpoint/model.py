@@ -7,6 +7,7 @@ from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.config import ModelConfig
+from ttq_jax.models.cache import activation_dtype
 from ttq_jax.types import Params
 
 
@@ -39,7 +40,7 @@ class Model:
     @property
     def dtype(self) -> str:
         """Of the unquantized weights and of the activations."""
-        return str(self.params["embed"]["embedding"].dtype)
+        return str(activation_dtype(self.params))
 
     def __repr__(self) -> str:
         """One line: a notebook prints a model when it is the last value of a cell."""

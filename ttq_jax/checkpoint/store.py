@@ -28,6 +28,7 @@ from ttq_jax.checkpoint.store_files import (
 )
 from ttq_jax.config import identity
 from ttq_jax.foreign import named
+from ttq_jax.quant.head import check_head, head_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.types import MixedLinear, Moments, Offline, QuantizedLinear, kernels
@@ -52,6 +53,9 @@ _UNQUANTIZED = {"moments": {"of": "none", "prior": "none"}}
 
 # Choices of a recipe that do not change a tree quantized before any prompt.
 _OF_THE_PROMPT = ("batch", "prefill")
+
+# A store holds no tables: `load_offline` packs the model's.
+_OF_THE_MODEL = ("head",)
 
 # Elements of each array that the fingerprint looks at.
 _SAMPLE = 1024
@@ -112,7 +116,8 @@ def _about(kind: str, model: Model, recipe: Recipe | None) -> dict[str, Any]:
 def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offline) -> None:
     """Saves what `prepare` made.
 
-    Of a packed tree only the packed kernels are written; the rest is the model's. An interrupted
+    Of a packed tree only the blocks' packed kernels are written; the rest is the model's, the
+    packed tables too. An interrupted
     save leaves an old store as it was. What a killed one leaves, a hidden directory beside it, is
     removed by the next save to that place.
 
@@ -133,7 +138,7 @@ def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offlin
             if isinstance(kernel, QuantizedLinear | MixedLinear)
         }
         offline = dataclasses.replace(offline, packed=packed)
-    write(path, _about("offline", model, recipe), offline)
+    write(path, _about("offline", model, recipe), dataclasses.replace(offline, head=None))
 
 
 def load_offline(
@@ -161,12 +166,14 @@ def load_offline(
     header, offline = _fitting(path, "offline", model)
     _check_recipe(path, header["recipe"], recipe, offline)
     _check_parts(str(path), offline, recipe)
+    check_head(model.params, recipe)
     if offline.packed is not None:
         check_packed(path, offline.packed, model.params, recipe)
-    offline = read(path, header, sharding)
+    offline = dataclasses.replace(read(path, header, sharding), head=head_of(model.params, recipe))
     if offline.packed is None:
         return offline
-    return dataclasses.replace(offline, packed=replace_kernels(model.params, offline.packed))
+    tree = {**model.params, **(offline.head or {})}
+    return dataclasses.replace(offline, packed=replace_kernels(tree, offline.packed))
 
 
 def save_conversation(
@@ -330,7 +337,7 @@ def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held
     there, here = _flat(stored), _flat(described)
     keys: Iterable[str]
     if held.packed is not None:
-        keys = [key for key in {**there, **here} if key not in _OF_THE_PROMPT]
+        keys = [key for key in {**there, **here} if key not in _OF_THE_PROMPT + _OF_THE_MODEL]
     else:
         origin = "the origin of the moments"
         there[origin], here[origin] = _origin(stored), _origin(described)
