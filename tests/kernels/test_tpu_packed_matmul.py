@@ -44,10 +44,11 @@ COLUMNS = (256, 130, 200)
 ZEROS = (None, "bfloat16", "uint8", "float32")
 
 
-def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, **blocks):
+def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, out_dtype=None, **blocks):
     x = mixed_rows(m, m, k)
     codes, stacks = mixed_packed(k + m, bits, group, k, n, scales, zeros)
-    problem, tiles = matmul_problem(x, *stacks[1:], bits=bits, group_size=group), None
+    kind = {"bits": bits, "group_size": group, "out_dtype": out_dtype}
+    problem, tiles = matmul_problem(x, *stacks[1:], **kind), None
     if blocks:
         default = kernel.default_blocks(problem)
         width = math.gcd(default.width, blocks.get("columns", default.columns))
@@ -56,7 +57,7 @@ def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, **blocks):
         kernel.packed_matmul, x, *stacks, jnp.asarray(LAYER), problem=problem, tiles=tiles,
         cores=cores,
     )  # fmt: skip
-    assert y.dtype == x.dtype
+    assert y.dtype == (out_dtype or x.dtype)
     return check_product(y, x, codes, stacks, bits=bits, group_size=group)
 
 
@@ -66,6 +67,11 @@ def test_every_width_and_group(i, case):
     # way of multiplying, occur.
     zeros = ZEROS[(i + i // 6) % 4]
     run(MANY[i % 9], *case, COLUMNS[i % 3], zeros, "float32" if i % 2 else "bfloat16")
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_float32_sums_of_bfloat16_activations(m):
+    run(m, 8, 64, 192, 130, None, out_dtype="float32")
 
 
 @pytest.mark.parametrize("bits", sorted(ROWS))
