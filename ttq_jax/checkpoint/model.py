@@ -25,6 +25,7 @@ class Model:
       origin: which files it came from, see `checkpoint.origin`; empty if from none.
       notes: what its files left open or got wrong, and how it was read; a sentence each.
       chat: how it wants messages to be written; None for a model that has no such form.
+      tables: of each table that is packed already, what its fingerprint says of it; by path.
     """
 
     config: ModelConfig
@@ -36,6 +37,7 @@ class Model:
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     chat: ChatTemplate | None = None
+    tables: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

@@ -234,7 +234,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
     check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:
         progress.note(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ttq_jax.checkpoint import Model
+from ttq_jax.checkpoint.fingerprint import said_of
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import expect
 from ttq_jax.finite import check_offline
@@ -122,7 +123,13 @@ def prepare(
 
 
 def _replaced(model: Model, head: Params | None) -> Model:
-    return dataclasses.replace(model, params={**model.params, **(head or {})})
+    """The model with these tables."""
+    if head is None:
+        return model
+    dense = {name: model.params[name] for name in head}
+    return dataclasses.replace(
+        model, params={**model.params, **head}, tables=said_of(dense, model.tables)
+    )
 
 
 def with_head(model: Model, recipe: Recipe | None) -> Model:
@@ -135,8 +142,7 @@ def with_head(model: Model, recipe: Recipe | None) -> Model:
     Returns:
       The model; itself if there is nothing to pack.
     """
-    head = head_of(model.params, recipe)
-    return model if head is None else _replaced(model, head)
+    return _replaced(model, head_of(model.params, recipe))
 
 
 def prepare_unpacked(
