@@ -58,6 +58,7 @@ from ttq_jax.files import check_destination, write_file
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import PRESETS, Recipe
 from ttq_jax.quant.source import Source
 from ttq_jax.sweeps.words import fixed
@@ -202,13 +203,14 @@ def measure_times(args: argparse.Namespace) -> None:
     for name in ["none", *args.recipe]:
         recipe = recipe_named(name)
         run = jax.jit(partial(prefill, config=model.config, recipe=recipe))
-        runs[name] = partial(run, offline=prepare(model, recipe))
+        params, offline = joined(model.params, recipe, prepare(model, recipe))
+        runs[name] = partial(run, params, offline=offline)
     for turn in range(args.repeats + 1):
         prompts = Prompts(jnp.asarray(tokens[turn][None]), jnp.ones((1, args.prompt_tokens), bool))
         cache = empty_cache(model.config, 1, args.prompt_tokens, jnp.float32)
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(model.params, prompts, cache))
+            jax.block_until_ready(run(prompts=prompts, cache=cache))
             if turn:  # the first compiles
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     median = {name: float(np.median(each)) for name, each in seconds.items()}
