@@ -12,7 +12,7 @@ from decode_loop import decode_loop, makers
 from small import small_config
 
 from pallas_kernels import xla
-from ttq_jax.chips.absent import CHIPS, compile_for
+from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
 from ttq_jax.chips.programs import compile_generate, memory_of
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
@@ -124,7 +124,8 @@ def compile_small(chip, dtype, recipe, **changes):
     unreached = partial(for_unreached, config=config, reads=recipe.reads)
     offline = Offline(moments=jax.eval_shape(unreached, params, {}))
     if recipe.head is not None:
-        params |= jax.eval_shape(partial(pack_head, bits=recipe.head), params)
+        with tracing_for(chip):
+            params |= jax.eval_shape(partial(pack_head, bits=recipe.head), params)
     shape = jax.ShapeDtypeStruct
     prompts = Prompts(shape((2, 32), jnp.int32), shape((2, 32), jnp.bool_))
     return compile_for(
