@@ -164,7 +164,7 @@ def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_every_expert_runs_on_a_kernel(chip, no_fallback):
     """And compiles: on a TPU a kernel must not be fused with the stack of a loop over experts."""
-    recipe, experts = preset("fast"), {"n_experts": 4, "experts_per_token": 2}
+    recipe, experts = preset("fast"), {"n_experts": 4, "experts_per_token": 2, "vocab_size": 256}
     made = calls(compile_small(chip, "bfloat16", recipe, **experts).as_text())
     # With the head, of the prompt's last token and of each further one.
     assert made == {"packed_matmul": 9, "prefill_quantize": 4, "quantize_pack": 3}
