@@ -19,6 +19,7 @@ from ttq_jax import cut_windows, load, prepare
 from ttq_jax.commands.main import main
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.quant.head import joined
 from ttq_jax.sweeps import run
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import Rows, read_rows
