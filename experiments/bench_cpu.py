@@ -31,7 +31,7 @@ import numpy as np
 import ttq_jax as ttq
 from ttq_jax.files import check_destination, write_file
 from ttq_jax.generate import generate_tokens
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.prefill import prefill
 from ttq_jax.prompts import pad_prompts
 from ttq_jax.sampling import Sampling
@@ -129,7 +129,7 @@ def decode_speed(model, gguf: Path, turns: int) -> dict:
 def read_prompt(params, tokens, *, config, recipe):
     """Prefill as `generate` runs it; the packed tree is returned, so it must be made."""
     prompts = Prompts(tokens, jnp.ones(tokens.shape, bool))
-    cache = empty_cache(config, *tokens.shape, params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, *tokens.shape, activation_dtype(params))
     hidden, cache, packed, *_ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=Offline()
     )

@@ -47,6 +47,7 @@ from ttq_jax.models.decoder import forward, logits, unstack
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import pad_prompts
+from ttq_jax.quant.head import joined
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import effective_bits
 
@@ -89,11 +90,12 @@ def ours(race: Race, method: str) -> Contender:
     """ttq_jax as it comes: bfloat16 scales."""
     model, recipe = race.model, recipe_named(method)
     offline = prepare(model, recipe)
+    params, besides = joined(model.params, recipe, offline)
     prompts = pad_prompts([race.prompt], max_positions=model.config.max_positions)
 
     def run(limit: int) -> Callable[[], Any]:
         return partial(
-            generate_tokens, model.params, prompts, offline, jax.random.key(0),
+            generate_tokens, params, prompts, besides, jax.random.key(0),
             jnp.asarray(limit, jnp.int32), config=model.config, recipe=recipe, sampling=Sampling(),
             capacity=NEW_TOKENS, eos_ids=(),
         )  # fmt: skip

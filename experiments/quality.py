@@ -59,6 +59,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
 from ttq_jax.quant.grid import SCALES
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import PRESETS, Recipe
 from ttq_jax.quant.source import Source
 from ttq_jax.sweeps.words import fixed
@@ -70,8 +71,8 @@ DRAWS = 1000
 FEWEST = 5
 NAMES = (
     "FILE.toml or "
-    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-nTOKENS|-sTOKENS][@CALIBRATION]; a "
-    "prior worth so many tokens, n from the weights (0 for none), s from samples"
+    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-hHEAD][-nTOKENS|-sTOKENS]"
+    "[@CALIBRATION]; h0 leaves the head as it is; a prior worth so many tokens, n from the weights (0 for none), s from samples"
 )
 
 _SHORT = {"g": "group_size", "r": "rank"}
@@ -92,6 +93,8 @@ def recipe_named(name: str) -> Recipe | None:
             given["scales"] = part
         elif part.isdigit():
             given["bits"] = int(part)
+        elif letter == "h" and number.isdigit():
+            given["head"] = int(number) or None
         elif letter in _SHORT and number.isdigit():
             given[_SHORT[letter]] = int(number)
         elif letter in _PRIORS and number.isdigit():
@@ -206,13 +209,14 @@ def measure_times(args: argparse.Namespace) -> None:
     for name in ["none", *args.recipe]:
         recipe = recipe_named(name)
         run = jax.jit(partial(prefill, config=model.config, recipe=recipe))
-        runs[name] = partial(run, offline=prepare(model, recipe))
+        params, offline = joined(model.params, recipe, prepare(model, recipe))
+        runs[name] = partial(run, params, offline=offline)
     for turn in range(args.repeats + 1):
         prompts = Prompts(jnp.asarray(tokens[turn][None]), jnp.ones((1, args.prompt_tokens), bool))
         cache = empty_cache(model.config, 1, args.prompt_tokens, jnp.float32)
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run(model.params, prompts, cache))
+            jax.block_until_ready(run(prompts=prompts, cache=cache))
             if turn:  # the first compiles
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     median = {name: float(np.median(each)) for name, each in seconds.items()}

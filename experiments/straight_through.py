@@ -17,7 +17,7 @@ from flax import struct
 from ttq_jax.config import ModelConfig
 from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.linear import linear
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.prefill import observing
 from ttq_jax.quant.grid import Grid, decode, encode, fit_range, split_groups, store
@@ -136,7 +136,7 @@ class Setting:
         """The unquantized model's last state after the prompt, its cache, relative moments."""
         p = self.protocol
         read, valid = tokens[None, : p.prompt_tokens], jnp.ones((1, p.prompt_tokens), bool)
-        cache = empty_cache(self.config, 1, p.window, params["embed"]["embedding"].dtype)
+        cache = empty_cache(self.config, 1, p.window, activation_dtype(params))
         hidden, cache, seen = forward(
             self.config, params, read, valid, cache, slots=p.prompt_tokens,
             project=observing(valid, Reads((START.p,))),

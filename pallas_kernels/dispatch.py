@@ -35,6 +35,7 @@ def packed_matmul(
     bits: int,
     group_size: int,
     layer: jax.Array | int | None = None,
+    out_dtype: jax.typing.DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """``y = (x / D) Q + (x A) B`` with ``Q = s (q - z)``, sums in float32.
@@ -52,10 +53,11 @@ def packed_matmul(
       group_size: Rows that share a scale: a multiple of 8 that divides ``k``.
       layer: Reads this layer of planes, scales and zeros that have a leading axis over layers,
         without copying it out; D, A and B are that layer's own. None: there is no such axis.
+      out_dtype: Of y: float32, bfloat16 or float16; None is x's.
       implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
 
     Returns:
-      ``y[..., n]`` in x's dtype.
+      ``y[..., n]``, the float32 sums rounded to ``out_dtype``.
 
     Raises:
       ValueError: arguments that do not fit each other, or an implementation that cannot serve.
@@ -74,7 +76,9 @@ def packed_matmul(
             "pass activations of as many channels as the weight was packed from"
         )
     _check_factors(channel_scale, low_rank, d_in, n)
-    problem = matmul_problem(x, scales, zeros, low_rank, bits=bits, group_size=group_size)
+    problem = matmul_problem(
+        x, scales, zeros, low_rank, bits=bits, group_size=group_size, out_dtype=out_dtype
+    )
     stacks, layer = _with_layers((planes, scales, zeros), layer)
     rows = x.reshape(-1, d_in)
 

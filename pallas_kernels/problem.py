@@ -42,6 +42,7 @@ class Problem:
       shrinks: factors in (0, 1] on a group's range to choose from; none for `packed_matmul`.
       quantized: `prefill_quantize` multiplies with the quantized weight.
       scaled: there is a channel scale.
+      out_dtype: of the product, one of `FLOATS`; None is `dtype`.
 
     Raises:
       ValueError: an option that is none.
@@ -61,18 +62,21 @@ class Problem:
     shrinks: tuple[float, ...] = ()
     quantized: bool = False
     scaled: bool = False
+    out_dtype: str | None = None
 
     def __post_init__(self):
         # Any row count serves, it is padded to whole groups: the check is of the two numbers.
         whole = 8 * max(self.group_size, 1)
         check_packing(bits=self.bits, k=whole, group_size=self.group_size)
         types = COLUMN_TYPES if self.scales == "coded" else FLOATS
-        options = (("scales", SCALES), ("zero_point", ZERO_POINTS), ("store_dtype", types))
+        options = (
+            ("scales", SCALES), ("zero_point", ZERO_POINTS), ("store_dtype", types),
+            ("out_dtype", (None, *FLOATS)),
+        )  # fmt: skip
         for name, known in options:
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
+                among = ", ".join(map(str, known))
+                raise ValueError(f"{name}: expected one of {among}, got {getattr(self, name)!r}")
         packs = self.kernel != "packed_matmul"
         if (packs and not self.shrinks) or not all(0 < s <= 1 for s in self.shrinks):
             raise ValueError(
@@ -102,6 +106,11 @@ class Problem:
         return zero_unit(self.bits, coded=self.scales == "coded")
 
     @property
+    def y_dtype(self) -> str:
+        """What a product is returned in."""
+        return self.out_dtype or self.dtype
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number of `dtype`."""
         return jnp.dtype(self.dtype).itemsize
@@ -118,7 +127,7 @@ def _rank(low_rank: tuple[Any, Any] | None) -> int:
 
 def matmul_problem(
     x: Any, scales: Any, zeros: Any, low_rank: tuple[Any, Any] | None = None, *, bits: int,
-    group_size: int,
+    group_size: int, out_dtype: jax.typing.DTypeLike | None = None,
 ) -> Problem:  # fmt: skip
     """The problem of a `packed_matmul`.
 
@@ -129,6 +138,7 @@ def matmul_problem(
       low_rank: ``(A, B)`` or None.
       bits: width of a code.
       group_size: rows that share a scale.
+      out_dtype: of the product; None is x's.
 
     Returns:
       The problem; `store_dtype` is float16 if anything stored is.
@@ -142,6 +152,7 @@ def matmul_problem(
         bits=bits, group_size=group_size, zero_point="none" if zeros is None else whole,
         dtype=x.dtype.name, rank=_rank(low_rank), scales="coded" if coded else "float",
         store_dtype="float16" if "float16" in stored else kept.dtype.name,
+        out_dtype=None if out_dtype is None else jnp.dtype(out_dtype).name,
     )  # fmt: skip
 
 

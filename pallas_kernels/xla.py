@@ -11,7 +11,8 @@ Where rows ``r`` are all of one group,
 and the inner sum, unrolled over a few rows of each octet, is an elementwise expression: XLA fuses
 reading a layer out of its stack, unpacking, converting, multiplying and adding into one loop that
 vectorises over the output channels, on all cores. With many rows the unpacking is better paid
-once: a block of the weight is written down that stays in a cache, and multiplied.
+once: a block of the weight is written down that stays in a cache, and multiplied. A wide weight is
+multiplied some columns at a time, so that what is written down, partial sums too, stays there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ _UNROLLED = 8
 
 _BLOCK_WEIGHTS = 2**20
 """Most weights written down at a time, as float32: what a core's second cache level holds."""
+
+_BLOCK_SUMS = 2**19
+"""Most partial sums of a row at a time. They are written once and read once."""
 
 _MIN_BLOCK_ROWS = 128
 """Rows of a block however wide it is: a product of fewer is mostly loop."""
@@ -89,12 +93,19 @@ class _PerGroup:
             a = jax.lax.bitcast_convert_type(a, jnp.uint16)
         # One row for each `part` rows of the weight. It is a broadcast, so nothing is written.
         a = jnp.broadcast_to(a[:, :, None], (layers, n_group, group_size // part, n))
-        self.rows = a.reshape(layers, -1, n)
+        self.octets = a.reshape(layers, 8, -1, n)
 
-    def read(self, layer: jax.Array, start: Any, count: int) -> jax.Array:
-        """float32[count, 1, n] from row `start`, counted in parts."""
-        n = self.rows.shape[-1]
-        a = _cut(self.rows, (layer, start, 0), (1, count, n)).reshape(count, 1, n)
+    def read(
+        self, layer: jax.Array, octets: tuple[int, int], rows: tuple[Any, int],
+        columns: tuple[Any, int],
+    ) -> jax.Array:  # fmt: skip
+        """float32[octets, rows, 1, columns], each given as start and count; rows in parts.
+
+        One slice: pieces put together would keep XLA from vectorising what fuses with them.
+        """
+        (octet, count), (row, tall), (column, wide) = octets, rows, columns
+        a = _cut(self.octets, (layer, octet, row, column), (1, count, tall, wide))
+        a = a.reshape(count, tall, 1, wide)
         if self.dtype == jnp.bfloat16:
             return jax.lax.bitcast_convert_type(a.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
         if self.dtype == jnp.float16:
@@ -122,6 +133,20 @@ def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array,
     return code.astype(jnp.float32), up
 
 
+def _by_columns(some: Any, lead: tuple[int, ...], n: int, width: int) -> jax.Array:
+    """``[*lead, n]``, of which ``some(start, width)`` makes ``[*lead, width]``."""
+    if width >= n:
+        return some(jnp.zeros((), jnp.int32), n)
+
+    def write(i: jax.Array, y: jax.Array) -> jax.Array:
+        # The last block begins early, and some columns come out twice, the same.
+        start = jnp.minimum(i * jnp.int32(width), jnp.int32(n - width))
+        return jax.lax.dynamic_update_slice_in_dim(y, some(start, width), start, axis=-1)
+
+    y = jnp.zeros((*lead, n), jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // width)), write, y)
+
+
 # A jit of its own: a long program to trace, and a model asks for it again and again.
 @functools.partial(jax.jit, static_argnames=("bits", "group_size", "zero_unit"))
 def _one_row(
@@ -135,37 +160,46 @@ def _one_row(
     part = math.gcd(rows, group_size)
     step = _largest_divisor(part, _UNROLLED)
     n_part, sums = rows // part, part // step
-    x = x.reshape(8, n_part, sums, step)
+    # Octets that do not share a carrier have partial sums of their own: one loop over them all
+    # would read more streams than a core can fetch ahead, at a third of the speed.
+    apart = min(PLANES[bits])
+    x = x.reshape(8 // apart, apart, n_part, sums, step)
     views = [p.reshape(layers, -1, n_part, sums, step, n) for p in planes]
     tie = _tie(x.reshape(-1))
-
-    # Every row is cut out of the stack by itself: were a layer cut out first, its many readers
-    # would make XLA either copy it or read the layer's number again for every weight, from memory
-    # that LLVM cannot know to be unchanged, and then nothing is vectorised.
-    def carrier(view: jax.Array, octet: int, j: int) -> jax.Array:
-        start = (layer, octet % view.shape[1], 0, 0, j, 0)
-        return _cut(view, start, (1, 1, n_part, sums, 1, n)).reshape(n_part, sums, n) | tie
-
     scale = _PerGroup(scales, part, group_size)
     zero = None if zeros is None else _PerGroup(zeros, part, group_size)
-    y = jnp.zeros((n_part, sums, n), jnp.float32)
-    narrowest = min(PLANES[bits])
-    # Fields of the same carrier next to each other, so that it is loaded once.
-    for octet in sorted(range(8), key=lambda o: o % narrowest):
-        partial = jnp.zeros_like(y)
-        for j in range(step):
-            code, up = _field([carrier(view, octet, j) for view in views], bits, octet)
-            partial = partial + (x[octet, :, :, j, None] * jnp.float32(2.0**-up)) * code
-        x_sum = functools.reduce(jnp.add, [x[octet, :, :, j, None] for j in range(step)])
-        first = octet * n_part
-        z = jnp.float32(2 ** (bits - 1))
-        if zero is not None:
-            z = zero.read(layer, first, n_part) * jnp.float32(zero_unit)
-        y = y + scale.read(layer, first, n_part) * (partial - z * x_sum)
-    # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with all
-    # that fuses into it to a library that wants every operand in memory.
-    ones = jnp.ones((n_part * sums,), jnp.float32)
-    return jnp.matmul(ones, y.reshape(-1, n), precision=_EXACT)
+
+    def some(start: jax.Array, width: int) -> jax.Array:
+        # Every row is cut out of the stack by itself: were a layer cut out first, its many readers
+        # would make XLA either copy it or read the layer's number again for every weight, from
+        # memory that LLVM cannot know to be unchanged, and then nothing is vectorised.
+        def carriers(view: jax.Array, octet: int, j: int) -> jax.Array:
+            at = (layer, octet % view.shape[1], 0, 0, j, start)
+            cut = _cut(view, at, (1, apart, n_part, sums, 1, width))
+            return cut.reshape(apart, n_part, sums, width) | tie
+
+        def per_group(values: _PerGroup, octet: int) -> jax.Array:
+            return values.read(layer, (octet, apart), (0, n_part), (start, width))
+
+        y = jnp.zeros((apart, n_part, sums, width), jnp.float32)
+        # Fields of the same carriers one after another, so that these are loaded once.
+        for field in range(8 // apart):
+            octet = field * apart
+            partial = jnp.zeros_like(y)
+            for j in range(step):
+                code, up = _field([carriers(view, octet, j) for view in views], bits, octet)
+                partial = partial + (x[field, ..., j, None] * jnp.float32(2.0**-up)) * code
+            x_sum = functools.reduce(jnp.add, [x[field, ..., j, None] for j in range(step)])
+            z = jnp.float32(2 ** (bits - 1))
+            if zero is not None:
+                z = per_group(zero, octet) * jnp.float32(zero_unit)
+            y = y + per_group(scale, octet) * (partial - z * x_sum)
+        # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with
+        # all that fuses into it to a library that wants every operand in memory.
+        ones = jnp.ones((apart * n_part * sums,), jnp.float32)
+        return jnp.matmul(ones, y.reshape(-1, width), precision=_EXACT)
+
+    return _by_columns(some, (), n, max(1, _BLOCK_SUMS // (apart * n_part * sums)))
 
 
 def _block_octet_rows(rows: int, part: int, n: int) -> int:
@@ -185,42 +219,45 @@ def _many_rows(
     m, k = x.shape
     rows = k // 8
     part = math.gcd(rows, group_size)
-    block = _block_octet_rows(rows, part, n)
+    most = min(n, max(1, _BLOCK_WEIGHTS // _MIN_BLOCK_ROWS))
+    block = _block_octet_rows(rows, part, most)
     n_part, n_block = max(block // part, 1), rows // block
     views = [p.reshape(layers, -1, rows, n) for p in planes]
     tie = _tie(x[0])
-
-    def per_group(values: _PerGroup, i: jax.Array) -> jax.Array:
-        first = i * block // part
-        octets = [values.read(layer, o * (rows // part) + first, n_part) for o in range(8)]
-        return jnp.stack(octets)
-
-    def unpacked(i: jax.Array) -> jax.Array:
-        code = jnp.zeros((8, block, n), jnp.uint8)
-        base = 0
-        for width, view in zip(PLANES[bits], views, strict=True):
-            carriers = _cut(view, (layer, 0, i * block, 0), (1, width, block, n)) | tie
-            # An iota along the fields keeps this one loop; see `layout.unpack`.
-            fields = jax.lax.broadcasted_iota(jnp.uint8, (8 // width, 1, 1, 1), 0)
-            plane = (carriers >> (fields * jnp.uint8(width))) & jnp.uint8(2**width - 1)
-            code = code | (plane.reshape(8, block, n) << jnp.uint8(base))
-            base += width
-        return code.astype(jnp.int32).astype(jnp.float32).reshape(8, n_part, -1, n)
-
     scale = _PerGroup(scales, part, group_size)
     zero = None if zeros is None else _PerGroup(zeros, part, group_size)
-
-    def add_block(y: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        i, x_block = at
-        z = jnp.float32(2 ** (bits - 1))
-        if zero is not None:
-            z = per_group(zero, i) * jnp.float32(zero_unit)
-        w = per_group(scale, i) * (unpacked(i) - z)
-        return y + jnp.matmul(x_block, w.reshape(-1, n), precision=_EXACT), None
-
     x_blocks = x.reshape(m, 8, n_block, block).transpose(2, 0, 1, 3).reshape(n_block, m, -1)
-    start = jnp.zeros((m, n), jnp.float32)
-    return jax.lax.scan(add_block, start, (jnp.arange(n_block, dtype=jnp.int32), x_blocks))[0]
+
+    def some(start: jax.Array, width: int) -> jax.Array:
+        def per_group(values: _PerGroup, i: jax.Array) -> jax.Array:
+            return values.read(layer, (0, 8), (i * block // part, n_part), (start, width))
+
+        def unpacked(i: jax.Array) -> jax.Array:
+            code = jnp.zeros((8, block, width), jnp.uint8)
+            base = 0
+            for bit, view in zip(PLANES[bits], views, strict=True):
+                at = (layer, 0, i * block, start)
+                carriers = _cut(view, at, (1, bit, block, width)) | tie
+                # An iota along the fields keeps this one loop; see `layout.unpack`.
+                fields = jax.lax.broadcasted_iota(jnp.uint8, (8 // bit, 1, 1, 1), 0)
+                plane = (carriers >> (fields * jnp.uint8(bit))) & jnp.uint8(2**bit - 1)
+                code = code | (plane.reshape(8, block, width) << jnp.uint8(base))
+                base += bit
+            return code.astype(jnp.int32).astype(jnp.float32).reshape(8, n_part, -1, width)
+
+        def add_block(y: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            i, x_block = at
+            z = jnp.float32(2 ** (bits - 1))
+            if zero is not None:
+                z = per_group(zero, i) * jnp.float32(zero_unit)
+            w = per_group(scale, i) * (unpacked(i) - z)
+            return y + jnp.matmul(x_block, w.reshape(-1, width), precision=_EXACT), None
+
+        zeros_y = jnp.zeros((m, width), jnp.float32)
+        steps = jnp.arange(n_block, dtype=jnp.int32), x_blocks
+        return jax.lax.scan(add_block, zeros_y, steps)[0]
+
+    return _by_columns(some, (m,), n, most)
 
 
 def packed_matmul(
@@ -245,7 +282,7 @@ def packed_matmul(
       problem: Bits and group size.
 
     Returns:
-      ``y[m, n]`` in x's dtype.
+      ``y[m, n]`` in ``problem.y_dtype``.
     """
     grouping: Any = {
         "bits": problem.bits, "group_size": problem.group_size, "zero_unit": problem.zero_unit
@@ -263,7 +300,7 @@ def packed_matmul(
         y = _many_rows(rows, *weight, **grouping)
     if columns is not None:
         y = y * _at(columns, layer).astype(jnp.float32)[None]
-    return y.astype(x.dtype)
+    return y.astype(problem.y_dtype)
 
 
 def dense_matmul(
@@ -286,7 +323,7 @@ def dense_matmul(
       problem: See `packed_matmul`.
 
     Returns:
-      ``y[m, n]`` in x's dtype; the weight was rounded to it once, sums are float32.
+      ``y[m, n]`` in ``problem.y_dtype``; the weight was rounded to it once, sums are float32.
     """
     w = reference.dequantize(
         *_at((planes, scales, zeros), layer), bits=problem.bits, group_size=problem.group_size,
@@ -294,7 +331,7 @@ def dense_matmul(
     )  # fmt: skip
     precision = _EXACT if x.dtype == jnp.float32 else None
     y = jnp.matmul(x, w, precision=precision, preferred_element_type=jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(problem.y_dtype)
 
 
 def quantize_pack(

@@ -13,8 +13,9 @@ from jaxtyping import Array, Bool
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.errors import NotFiniteError
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.prefill import prefill
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import MixedLinear, Offline, Params, Prompts
 
@@ -73,7 +74,7 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Array]]:  # fmt: skip
     """The layers that a prompt makes, and its keys and values."""
     batch, length = prompts.tokens.shape
-    cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, batch, length, activation_dtype(params))
     _, cache, tree, *_ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
@@ -122,6 +123,7 @@ def raise_not_finite(
     Raises:
       NotFiniteError: always; it names the first layer with infinities or NaN, and what to change.
     """
+    params, offline = joined(params, recipe, offline)
     if where := _first(params["layers"]):
         raise NotFiniteError(
             f"the model's weights hold infinities or NaN in {where}. {_CHECKPOINT}"

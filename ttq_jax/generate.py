@@ -21,10 +21,12 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Decoding, Refresh, advance, begin
 from ttq_jax.errors import expect
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
@@ -55,7 +57,7 @@ def read(
       token reached, None for a model without.
     """
     batch, length = prompts.tokens.shape
-    dtype = params["embed"]["embedding"].dtype
+    dtype = activation_dtype(params)
     cache = empty_cache(config, batch, length + capacity, dtype)
     hidden, cache, packed, moments, unreached = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
@@ -176,7 +178,7 @@ def arguments(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
     smallest: int = SMALLEST_BUCKET,
-) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any]]:  # fmt: skip
+) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any], Offline]:  # fmt: skip
     """What `generate_tokens` takes for one batch, but the limit.
 
     Args:
@@ -191,7 +193,7 @@ def arguments(
       smallest: the shortest bucket that prompts are padded to.
 
     Returns:
-      The arrays, and the static arguments by name.
+      The arrays; the static arguments by name; and what was prepared, for the next batch.
 
     Raises:
       PromptError: a prompt that is empty or does not fit the model's context.
@@ -219,7 +221,8 @@ def arguments(
         "config": model.config, "recipe": recipe, "sampling": sampling,
         "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids,
     }  # fmt: skip
-    return (model.params, prompts, offline, make_key(int(seed))), how
+    params, besides = joined(model.params, recipe, offline)
+    return (params, prompts, besides, make_key(int(seed))), how, offline
 
 
 def program(
@@ -237,9 +240,9 @@ def program(
     Returns:
       limit -> what `generate_tokens` returns, computed; the padded prompts; and what was prepared.
     """
-    arrays, how = arguments(model, texts, recipe=recipe, offline=offline, **rest)
+    arrays, how, offline = arguments(model, texts, recipe=recipe, offline=offline, **rest)
     run = partial(generate_tokens, *arrays, **how)
-    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), arrays[1], arrays[2]
+    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), arrays[1], offline
 
 
 def made_of(
@@ -271,6 +274,7 @@ def made_of(
         stopped=stopped,
         effective_bits=effective_bits(shapes),
         model_bits=model_bits(shapes),
+        bytes_per_token=bytes_per_token(shapes, model.config),
         seconds=seconds,
         moments=moments,
         unreached_experts=unreached,

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dequantize, packed_matmul
 from ttq_jax.types import MixedLinear, QuantizedLinear, Stacked
@@ -40,6 +40,37 @@ def linear(
         kernel = w.kernel if isinstance(w, Stacked) else w
         y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
     return add_bias(y, bias).astype(x.dtype)
+
+
+def scores(x: Float[Array, "*batch d_in"], w: QuantizedLinear) -> Float[Array, "*batch d_out"]:
+    """Y = x·W as `linear`, but float32 whatever x is: what a choice or a loss is made from.
+
+    Args:
+      x: activations.
+      w: a packed weight without a channel scale and factors.
+
+    Returns:
+      The sums as they are.
+    """
+    return packed_matmul(
+        x, w.planes, w.scales, w.zeros, bits=w.bits, group_size=w.group_size,
+        out_dtype=jnp.float32,
+    )  # fmt: skip
+
+
+def columns(w: QuantizedLinear, at: Int[Array, "*batch"]) -> Float[Array, "*batch d_in"]:
+    """Some columns of `dense_weight`; only they are unpacked.
+
+    Args:
+      w: a packed weight of one layer, without a channel scale and factors.
+      at: which columns, in range.
+
+    Returns:
+      float32.
+    """
+    flat = at.reshape(-1)
+    taken = jax.tree.map(lambda a: jnp.take(a, flat, axis=-1, mode="clip"), w)
+    return dense_weight(taken).T.reshape(*at.shape, w.d_in)
 
 
 def _mixed(x: Array, w: MixedLinear, bias: Array | None) -> Array:

@@ -5,6 +5,7 @@ and unpacked codes are alive at a time. Where a kernel does the rounding, each w
 for both the product with the prompt and the codes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from jaxtyping import Array, Bool, Float
 from ttq_jax.config import ModelConfig
 from ttq_jax.experts import Routed, for_each_expert, routed_linear
 from ttq_jax.linear import add_bias, linear
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, plain
+from ttq_jax.quant.head import head_bits, pack_head
 from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.source import blend, blend_all, blend_expert
@@ -92,8 +94,15 @@ def prefill(
       experts, or the recipe reads nothing of the prompt).
 
     Raises:
-      ValueError: the tree is packed already, or `offline` has no prior for experts.
+      ValueError: the tree is packed already, its tables are in another width than the recipe's, or
+        `offline` has no prior for experts.
     """
+    if recipe is not None and head_bits(params) != recipe.head:
+        raise ValueError(
+            f"head: expected a tree with tables of {recipe.head} bits, got {head_bits(params)} "
+            "(None is dense); pass what quant.head.joined makes of a model's tree and of what "
+            "prepare() returns"
+        )
     if config.n_experts and recipe is not None and offline.packed is None:
         selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
         lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
@@ -242,7 +251,7 @@ def decoded_shapes(
     """Shapes and dtypes of the tree that `prefill` returns, without computing it.
 
     Args:
-      params: the dense tree, or its shapes.
+      params: the dense tree, or its shapes; its tables may be packed already.
       config: the model's.
       recipe: how it would be quantized.
       offline: what the recipe needs besides the prompts.
@@ -252,11 +261,13 @@ def decoded_shapes(
     """
 
     def run(params: Params, offline: Offline) -> Params:
-        cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
+        if recipe is not None and recipe.head is not None and head_bits(params) is None:
+            params = {**params, **pack_head(params, recipe.head)}
+        cache = empty_cache(config, 1, 1, activation_dtype(params))
         prompts = Prompts(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
         return _prefill(params, prompts, cache, config, recipe, offline)[2]
 
-    return jax.eval_shape(run, params, offline)
+    return jax.eval_shape(run, params, dataclasses.replace(offline, head=None))
 
 
 def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str, Moments]:
@@ -273,7 +284,7 @@ def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str,
 
     def run(params: Params) -> dict[str, Moments]:
         valid = jnp.ones((1, 1), bool)
-        cache = empty_cache(config, 1, 1, params["embed"]["embedding"].dtype)
+        cache = empty_cache(config, 1, 1, activation_dtype(params))
         see = observing(valid, recipe.reads)
         return forward(config, params, valid.astype(jnp.int32), valid, cache, project=see)[2]
 

@@ -280,7 +280,7 @@ def stream(
     """
     began = time.perf_counter()
     asked = ask(model, prompt if isinstance(prompt, Asked) else [prompt], chat=chat)
-    arrays, how = arguments(
+    arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,
         sampling=sampling, seed=seed, smallest=smallest,
     )  # fmt: skip

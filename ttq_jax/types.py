@@ -149,12 +149,14 @@ class Offline:
       carried: per site, the moments of a conversation so far; {} at its first turn.
       low_rank: per projection, static factors; {} for none.
       packed: the whole tree, if it is quantized already and prefill quantizes nothing; else None.
+      head: the packed tables of the vocabulary, see `quant.head`; None for dense ones.
     """
 
     moments: dict[str, Leaf] = struct.field(default_factory=dict)
     carried: dict[str, Leaf] = struct.field(default_factory=dict)
     low_rank: dict[str, Leaf] = struct.field(default_factory=dict)
     packed: Leaf = None
+    head: Leaf = None
 
 
 @struct.dataclass
@@ -374,6 +376,7 @@ class Generation:
       prompt_tokens: per prompt, its length in tokens.
       effective_bits: per weight of the linear layers, of the weights that the decode loop read.
       model_bits: the same per parameter of the whole model.
+      bytes_per_token: read for each token that is decoded, see `models.traffic`.
       stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
       seconds: wall clock of the whole call, compilation included.
       moments: per site, for the next turn of a conversation; {} for recipes without a decay.
@@ -387,6 +390,7 @@ class Generation:
     stopped: list[str]
     effective_bits: float
     model_bits: float
+    bytes_per_token: int
     seconds: float
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
     unreached_experts: float | None = None

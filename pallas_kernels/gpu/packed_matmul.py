@@ -365,7 +365,7 @@ def packed_matmul(
       interpret: Runs on the CPU, for tests.
 
     Returns:
-      ``y[m, n]`` in x's dtype.
+      ``y[m, n]`` in ``problem.y_dtype``.
 
     Raises:
       ValueError: A stack of planes is between 2 and 4 GiB.
@@ -386,7 +386,7 @@ def packed_matmul(
         row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=False)
         operands.append(row.astype(jnp.float32))
     grid = (1 if few else pl.cdiv(m, tiles.rows), pl.cdiv(n, tiles.columns), tiles.splits)
-    partial = x.dtype if tiles.splits == 1 else jnp.float32
+    partial = problem.y_dtype if tiles.splits == 1 else jnp.float32
     out = pallas_call(
         functools.partial(_few_rows if few else _many_rows, facts=facts),
         out_shape=jax.ShapeDtypeStruct((tiles.splits, m, n), partial),
@@ -397,4 +397,4 @@ def packed_matmul(
         interpret=interpret,
         name=f"packed_matmul_{problem.bits}bit",
     )(*operands)
-    return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+    return out[0] if tiles.splits == 1 else jnp.sum(out, axis=0).astype(problem.y_dtype)

@@ -254,7 +254,7 @@ def packed_matmul(
       interpret: Parameters of Pallas' simulation of a GPU, for tests.
 
     Returns:
-      ``y[m, n]`` in x's dtype.
+      ``y[m, n]`` in ``problem.y_dtype``.
 
     Raises:
       ValueError: A stack of planes is between 2 and 4 GiB.
@@ -284,4 +284,4 @@ def packed_matmul(
     if of_columns is not None:
         row = jax.lax.dynamic_index_in_dim(of_columns, layer, keepdims=True)
         y = y * row.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(problem.y_dtype)

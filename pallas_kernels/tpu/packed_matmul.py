@@ -313,7 +313,7 @@ def packed_matmul(
       interpret: run by the TPU interpreter.
 
     Returns:
-      ``y[m, n]``, bfloat16.
+      ``y[m, n]`` in ``problem.y_dtype``.
     """
     m, k, n, group_size = problem.m, problem.k, problem.n, problem.group_size
     sizes = tiles or default_blocks(problem)
@@ -364,7 +364,7 @@ def packed_matmul(
                 *(fetch.scratch() if fetch else []),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((m, n), problem.y_dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=limit(chip_info()),

@@ -12,12 +12,13 @@ from decode_loop import decode_loop, makers
 from small import small_config
 
 from pallas_kernels import xla
-from ttq_jax.chips.absent import CHIPS, compile_for
+from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
 from ttq_jax.chips.programs import compile_generate, memory_of
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import decoded_shapes
+from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts, kernels, stored_bytes
@@ -122,6 +123,9 @@ def compile_small(chip, dtype, recipe, **changes):
     params = params_shapes(config, dtype)
     unreached = partial(for_unreached, config=config, reads=recipe.reads)
     offline = Offline(moments=jax.eval_shape(unreached, params, {}))
+    if recipe.head is not None:
+        with tracing_for(chip):
+            params |= jax.eval_shape(partial(pack_head, bits=recipe.head), params)
     shape = jax.ShapeDtypeStruct
     prompts = Prompts(shape((2, 32), jnp.int32), shape((2, 32), jnp.bool_))
     return compile_for(
@@ -160,9 +164,10 @@ def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_every_expert_runs_on_a_kernel(chip, no_fallback):
     """And compiles: on a TPU a kernel must not be fused with the stack of a loop over experts."""
-    recipe, experts = preset("fast"), {"n_experts": 4, "experts_per_token": 2}
+    recipe, experts = preset("fast"), {"n_experts": 4, "experts_per_token": 2, "vocab_size": 256}
     made = calls(compile_small(chip, "bfloat16", recipe, **experts).as_text())
-    assert made == {"packed_matmul": 7, "prefill_quantize": 4, "quantize_pack": 3}
+    # With the head, of the prompt's last token and of each further one.
+    assert made == {"packed_matmul": 9, "prefill_quantize": 4, "quantize_pack": 3}
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])

@@ -21,15 +21,17 @@ def test_json(cli_json, tiny):
     groups = {g["path"]: g for g in got["groups"]}
     assert groups["layers/down/kernel"]["shape"] == [LAYERS, FFN, WIDTH]
     assert groups["layers/k/kernel"]["shape"] == [LAYERS, WIDTH, WIDTH * KV // 4]
-    assert {p for p, g in groups.items() if g["quantized"]} == {
-        f"layers/{n}/kernel" for n in ("q", "k", "v", "o", "gate", "up", "down")
-    }
-    assert groups["embed/embedding"]["bits"] == 32
+    kernels = {f"layers/{n}/kernel" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {p for p, g in groups.items() if g["quantized"]} == kernels | {"embed/embedding"}
+    # A byte of code, and of each group a byte of scale, and two of the column.
+    assert groups["embed/embedding"]["bits"] == 8 * (64 + 1 + 2) / 64
     assert got["tokenizer"] == {
         "vocab_size": 258, "bos_id": 256, "bos_token": "<s>", "adds_bos": True, "eos_ids": [257],
         "eos_tokens": ["</s>"],
     }  # fmt: skip
-    assert 3 < got["effective_bits"] < 6 < got["model_bits"] < 32
+    assert 3 < got["effective_bits"] < got["model_bits"] < 9
+    # Of a tied table all is read, and nothing else than what is stored.
+    assert got["bytes_per_token"] == got["stored_bytes"]
     assert got["model_bits"] == pytest.approx(8 * got["stored_bytes"] / got["parameters"], abs=1e-4)
     assert got["format"] == ""
     assert math.prod(groups["embed/embedding"]["shape"]) == VOCAB * WIDTH
@@ -37,7 +39,8 @@ def test_json(cli_json, tiny):
 
 def test_selection_and_method_none(cli_json, tiny):
     (got,) = cli_json("inspect", "--model", tiny, "--select", "layers/down")
-    assert [g["path"] for g in got["groups"] if g["quantized"]] == ["layers/down/kernel"]
+    packed = [g["path"] for g in got["groups"] if g["quantized"]]
+    assert packed == ["embed/embedding", "layers/down/kernel"]
     (got,) = cli_json("inspect", "--model", tiny, "--method", "none")
     assert got["stored_bytes"] == got["bytes"]
     assert got["effective_bits"] == 32
@@ -61,7 +64,7 @@ def test_human_output(cli, tiny):
     code, out, _ = cli("inspect", "--model", tiny, "--no-compilation-cache")
     assert code == 0
     assert "layers/gate/kernel" in out
-    assert "over the whole model)" in out
+    assert "over the whole model, 0.1 MB read per token without the KV cache)" in out
     assert "already rounded" not in out
     assert "quantized" in out
     assert out.splitlines()[-1].startswith("total")

@@ -15,6 +15,7 @@ from ttq_jax.commands.kernels import listing, target_of
 from ttq_jax.commands.parsers import COMPILED
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
+from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts
@@ -53,7 +54,10 @@ def test_text_marks_a_fallback_and_says_why(cli):
     title, _, head, *rows = out.splitlines()
     assert title == "gemma-3-1b on v5e, bfloat16 activations"
     assert head.split() == ["projection", "kernel", "bits", "rows", "shape", "why"]
-    assert len(rows) == 14
+    assert len(rows) == 16
+    assert [row.split()[:2] for row in rows[14:]] == [
+        ["head", "quantize_pack"], ["head", "packed_matmul"],
+    ]  # fmt: skip
     fallen = [row for row in rows if "xla (fallback)" in row]
     assert fallen
     assert all("packed_matmul" in row and "tpu: " in row for row in fallen)
@@ -86,8 +90,9 @@ def test_recipes_change_who_is_asked(cli_json):
     ]  # fmt: skip
     (batch,) = cli_json(*model, "--batch-size", 3, "--prompt-tokens", 64)
     assert {(r["kernel"], r["m"]) for r in batch["kernels"]} == {
-        ("prefill_quantize", 192), ("packed_matmul", 3),
+        ("prefill_quantize", 192), ("packed_matmul", 3), ("quantize_pack", 0),
     }  # fmt: skip
+    assert batch["kernels"][-1]["n"] == 151936
 
 
 def test_a_model_on_disk_here(cli_json, tiny):
@@ -138,6 +143,7 @@ def test_released_sizes_are_listed_without_their_weights(model):
 LISTED = [
     ("gemma-3-1b", {"bits": 3, "group_size": 96}),
     ("gemma-3-1b", {"batch": "per_prompt", "group_size": 128}),
+    ("gemma-3-1b", {"head": 8, "select": "layers/q"}),
     ("olmoe-1b-7b", {}),
 ]  # fmt: skip
 
@@ -164,6 +170,8 @@ def test_the_list_is_what_a_traced_program_chooses(chip, model, options, monkeyp
     shape = jax.ShapeDtypeStruct
     prompts = Prompts(shape((2, 64), jnp.int32), shape((2, 64), jnp.bool_))
     with tracing_for(chip):
+        if recipe.head:
+            params |= jax.eval_shape(functools.partial(pack_head, bits=recipe.head), params)
         generate_tokens.trace(
             params, prompts, offline,
             jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,

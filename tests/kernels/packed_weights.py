@@ -43,7 +43,7 @@ def stored_grid(scales, zeros, bits):
     z = None if zeros is None else np.asarray(zeros, np.float64)
     if not isinstance(scales, CodedScales):
         return np.asarray(scales, np.float64), z
-    codes, columns = (np.asarray(a, np.float64) for a in scales)
+    codes, columns = (np.asarray(a, np.float64) for a in (scales.codes, scales.columns))
     return codes * columns[..., None, :], None if z is None else z / 2 ** (8 - bits)
 
 

@@ -1,6 +1,7 @@
 """Scales and zero points of eight bits: what is stored, what it stands for, and what is refused."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +75,14 @@ X, PLANES_OF = jnp.ones((2, 64)), pack(jnp.asarray(CODES), bits=4)
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"scales": SCALES._replace(codes=SCALES.codes.astype(jnp.int32))},
+        ({"scales": replace(SCALES, codes=SCALES.codes.astype(jnp.int32))},
          ["scales.codes", "uint8", "got int32"]),
-        ({"scales": SCALES._replace(codes=SCALES.codes[:1])}, ["scales.codes", "(2, 6)", "(1, 6)"]),
-        ({"scales": SCALES._replace(columns=SCALES.columns[None])},
+        ({"scales": replace(SCALES, codes=SCALES.codes[:1])}, ["scales.codes", "(2, 6)", "(1, 6)"]),
+        ({"scales": replace(SCALES, columns=SCALES.columns[None])},
          ["scales.columns", "(6,)", "(1, 6)"]),
-        ({"scales": SCALES._replace(columns=SCALES.columns[:5])},
+        ({"scales": replace(SCALES, columns=SCALES.columns[:5])},
          ["scales.columns", "(6,)", "(5,)"]),
-        ({"scales": SCALES._replace(columns=SCALES.columns.astype(jnp.float16))},
+        ({"scales": replace(SCALES, columns=SCALES.columns.astype(jnp.float16))},
          ["scales.columns", "float32, bfloat16", "float16"]),
         ({"zeros": ZEROS.astype(jnp.bfloat16)}, ["zeros", "uint8", "bfloat16"]),
         ({"zeros": ZEROS[:1]}, ["zeros", "(2, 6)", "(1, 6)"]),

@@ -139,6 +139,11 @@ def test_integers_are_exact_in_every_layer(bits, group_size, symmetric, m, dtype
         exact = np.asarray(x, np.float64) @ weight
         # One rounding, of the exact sum to x's dtype.
         np.testing.assert_array_equal(np.asarray(y), exact.astype(jnp.dtype(dtype)))
+    if dtype != "float32":
+        kind = {"bits": bits, "group_size": group_size, "out_dtype": "float32"}
+        y = product(x, planes, scales, zeros, layer, **kind)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(y), exact)
 
 
 @pytest.mark.parametrize("splits", [2, 5])

@@ -61,6 +61,13 @@ def test_integers_are_exact_in_a_later_layer(bits, group_size, n_group, n, m, ze
     exact = np.asarray(x, np.float64) @ weight
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(np.asarray(y), exact.astype(jnp.dtype(dtype)))
+    if bits == 8:
+        y = simulate(
+            x, pack(jnp.asarray(codes), bits=bits), scales, zeros, 1, tiles, **kind,
+            out_dtype=jnp.float32,
+        )  # fmt: skip
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(y), exact)
 
 
 @pytest.mark.parametrize("coded", [False, True])

@@ -45,10 +45,11 @@ COLUMNS = (256, 130, 200)
 ZEROS = (None, "bfloat16", "uint8", "float32")
 
 
-def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, **blocks):
+def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, out_dtype=None, **blocks):
     x = mixed_rows(m, m, k)
     codes, stacks = mixed_packed(k + m, bits, group, k, n, scales, zeros)
-    problem, tiles = matmul_problem(x, *stacks[1:], bits=bits, group_size=group), None
+    kind = {"bits": bits, "group_size": group, "out_dtype": out_dtype}
+    problem, tiles = matmul_problem(x, *stacks[1:], **kind), None
     if blocks:
         default = kernel.default_blocks(problem)
         width = math.gcd(default.width, blocks.get("columns", default.columns))
@@ -57,7 +58,7 @@ def run(m, bits, group, k, n, zeros, scales="bfloat16", cores=1, **blocks):
         kernel.packed_matmul, x, *stacks, jnp.asarray(LAYER), problem=problem, tiles=tiles,
         cores=cores,
     )  # fmt: skip
-    assert y.dtype == x.dtype
+    assert y.dtype == (out_dtype or x.dtype)
     return check_product(y, x, codes, stacks, bits=bits, group_size=group)
 
 
@@ -100,6 +101,11 @@ def test_a_layer_of_more_than_a_block_has():
         assert np.all(
             wrong <= half_step(y.dtype) * np.abs(exact) + 2**-16 * (np.abs(f64(x)) @ size)
         )
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_float32_sums_of_bfloat16_activations(m):
+    run(m, 8, 64, 192, 130, None, out_dtype="float32")
 
 
 @pytest.mark.parametrize("bits", sorted(ROWS))

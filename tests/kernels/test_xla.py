@@ -112,6 +112,36 @@ def test_awkward_groups_and_every_blocking(group_size, n_group, bits, limits, mo
         assert np.all(wrong <= bound[:rows])
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_wide_weight_some_columns_at_a_time(bits, monkeypatch):
+    monkeypatch.setattr(xla, "_BLOCK_SUMS", 12)
+    monkeypatch.setattr(xla, "_BLOCK_WEIGHTS", 4 * xla._MIN_BLOCK_ROWS)
+    xla._one_row.clear_cache()
+    for m in (1, xla.FEW_ROWS + 1):
+        test_integers_are_exact(bits, False, m)
+    xla._one_row.clear_cache()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("run", ["packed_matmul", "dense_matmul"])
+def test_float32_sums_of_bfloat16_activations(run, m):
+    codes, scales, _ = random_weight(0, 8, 16, 2, 6, "bfloat16", None)
+    weight = jax.tree.map(lambda a: a[None], (pack(jnp.asarray(codes), bits=8), scales, None))
+    x = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (m, 32)), jnp.bfloat16)
+    problem = matmul_problem(x, scales, None, bits=8, group_size=16, out_dtype=jnp.float32)
+    y = getattr(xla, run)(x, *weight, jnp.zeros((), jnp.int32), problem=problem)
+    assert y.dtype == jnp.float32
+    exact, size = oracle_weight(codes, scales, None, 8, 16)
+    wide = np.asarray(x, np.float64)
+    # The dense product rounds the weight to x's dtype, never the sums.
+    eps = EPS if run == "packed_matmul" else float(jnp.finfo(x.dtype).eps) / 2
+    assert np.all(
+        np.abs(np.asarray(y, np.float64) - wide @ exact) <= 36 * eps * (np.abs(wide) @ size)
+    )
+    with pytest.raises(ValueError, match="out_dtype: expected one of None, float32"):
+        matmul_problem(x, scales, None, bits=8, group_size=16, out_dtype="int8")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("lead", [(), (2, 1), (3, 4), (0,)])
 def test_shape_and_dtype_follow_x(lead, dtype):

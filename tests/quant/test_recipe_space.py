@@ -16,6 +16,7 @@ from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import BITS, Grid
+from ttq_jax.quant.head import head_of, joined
 from ttq_jax.quant.lowrank import truncated_svd
 from ttq_jax.quant.moments import Reads, observe
 from ttq_jax.quant.recipe import PRESETS, Recipe, preset
@@ -136,16 +137,20 @@ def test_every_kind_of_choice_in_the_one_program(name):
         moments = observe_tokens(PARAMS, window, config=CONFIG, reads=recipe.reads)
     elif recipe.source.prior == "weights":
         moments = prior_from_weights(PARAMS, config=CONFIG, reads=recipe.reads)
-    offline = Offline(moments=moments, low_rank=static_factors(PARAMS, recipe, moments))
+    offline = Offline(
+        moments=moments, low_rank=static_factors(PARAMS, recipe, moments),
+        head=head_of(PARAMS, recipe),
+    )  # fmt: skip
+    params, offline = joined(PARAMS, recipe, offline)
     key, limit = jax.random.key(0), jnp.asarray(6, jnp.int32)
     how = {"config": CONFIG, "sampling": Sampling(), "capacity": 8, "eos_ids": ()}
     # A program compiled ahead refuses whatever it was not compiled for: it serves both prompts.
     program = generate_tokens.lower(
-        PARAMS, prompts_of([[1]], 16), offline, key, limit, recipe=recipe, **how
+        params, prompts_of([[1]], 16), offline, key, limit, recipe=recipe, **how
     ).compile()
     outs = []
     for row in random_rows([16, 5], seed=4):
-        out, counts, finite, *_ = program(PARAMS, prompts_of([row], 16), offline, key, limit)
+        out, counts, finite, *_ = program(params, prompts_of([row], 16), offline, key, limit)
         assert counts.tolist() == [6]
         assert finite
         assert ((out >= 0) & (out < CONFIG.vocab_size)).all()

@@ -19,6 +19,7 @@ from ttq_jax import cut_windows, load, prepare
 from ttq_jax.commands.main import main
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.perplexity import Protocol, score_window
+from ttq_jax.quant.head import joined
 from ttq_jax.sweeps import run
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import Rows, read_rows
@@ -72,10 +73,10 @@ def test_rows_say_all_that_a_number_depends_on(finished, place, sweep_file):
         if cell.options.calibration and cell.recipe.source.reads_corpus:
             read = read_corpus(cell.options.calibration)
             offline = calibration_windows(model.tokenizer, read, tokens=96, window=96)
-        made = prepare(model, cell.recipe, offline)
+        params, made = joined(model.params, cell.recipe, prepare(model, cell.recipe, offline))
         nll = [
             float(score_window(
-                model.params, jnp.asarray(w), made, config=model.config, recipe=cell.recipe,
+                params, jnp.asarray(w), made, config=model.config, recipe=cell.recipe,
                 protocol=Protocol(window=48, prompt_tokens=24),
             ))
             for w in windows

@@ -20,6 +20,7 @@ from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import expect, shown
+from ttq_jax.quant.grid import BITS
 
 __all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
 
@@ -32,6 +33,7 @@ def load(
     dtype: Literal["float32", "bfloat16"] = "float32",
     progress: Progress | None = None,
     ignore_keys: Sequence[str] = (),
+    head: int | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -43,6 +45,8 @@ def load(
       progress: called as progress(done, total, "weights") while weights are read, in elements.
       ignore_keys: settings of the model's files that this package does not know and that you know
         to change nothing, named as in the message that refuses them; each becomes a note.
+      head: packs the embedding and the head in this many bits while they are read, 2, 3, 4, 5 or 8,
+        for recipes with this `Recipe.head` alone; None loads them as they are, for any recipe.
 
     Returns:
       The model, its weights on JAX's default device.
@@ -55,10 +59,15 @@ def load(
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"dtype: expected float32 or bfloat16, got {shown(dtype)}")
+    if head is not None and head not in BITS:
+        raise CheckpointError(
+            f"head: expected one of {', '.join(map(str, BITS))}, or None, got {shown(head)}"
+        )
     expect("model", model, (str, Path), "a path, a hub id or an alias")
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(
-        path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys)
-    )
+        path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
+        head=head,
+    )  # fmt: skip
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

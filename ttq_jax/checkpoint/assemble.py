@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.fingerprint import places, said
 from ttq_jax.checkpoint.source import Source
 from ttq_jax.config import ModelConfig
 from ttq_jax.foreign import named
 from ttq_jax.models.decoder import init_params
 from ttq_jax.models.family import Edit
-from ttq_jax.types import SITE_OF, Params
+from ttq_jax.quant.head import BLOCK, pack_columns
+from ttq_jax.types import SITE_OF, Params, QuantizedLinear
 
 Progress = Callable[[int, int, str], None]
 # (a matrix to fill, tensor name, its first row there, first row to read, row after the last)
@@ -34,6 +36,8 @@ _SUFFIX = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bia
 # Small enough for a chunk and its temporaries to stay in a core's cache.
 _CHUNK = 2**18
 _ALIGNMENT = 64
+# What `quant.head` packs.
+_TABLES = (("embed", "embedding"), ("head", "kernel"))
 _TOGETHER = "configuration and weights are of the same model"
 
 
@@ -209,6 +213,40 @@ def _jobs(leaf: _Leaf, out: np.ndarray, head_dim: int) -> Iterator[_Job]:
             yield part, name, first, start, min(start + step, n_rows)
 
 
+_pack = jax.jit(pack_columns, static_argnames="bits")
+
+
+def _packed(
+    leaf: _Leaf, fill: Callable[[_Leaf, np.ndarray], None], dtype: np.dtype, bits: int
+) -> tuple[QuantizedLinear, str, bytes]:
+    """A table that is packed while it is read, so that it never exists as a whole.
+
+    Returns:
+      The packed table, its path, and what its fingerprint says of it.
+    """
+    axis, n = (1 if leaf.transposed else 0), leaf.rows
+    size, out = min(BLOCK, n), None
+    at = places(leaf.shape)
+    sample = np.zeros(at[0].shape, dtype)
+    for begin in range(0, n, size):
+        start = min(begin, n - size)
+        shape = (leaf.shape[0], size) if leaf.transposed else (size, leaf.shape[1])
+        rows = _allocate(shape, dtype)
+        fill(dataclasses.replace(leaf, shape=shape, first=leaf.first + start), rows)
+        here = (at[axis] >= start) & (at[axis] < start + size)
+        inside = [i[here] - (start if j == axis else 0) for j, i in enumerate(at)]
+        sample[here] = rows[tuple(inside)]
+        made = dataclasses.replace(_pack(rows if leaf.transposed else rows.T, bits=bits), d_out=n)
+        if out is None:
+            wide = lambda a: _allocate((*a.shape[:-1], n), a.dtype)  # noqa: E731
+            out = jax.tree.map(wide, made)
+        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(made), strict=True):
+            whole[..., start : start + size] = part
+    assert out is not None
+    name = "".join(f"[{key!r}]" for key in leaf.path)
+    return out, name, said(name, leaf.shape, sample)
+
+
 def assemble(
     config: ModelConfig,
     source: Source,
@@ -218,7 +256,8 @@ def assemble(
     ignored: tuple[str, ...] = (),
     dtype: Any = np.float32,
     progress: Progress | None = None,
-) -> Params:
+    head: int | None = None,
+) -> tuple[Params, dict[str, bytes]]:
     """Loads a parameter tree.
 
     Args:
@@ -229,9 +268,11 @@ def assemble(
       ignored: patterns of tensors that are left out on purpose.
       dtype: of every leaf, float32 or bfloat16.
       progress: called as progress(done, total, "weights"), in elements.
+      head: packs the vocabulary's tables in this many bits, see `Recipe.head`; None for dense ones.
 
     Returns:
-      A tree of the form of `decoder.init_params`, on the default device.
+      A tree of the form of `decoder.init_params`, on the default device; and of each packed table,
+      by path, what its fingerprint says of it.
 
     Raises:
       CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
@@ -241,17 +282,29 @@ def assemble(
     _check(source, leaves, ignored)
     total = sum(int(np.prod(leaf.shape)) * len(leaf.names) for leaf in leaves)
     params: Params = {}
+    tables: dict[str, bytes] = {}
     done = 0
+
+    def fill(leaf: _Leaf, out: np.ndarray) -> None:
+        nonlocal done
+        jobs = _jobs(leaf, out, config.head_dim)
+        for size in pool.map(partial(_fill, source, leaf, config.head_dim), jobs):
+            done = min(done + size, total)
+            if progress:
+                progress(done, total, "weights")
+
+    kind = np.dtype(jnp.dtype(dtype))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for leaf in leaves:
-            out = _allocate((*leaf.stack, *leaf.shape), np.dtype(jnp.dtype(dtype)))
-            jobs = _jobs(leaf, out, config.head_dim)
-            for size in pool.map(partial(_fill, source, leaf, config.head_dim), jobs):
-                done += size
-                if progress:
-                    progress(done, total, "weights")
+            out: Any
+            if head is not None and leaf.path in _TABLES:
+                out, name, entry = _packed(leaf, fill, kind, head)
+                tables[name] = entry
+            else:
+                out = _allocate((*leaf.stack, *leaf.shape), kind)
+                fill(leaf, out)
             node = params
             for key in leaf.path[:-1]:
                 node = node.setdefault(key, {})
             node[leaf.path[-1]] = jax.device_put(out, may_alias=True)
-    return params
+    return params, tables

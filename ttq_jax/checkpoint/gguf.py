@@ -117,7 +117,7 @@ def read_config(
 
 def load_gguf(
     path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (),
+    ignore_keys: tuple[str, ...] = (), head: int | None = None,
 ) -> Model:  # fmt: skip
     """Loads a GGUF file.
 
@@ -127,6 +127,7 @@ def load_gguf(
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
+      head: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -145,7 +146,7 @@ def load_gguf(
             future = pool.submit(
                 build_tokenizer, file.metadata, file.label, config.vocab_size, family.end
             )
-            params = assemble(
+            params, tables = assemble(
                 config,
                 file,
                 {**family.gguf_modules, **(GGUF_EXPERTS if config.n_experts else {})},
@@ -153,10 +154,11 @@ def load_gguf(
                 ignored=(_ROPE_FACTORS, *_LONG_ROPE.values()),
                 dtype=dtype,
                 progress=progress,
+                head=head,
             )
             tokenizer = future.result()
         chat = gguf_template(file.metadata, tokenizer, file.label)
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
-        notes=(*notes, *tokenizer.notes), chat=chat,
+        notes=(*notes, *tokenizer.notes), chat=chat, tables=tables,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def _tied(
 
 def load_directory(
     directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (),
+    ignore_keys: tuple[str, ...] = (), head: int | None = None,
 ) -> Model:  # fmt: skip
     """Loads a Hugging Face directory.
 
@@ -164,6 +164,7 @@ def load_directory(
       dtype: of the weights, float32 or bfloat16.
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
+      head: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -178,10 +179,10 @@ def load_directory(
     )
     with open_safetensors(directory, (*family.hf_ignored, *DERIVED)) as source:
         config, modules, read_so = _tied(config, source, _modules(family, source))
-        head = modules["head"] + ".weight"
-        params = assemble(
-            config, source, modules, family.hf_edits, dtype=dtype, progress=progress,
-            ignored=(head,) if config.tie_embeddings else (),
+        table = modules["head"] + ".weight"
+        params, tables = assemble(
+            config, source, modules, family.hf_edits, dtype=dtype, progress=progress, head=head,
+            ignored=(table,) if config.tie_embeddings else (),
         )  # fmt: skip
     chat, untold = read_template(directory, tokenizer)
     parts = [
@@ -190,4 +191,7 @@ def load_directory(
     if parts:
         notes += [f"only the text model is read; left out: {named(parts)}"]
     notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes, *untold]
-    return Model(config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat)
+    return Model(
+        config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat,
+        tables=tables,
+    )  # fmt: skip

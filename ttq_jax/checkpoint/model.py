@@ -7,6 +7,7 @@ from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.config import ModelConfig
+from ttq_jax.models.cache import activation_dtype
 from ttq_jax.types import Params
 
 
@@ -24,6 +25,7 @@ class Model:
       origin: which files it came from, see `checkpoint.origin`; empty if from none.
       notes: what its files left open or got wrong, and how it was read; a sentence each.
       chat: how it wants messages to be written; None for a model that has no such form.
+      tables: of each table that is packed already, what its fingerprint says of it; by path.
     """
 
     config: ModelConfig
@@ -35,11 +37,12 @@ class Model:
     origin: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     chat: ChatTemplate | None = None
+    tables: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         """Of the unquantized weights and of the activations."""
-        return str(self.params["embed"]["embedding"].dtype)
+        return str(activation_dtype(self.params))
 
     def __repr__(self) -> str:
         """One line: a notebook prints a model when it is the last value of a cell."""

@@ -5,29 +5,24 @@ writes fluent text. So a store names both, and loading refuses a mismatch.
 """
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
+from ttq_jax.checkpoint.fingerprint import fingerprint
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.store_checks import check_packed
 from ttq_jax.checkpoint.store_files import (
     Shardings,
     StoreError,
     check_destination,
-    plain,
     read,
     read_header,
     shapes,
     write,
 )
-from ttq_jax.config import identity
 from ttq_jax.foreign import named
+from ttq_jax.quant.head import check_head, head_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.types import MixedLinear, Moments, Offline, QuantizedLinear, kernels
@@ -53,54 +48,13 @@ _UNQUANTIZED = {"moments": {"of": "none", "prior": "none"}}
 # Choices of a recipe that do not change a tree quantized before any prompt.
 _OF_THE_PROMPT = ("batch", "prefill")
 
-# Elements of each array that the fingerprint looks at.
-_SAMPLE = 1024
-
-
-def _places(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """Indices of at most `_SAMPLE` elements, spread so that no axis's period can hide from them."""
-    size = int(np.prod(shape, dtype=np.int64))
-    if size <= _SAMPLE:
-        flat = np.arange(size)
-    else:
-        golden = np.arange(_SAMPLE) * ((5**0.5 - 1) / 2) % 1.0
-        flat = (golden * size).astype(np.int64)
-    return tuple(i.astype(np.int32) for i in np.unravel_index(flat, shape))
-
-
-@jax.jit
-def _elements(arrays: tuple[Any, ...], places: list[tuple[Any, ...]]) -> list[jax.Array]:
-    return [a[at] for a, at in zip(arrays, places, strict=True)]
-
-
-def fingerprint(model: Model) -> str:
-    """Identifies a model, also among those of the same shape.
-
-    It is a digest of the config and of every array's name, shape, type and a sample of its values:
-    weights that were trained further differ nearly everywhere. It depends neither on the device
-    nor on the sharding.
-
-    Args:
-      model: dense.
-
-    Returns:
-      64 hexadecimal digits.
-    """
-    paths, leaves = zip(*jax.tree.leaves_with_path(model.params), strict=True)
-    places = [_places(leaf.shape) for leaf in leaves]
-    samples = jax.device_get(_elements(leaves, jax.device_put(places)))
-    config = json.dumps(plain(identity(model.config)), sort_keys=True)
-    digest = hashlib.sha256(config.encode())
-    for path, leaf, sample in zip(paths, leaves, samples, strict=True):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()
+# A store holds no tables: `load_offline` packs the model's.
+_OF_THE_MODEL = ("head",)
 
 
 def _identity(model: Model) -> dict[str, str]:
     """What identifies the model: the fingerprint; the rest is for messages."""
-    dtype = str(jax.tree.leaves(model.params)[0].dtype)
-    return {"name": model.name, "dtype": dtype, "fingerprint": fingerprint(model)}
+    return {"name": model.name, "dtype": model.dtype, "fingerprint": fingerprint(model)}
 
 
 def _about(kind: str, model: Model, recipe: Recipe | None) -> dict[str, Any]:
@@ -112,7 +66,8 @@ def _about(kind: str, model: Model, recipe: Recipe | None) -> dict[str, Any]:
 def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offline) -> None:
     """Saves what `prepare` made.
 
-    Of a packed tree only the packed kernels are written; the rest is the model's. An interrupted
+    Of a packed tree only the blocks' packed kernels are written; the rest is the model's, the
+    packed tables too. An interrupted
     save leaves an old store as it was. What a killed one leaves, a hidden directory beside it, is
     removed by the next save to that place.
 
@@ -133,7 +88,7 @@ def save_offline(path: str | Path, model: Model, recipe: Recipe, offline: Offlin
             if isinstance(kernel, QuantizedLinear | MixedLinear)
         }
         offline = dataclasses.replace(offline, packed=packed)
-    write(path, _about("offline", model, recipe), offline)
+    write(path, _about("offline", model, recipe), dataclasses.replace(offline, head=None))
 
 
 def load_offline(
@@ -161,12 +116,14 @@ def load_offline(
     header, offline = _fitting(path, "offline", model)
     _check_recipe(path, header["recipe"], recipe, offline)
     _check_parts(str(path), offline, recipe)
+    check_head(model.params, recipe)
     if offline.packed is not None:
         check_packed(path, offline.packed, model.params, recipe)
-    offline = read(path, header, sharding)
+    offline = dataclasses.replace(read(path, header, sharding), head=head_of(model.params, recipe))
     if offline.packed is None:
         return offline
-    return dataclasses.replace(offline, packed=replace_kernels(model.params, offline.packed))
+    tree = {**model.params, **(offline.head or {})}
+    return dataclasses.replace(offline, packed=replace_kernels(tree, offline.packed))
 
 
 def save_conversation(
@@ -330,7 +287,7 @@ def _check_recipe(path: str | Path, stored: dict[str, Any], recipe: Recipe, held
     there, here = _flat(stored), _flat(described)
     keys: Iterable[str]
     if held.packed is not None:
-        keys = [key for key in {**there, **here} if key not in _OF_THE_PROMPT]
+        keys = [key for key in {**there, **here} if key not in _OF_THE_PROMPT + _OF_THE_MODEL]
     else:
         origin = "the origin of the moments"
         there[origin], here[origin] = _origin(stored), _origin(described)

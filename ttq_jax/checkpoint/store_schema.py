@@ -41,7 +41,7 @@ TREES: dict[str, Schema] = {
         "Offline",
         {
             "moments": _MOMENTS, "carried": _MOMENTS, "low_rank": _named(_LOW_RANK),
-            "packed": (None, _named((_QUANTIZED, _MIXED))),
+            "packed": (None, _named((_QUANTIZED, _MIXED))), "head?": None,
         },
         {},
     ),

@@ -14,6 +14,7 @@ from ttq_jax.chips.absent import CHIPS, compile_for
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
+from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts
@@ -41,6 +42,8 @@ def compile_generate(
     if recipe is not None and recipe.source.of == "prompt":
         see = partial(for_unreached, config=config, reads=recipe.reads)
         moments = jax.eval_shape(see, params, {})
+    if recipe is not None and recipe.head is not None:
+        params = params | jax.eval_shape(partial(pack_head, bits=recipe.head), params)
     shape = jax.ShapeDtypeStruct
     size = (batch, prompt_tokens)
     prompts = Prompts(shape(size, jnp.int32), shape(size, jnp.bool_))

@@ -189,7 +189,8 @@ class _Session:
         if self.last is None:
             print_text("nothing was answered yet")
             return
-        bits = self.last.made.effective_bits, self.last.made.model_bits
+        made = self.last.made
+        bits = made.effective_bits, made.model_bits, made.bytes_per_token
         context = self.model.config.max_positions
         used = self.last.made.prompt_tokens[0] + len(self.last.made.tokens[0])
         for line in (

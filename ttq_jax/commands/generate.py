@@ -44,6 +44,7 @@ def _print_json(
             head(model, args.method, recipe, made.effective_bits)
             | {
                 "model_bits": round(made.model_bits, 4),
+                "bytes_per_token": made.bytes_per_token,
                 "prompt": prompt,
                 "messages": check_messages(said) if args.chat else None,
                 "text": text,
@@ -74,7 +75,7 @@ def _tell(
     """What is not the answer, on stderr."""
     new, why = sum(map(len, made.tokens)), ", ".join(sorted(set(made.stopped)))
     progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
-    bits = made.effective_bits, made.model_bits
+    bits = made.effective_bits, made.model_bits, made.bytes_per_token
     progress.note(describe_method(args.method, recipe, *bits))
     if made.unreached_experts is not None:
         progress.note(
@@ -233,7 +234,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
     check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:
         progress.note(

@@ -19,6 +19,7 @@ from ttq_jax.errors import shown
 from ttq_jax.evaluation.describe import describe_method, head, megabytes, table
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection, static_factors
@@ -119,6 +120,7 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
         "stored_bytes": sum(r["stored_bytes"] for r in rows),
         "effective_bits": round(effective_bits(after), 4),
         "model_bits": round(model_bits(after), 4),
+        "bytes_per_token": bytes_per_token(after, config),
         "groups": rows,
     }
 
@@ -179,6 +181,6 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if args.json:
         print_json(head(model, args.method, recipe, found["effective_bits"]) | found)
     else:
-        bits = found["effective_bits"], found["model_bits"]
+        bits = found["effective_bits"], found["model_bits"], found["bytes_per_token"]
         line = describe_method(args.method, recipe, *bits)
         print_text(_text(args.model, found, line))

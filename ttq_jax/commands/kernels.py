@@ -19,6 +19,7 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.experts import rows_per_block
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
+from ttq_jax.quant.head import BLOCK, grid_of
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.scaling import NoScale
@@ -49,7 +50,8 @@ def listing(
       dtype: of the activations.
 
     Returns:
-      Rows of projection, kernel, bits, m, k, n, implementation, reason and fallback.
+      Rows of projection, kernel, bits, m, k, n, implementation, reason and fallback; the last
+      ones are the head's, if the recipe packs it.
 
     Raises:
       ConfigError: the recipe selects no projection.
@@ -101,7 +103,33 @@ def listing(
                     **row, "implementation": choice.implementation, "reason": choice.reason,
                     "fallback": choice.fallback,
                 })  # fmt: skip
+    if recipe.head is not None:
+        rows += _of_head(config, recipe.head, target, rows=pooled, dtype=dtype)
     return rows
+
+
+def _of_head(
+    config: ModelConfig, bits: int, target: Target, *, rows: int, dtype: str
+) -> list[dict[str, Any]]:
+    """The table that gives the logits: rounded once per model, multiplied at each token."""
+    d_in, n, packing = config.embed_dim, config.vocab_size, grid_of(bits).packing(config.embed_dim)
+    group = packing["group_size"]
+    problems = (
+        Problem(kernel="quantize_pack", m=0, d_in=d_in, n=min(BLOCK, n), dtype=dtype, **packing,
+                shrinks=Nearest.shrinks),
+        Problem(kernel="packed_matmul", m=rows, d_in=d_in, n=n, dtype=dtype, **packing,
+                out_dtype="float32"),
+    )  # fmt: skip
+    found = []
+    for problem in problems:
+        choice = choose(problem, target)
+        found.append({
+            "projection": "head", "kernel": problem.kernel, "bits": bits, "m": problem.m,
+            "k": -(-d_in // group) * group, "n": problem.n,
+            "implementation": choice.implementation, "reason": choice.reason,
+            "fallback": choice.fallback,
+        })  # fmt: skip
+    return found
 
 
 def run(args: argparse.Namespace, progress: Progress) -> None:

@@ -118,6 +118,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE.toml",
         help=f"{', '.join(METHODS)}, or a file (default: %(default)s)")  # fmt: skip
     add("--bits", type=int, metavar="B", help="bits per code: 2, 3, 4, 5 or 8")
+    add("--head", metavar="B",
+        help="bits per code of the embedding and the head: 2, 3, 4, 5 or 8; none leaves them "
+        "unquantized")  # fmt: skip
     add("--group-size", type=int, metavar="N",
         help="input channels that share a scale: a multiple of 8, or -1 for all")  # fmt: skip
     add("--rank", type=int, metavar="R",

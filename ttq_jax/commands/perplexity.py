@@ -60,7 +60,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)
     calibration = calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+    only = None if args.with_baseline else recipe
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, only)
     check_selection(model.params, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)
     if args.save_recipe and recipe is not None:
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     interval = interval95(scored.nll, protocol.scored)
     result = head(model, args.method, recipe, scored.effective_bits) | {
         "model_bits": round(scored.model_bits, 4),
+        "bytes_per_token": scored.bytes_per_token,
         "perplexity": scored.perplexity,
         "unquantized_perplexity": base,
         "interval_95": interval,
@@ -114,7 +116,7 @@ def _print_perplexity(
     if result["unquantized_perplexity"] is not None:
         gap = result["perplexity"] / result["unquantized_perplexity"] - 1
         print_text(f"unquantized  {result['unquantized_perplexity']:.3f}  ({100 * gap:+.1f} %)")
-    bits = result["effective_bits"], result["model_bits"]
+    bits = result["effective_bits"], result["model_bits"], result["bytes_per_token"]
     print_text(f"recipe       {describe_method(args.method, recipe, *bits)}")
     print_text(
         f"protocol     {result['protocol']}: {result['windows']} windows of {result['window']} "

@@ -19,10 +19,11 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.evaluation.perplexity import read_refreshing
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import generate_tokens
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, check_ids, pad_prompts
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Cache, Offline, Params, Prompts
@@ -74,7 +75,7 @@ def score_padded(
     # Weights that are refreshed on the way belong to one row.
     together = 1 if every else min(count, _TOGETHER)
     slots = prompts.tokens.shape[1] + width - 1 + every
-    cache = empty_cache(config, 1, slots, params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, 1, slots, activation_dtype(params))
     hidden, filled, packed, seen, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
@@ -140,14 +141,15 @@ def score_continuations(
     prompts = pad_prompts(
         [prompt], max_positions=model.config.max_positions, max_new_tokens=longest - 1
     )
+    params, offline = joined(model.params, recipe, offline)
     scores, greedy = jax.device_get(
         score_padded(
-            model.params, prompts, *jax.device_put((rows, lengths)), offline,
+            params, prompts, *jax.device_put((rows, lengths)), offline,
             config=model.config, recipe=recipe,
         )
     )  # fmt: skip
     if not np.isfinite(scores[: len(continuations)]).all():
-        raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
+        raise_not_finite(params, prompts, offline, config=model.config, recipe=recipe)
     return list(zip(scores.tolist(), greedy.tolist(), strict=True))[: len(continuations)]
 
 
@@ -212,8 +214,9 @@ def continue_until(
     # Decoded text does not show special tokens: they are looked for by their ids.
     single = [ids for stop in until if len(ids := tokenizer.encode(stop, add_bos=False)) == 1]
     ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.continuation(prompt, ids))}
+    params, offline = joined(model.params, recipe, offline)
     run = partial(
-        generate_tokens, model.params, prompts, offline, key, config=model.config, recipe=recipe,
+        generate_tokens, params, prompts, offline, key, config=model.config, recipe=recipe,
         sampling=sampling, capacity=bucket(limit), eos_ids=tuple(sorted(ends)),
     )  # fmt: skip
     # The program knows tokens, not texts. It runs for a few tokens and, if none of `until` appears,
@@ -222,7 +225,7 @@ def continue_until(
     while True:
         tokens, counts, fine, *_ = jax.device_get(run(jax.device_put(np.int32(upto))))
         if not fine:
-            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
+            raise_not_finite(params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])
         text = tokenizer.continuation(prompt, tokens[0, :count].tolist())
         found = [at for stop in until if (at := text.find(stop)) >= 0]

@@ -139,23 +139,26 @@ def describe_grid(recipe: Recipe) -> str:
     return ", ".join(parts)
 
 
-def describe_bits(bits: float, whole: float | None = None) -> str:
-    """Stored bits in words.
+def describe_bits(bits: float, whole: float | None = None, read: int | None = None) -> str:
+    """Stored bits, and what decoding reads, in words.
 
     Args:
       bits: per weight of the linear layers, everything in them counted.
       whole: per parameter of the whole model, if known.
+      read: bytes read per decoded token without the KV cache, if known.
 
     Returns:
       Text.
     """
     also = "" if whole is None else f", {whole:.2f} over the whole model"
+    also += "" if read is None else f", {megabytes(read)} read per token without the KV cache"
     return f"{bits:.2f} bits per weight of the linear layers{also}"
 
 
 def describe_method(
-    method: str, recipe: Recipe | None, bits: float, whole: float | None = None
-) -> str:
+    method: str, recipe: Recipe | None, bits: float, whole: float | None = None,
+    read: int | None = None,
+) -> str:  # fmt: skip
     """One line for people: recipe, bits, groups, choices.
 
     Args:
@@ -163,12 +166,13 @@ def describe_method(
       recipe: None for "none".
       bits: effective bits per weight of the linear layers.
       whole: the same per parameter of the whole model, if known.
+      read: bytes read per decoded token without the KV cache, if known.
 
     Returns:
       Text.
     """
     if recipe is None:
-        return f"none (unquantized, {describe_bits(bits, whole)})"
+        return f"none (unquantized, {describe_bits(bits, whole, read)})"
     parts = [
         method,
         describe_grid(recipe),
@@ -179,4 +183,6 @@ def describe_method(
     if recipe.low_rank.total:
         parts.append(low_rank_in_short(recipe.low_rank))
     parts.append(f"{recipe.prefill} prefill")
-    return f"{', '.join(parts)} ({describe_bits(bits, whole)})"
+    if recipe.head is not None:
+        parts.append(f"head {recipe.head} bits")
+    return f"{', '.join(parts)} ({describe_bits(bits, whole, read)})"

@@ -39,6 +39,7 @@ from ttq_jax.evaluation.continuations import continue_until, score_continuations
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.harness_arguments import generation_of, load_arguments
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import PromptError
@@ -124,7 +125,8 @@ class _Adapter:
         if (additional_config or {}).get("batch_size", 1) not in {None, 1, "1"}:
             Progress().note("the batch size has no effect: each prompt has weights of its own")
         made = cls(**load_arguments(arg_dict))
-        bits = effective_bits(made.shapes), model_bits(made.shapes)
+        shapes, config = made.shapes, made.model.config
+        bits = effective_bits(shapes), model_bits(shapes), bytes_per_token(shapes, config)
         Progress().note(describe_method(made.said["method"], made.recipe, *bits))
         return made
 
@@ -147,6 +149,7 @@ class _Adapter:
         more = {
             "model": name,
             "model_bits": round(model_bits(self.shapes), 4),
+            "bytes_per_token": bytes_per_token(self.shapes, self.model.config),
             "max_length": self.max_length,
             "seed": self.seed,
             "weights_from": _WEIGHTS_FROM,

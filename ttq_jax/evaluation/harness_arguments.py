@@ -98,7 +98,7 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     progress = Progress()
     text = calibration_text(needs, progress)
     keys = str(given["ignore_key"] or "").split()
-    model, _ = load_model(str(given["model"]), given["dtype"] or "float32", progress, keys)
+    model, _ = load_model(str(given["model"]), given["dtype"] or "float32", progress, keys, recipe)
     check_selection(model.params, recipe)
     offline, _ = prepare_offline(needs, model, text, progress)
     said: dict[str, Any] = {"method": name}

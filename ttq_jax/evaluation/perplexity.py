@@ -27,11 +27,13 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import check_fields, expect, shown
 from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
+from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
 from ttq_jax.prompts import check_windows, pad_prompts
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
@@ -84,6 +86,7 @@ class Perplexity:
       seconds: wall clock so far, compilation included.
       effective_bits: per weight of the linear layers, of the weights that score.
       model_bits: the same per parameter of the whole model.
+      bytes_per_token: read for each token that is decoded, see `models.traffic`.
       nll: per window, the summed negative log-likelihood of its scored tokens, nats.
     """
 
@@ -93,6 +96,7 @@ class Perplexity:
     seconds: float
     effective_bits: float
     model_bits: float
+    bytes_per_token: int
     nll: tuple[float, ...]
 
 
@@ -142,7 +146,7 @@ def score_window(
     prompts = Prompts(read, jnp.ones(read.shape, bool))
     # The last stretch between two refreshes is padded to its full length.
     every = 0 if recipe is None else recipe.source.refresh
-    dtype = params["embed"]["embedding"].dtype
+    dtype = activation_dtype(params)
     cache = empty_cache(config, 1, protocol.window + every, dtype)
     hidden, filled, packed, seen, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
@@ -220,12 +224,13 @@ def window_nll(
       NotFiniteError: it is not.
     """
     how: dict[str, Any] = {"config": model.config, "recipe": recipe}
-    one = score_window(model.params, jax.device_put(window), offline, protocol=protocol, **how)
+    params, offline = joined(model.params, recipe, offline)
+    one = score_window(params, jax.device_put(window), offline, protocol=protocol, **how)
     nll = float(jax.device_get(one))
     if not math.isfinite(nll):
         read = [window[: protocol.read].tolist()]
         prompts = pad_prompts(read, max_positions=model.config.max_positions)
-        raise_not_finite(model.params, prompts, offline, **how)
+        raise_not_finite(params, prompts, offline, **how)
     return nll
 
 
@@ -266,7 +271,9 @@ def stream(
             f"{model.config.max_positions}; choose a smaller window"
         )
     shapes = decoded_shapes(model.params, model.config, recipe, offline)
-    bits, whole = effective_bits(shapes), model_bits(shapes)
+    bits, whole, read = (
+        effective_bits(shapes), model_bits(shapes), bytes_per_token(shapes, model.config)
+    )  # fmt: skip
     start, nll = time.perf_counter(), []
     for window in windows:
         nll.append(window_nll(model, window, recipe=recipe, offline=offline, protocol=protocol))
@@ -278,6 +285,7 @@ def stream(
             seconds=time.perf_counter() - start,
             effective_bits=bits,
             model_bits=whole,
+            bytes_per_token=read,
             nll=tuple(nll),
         )
 

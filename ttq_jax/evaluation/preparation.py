@@ -52,7 +52,7 @@ class Needs:
 
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
-    ignore_keys: Sequence[str] = (),
+    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None,
 ) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
@@ -61,6 +61,8 @@ def load_model(
       dtype: see `checkpoint.load`.
       progress: where to show it.
       ignore_keys: see `checkpoint.load`.
+      recipe: the only one that the model is for, whose tables are packed while they are read; None
+        for several, or the unquantized model.
 
     Returns:
       The model and the seconds it took.
@@ -69,7 +71,7 @@ def load_model(
     with progress.stage(f"loading {name}") as update:
         model = load(
             name, dtype=dtype, progress=lambda done, total, _: update(done, total),
-            ignore_keys=ignore_keys,
+            ignore_keys=ignore_keys, head=None if recipe is None else recipe.head,
         )  # fmt: skip
     for note in model.notes:
         progress.note(note)

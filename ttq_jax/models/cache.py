@@ -1,6 +1,7 @@
 """The KV cache: made empty, then written slot by slot."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from ttq_jax.config import ModelConfig
-from ttq_jax.types import Cache
+from ttq_jax.types import Cache, MixedLinear, Params, QuantizedLinear
 
 # A plain 0 beside an int32 index would be an int64 where 64-bit types are enabled.
 _ZERO = np.int32(0)
+
+
+def activation_dtype(params: Params) -> Any:
+    """The dtype of a model's activations: that of everything in its tree that is not packed."""
+    is_packed = lambda leaf: isinstance(leaf, QuantizedLinear | MixedLinear)  # noqa: E731
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    return next(leaf.dtype for leaf in leaves if not is_packed(leaf))
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:

@@ -19,12 +19,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.experts import Routed, gather_tokens, routed_linear, sort_by_expert
-from ttq_jax.linear import linear
+from ttq_jax.linear import columns, linear, scores
 from ttq_jax.models.attention import attend
-from ttq_jax.models.cache import next_positions, read_layer, register, write_layer
+from ttq_jax.models.cache import (
+    activation_dtype,
+    next_positions,
+    read_layer,
+    register,
+    write_layer,
+)
 from ttq_jax.models.layer_constants import growths, layer_constants
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
-from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, at_layer
+from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, QuantizedLinear, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
 # of `Routed` rows [N, R, d_in], y is [N, R, d_out]
@@ -180,7 +186,12 @@ def embed(
     config: ModelConfig, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
     """Token embeddings (and learned positions, where the family has them)."""
-    x = scaled(params["embed"]["embedding"][tokens], config.embed_scale)
+    table = params["embed"]["embedding"]
+    if isinstance(table, QuantizedLinear):
+        rows = columns(table, tokens).astype(activation_dtype(params))
+    else:
+        rows = table[tokens]
+    x = scaled(rows, config.embed_scale)
     if "project_in" in params:
         x = linear(x, params["project_in"]["kernel"])
     if "positions" in params:
@@ -203,12 +214,13 @@ def logits(
     """
     if "project_out" in params:
         hidden = linear(hidden, params["project_out"]["kernel"])
-    if config.tie_embeddings:
-        table = params["embed"]["embedding"]
-        out = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+    tied = config.tie_embeddings
+    table = params["embed"]["embedding"] if tied else params["head"]["kernel"]
+    if isinstance(table, QuantizedLinear):
+        out = scores(hidden, table)
     else:
-        kernel = params["head"]["kernel"]
-        out = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        how = "...d,vd->...v" if tied else "...d,dv->...v"
+        out = jnp.einsum(how, hidden, table, preferred_element_type=jnp.float32)
     return softcap(scaled(out, 1 / config.logit_divisor), config.logit_softcap)
 
 

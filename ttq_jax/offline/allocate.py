@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.linear import dense_weight
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.prompts import check_windows, pad_prompts
@@ -81,7 +81,7 @@ def sensitivities(
       ({site: inputs}, {projection: gradient of the labels' summed log-likelihood}).
     """
     batch = tokens[None]
-    cache = empty_cache(config, 1, len(tokens), params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, 1, len(tokens), activation_dtype(params))
     # An output's gradient is that of zeros added to it.
     probes = {
         name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]), jnp.float32)

@@ -3,6 +3,7 @@
 AWQ is TTQ with a calibration corpus's moments in place of the prompt's; they are observed here.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,15 +14,17 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ttq_jax.checkpoint import Model
+from ttq_jax.checkpoint.fingerprint import said_of
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import expect
 from ttq_jax.finite import check_offline
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.offline.samples import sample_windows
 from ttq_jax.prefill import observing
 from ttq_jax.prompts import check_windows
+from ttq_jax.quant.head import check_head, head_of
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
@@ -46,7 +49,7 @@ def observe_tokens(
     """
     valid = jnp.ones(tokens.shape, bool)
     batch, length = tokens.shape
-    cache = empty_cache(config, batch, length, params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, batch, length, activation_dtype(params))
     _, _, moments = forward(config, params, tokens, valid, cache, project=observing(valid, reads))
     return moments
 
@@ -93,7 +96,8 @@ def prepare(
     """Everything that a recipe needs besides the prompt.
 
     With a recipe that reads no prompt the weights are quantized here, once. For other recipes this
-    makes the prior and the static factors; the weights are quantized at every prompt.
+    makes the prior and the static factors; the weights are quantized at every prompt. The tables
+    of the vocabulary are packed here for every recipe that packs them.
 
     Args:
       model: the unquantized model.
@@ -112,9 +116,33 @@ def prepare(
     made = prepare_unpacked(model, recipe, calibration, progress)
     if recipe is None or recipe.source.of == "prompt":
         return made
-    packed = Offline(packed=quantize_params(model.params, recipe, made))
+    tree = {**model.params, **(made.head or {})}
+    packed = Offline(packed=quantize_params(tree, recipe, made), head=made.head)
     check_offline(packed, recipe)
     return packed
+
+
+def _replaced(model: Model, head: Params | None) -> Model:
+    """The model with these tables."""
+    if head is None:
+        return model
+    dense = {name: model.params[name] for name in head}
+    return dataclasses.replace(
+        model, params={**model.params, **head}, tables=said_of(dense, model.tables)
+    )
+
+
+def with_head(model: Model, recipe: Recipe | None) -> Model:
+    """The model with its tables as a recipe packs them, for many uses of one width.
+
+    Args:
+      model: as loaded.
+      recipe: None for the unquantized model.
+
+    Returns:
+      The model; itself if there is nothing to pack.
+    """
+    return _replaced(model, head_of(model.params, recipe))
 
 
 def prepare_unpacked(
@@ -142,6 +170,10 @@ def prepare_unpacked(
     expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
     if recipe is None:
         return Offline()
+    check_head(model.params, recipe)
+    head = head_of(model.params, recipe)
+    # What follows sees the model as the recipe has it, whether its tables came packed or not.
+    model = _replaced(model, head)
     source, moments = recipe.source, {}
     if source.reads_corpus:
         if calibration is None:
@@ -155,6 +187,8 @@ def prepare_unpacked(
         moments = calibrate(model, sample_windows(model), recipe.reads, progress)
     if source.of != "none":
         moments = for_unreached(model.params, moments, config=model.config, reads=recipe.reads)
-    made = Offline(moments=moments, low_rank=static_factors(model.params, recipe, moments))
+    made = Offline(
+        moments=moments, low_rank=static_factors(model.params, recipe, moments), head=head
+    )
     check_offline(made, recipe)
     return made

@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.linear import dense_weight
 from ttq_jax.models.layers import ACTIVATIONS
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.source import seen_or
-from ttq_jax.types import EXPERT_SITES, Moments, Params
+from ttq_jax.types import EXPERT_SITES, Moments, Params, QuantizedLinear
 
 
 @partial(jax.jit, static_argnames=("config", "reads"))
@@ -107,7 +108,9 @@ def _block_inputs(
         return jnp.roll(mlp, 1, axis=0), attn
     if config.norm_placement == "branch":
         # Both read the residual stream: the embedding and all that was added to it before.
-        table = params["embed"]["embedding"].astype(jnp.float32)
+        table = params["embed"]["embedding"]
+        packed = isinstance(table, QuantizedLinear)
+        table = dense_weight(table).T if packed else table.astype(jnp.float32)
         start = jnp.mean(jnp.square(table), axis=0) * config.embed_scale**2
         added = config.residual_scale**2 * jnp.stack([attn, mlp], axis=1).reshape(-1, len(start))
         before = jnp.cumulative_sum(added, axis=0, include_initial=True)[:-1]

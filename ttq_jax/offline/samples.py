@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ModelConfig
 from ttq_jax.decode import decode
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.prefill import last_hidden, prefill
 from ttq_jax.sampling import FIXED, Sampling, make_key
 from ttq_jax.types import Offline, Params, Prompts
@@ -50,7 +50,7 @@ def _written(
     first_key, key = jax.random.split(key)
     first = jax.random.randint(first_key, (rows, 1), 0, config.vocab_size, jnp.int32)
     prompts = Prompts(first, jnp.ones(first.shape, bool))
-    cache = empty_cache(config, len(first), 1 + capacity, params["embed"]["embedding"].dtype)
+    cache = empty_cache(config, len(first), 1 + capacity, activation_dtype(params))
     hidden, cache, tree, *_ = prefill(
         params, prompts, cache, config=config, recipe=None, offline=Offline()
     )

@@ -13,7 +13,7 @@ from typing import Any
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields, shown
 from ttq_jax.quant.clip import ClipSearch
-from ttq_jax.quant.grid import Grid, Nearest
+from ttq_jax.quant.grid import BITS, Grid, Nearest
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import Reads
@@ -54,7 +54,9 @@ class Recipe:
       batch: "pooled": one weight tree from the moments of all prompts of a batch; "per_prompt":
         one tree per prompt.
       select: regular expression; a projection is quantized if its path ("layers/q", …) matches
-        fully. The embedding and the head are never quantized.
+        fully.
+      head: bits per code of the embedding and the head, which are rounded to nearest before any
+        prompt: 2, 3, 4, 5 or 8; None leaves them as they are.
 
     Raises:
       ConfigError: a value outside its range, or choices that do not go together.
@@ -69,6 +71,7 @@ class Recipe:
     prefill: str = "full"
     batch: str = "pooled"
     select: str = "layers/.*"
+    head: int | None = None
 
     def __post_init__(self):
         check_fields(self, ConfigError)
@@ -87,6 +90,11 @@ class Recipe:
                     f"{name}: expected one of {', '.join(allowed)}, got "
                     f"{shown(getattr(self, name))}"
                 )
+        if self.head is not None and self.head not in BITS:
+            raise ConfigError(
+                f"head: expected one of {', '.join(map(str, BITS))}, or none (None), got "
+                f"{shown(self.head)}"
+            )
         self._check_moments()
         check_pattern("select", self.select)
 
@@ -180,7 +188,8 @@ class Recipe:
                     del knobs["scales"]
                 # JSON has no infinity.
                 value = rule | {k: "inf" if v == math.inf else v for k, v in knobs.items()}
-            out[field.name] = value
+            if field.name != "head" or value is not None:
+                out[field.name] = value
         return out
 
 
@@ -270,13 +279,15 @@ PRESETS: dict[str, Preset] = {
         use="the cheapest per-prompt recipe",
     ),
     "fast": Preset(
-        recipe=Recipe(moments=_BLEND, rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE),
+        recipe=Recipe(
+            moments=_BLEND, rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE, head=8
+        ),
         about="TTQ in groups of 64 with clip search and a prior",
         cost="as ttq, with more arithmetic per weight",
         use="the default",
     ),
     "best": Preset(
-        recipe=Recipe(moments=_BLEND, rounding=SecondOrder(act_order=True), grid=_WIDE),
+        recipe=Recipe(moments=_BLEND, rounding=SecondOrder(act_order=True), grid=_WIDE, head=8),
         about="second-order rounding from the prompt, groups of 64",
         cost="13 prefills of 256 tokens (CPU), at any length",
         use="for long answers or the best quality",

@@ -38,6 +38,7 @@ SHORT = {
     "rank": "low_rank.rank",
     "prefill": "prefill",
     "select": "select",
+    "head": "head",
     "clip": "rounding",
     "per_prompt": "batch",
     "alpha": "scale.alpha",
@@ -98,7 +99,7 @@ def with_settings(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         elif axis in _TABLES:
             keys = ", ".join(f"{axis}.{f.name}" for f in dataclasses.fields(_FIELDS[axis]))
             raise ConfigError(f"{axis} holds several values: set one of {keys}")
-        elif axis in _PLAIN:
+        elif axis in _PLAIN or axis == "head":
             given[axis] = _Text(text)
         else:
             given[axis] = _parsed(f"{axis} = {text}", axis)[axis]
@@ -176,6 +177,8 @@ def to_toml(recipe: Recipe) -> str:
     said = recipe.describe()
     # TOML can write infinity; the string that stands for it in JSON is not needed.
     said["moments"]["prior_tokens"] = recipe.source.prior_tokens
+    # TOML has no null.
+    said.setdefault("head", "none")
     widths = said.pop("widths")
     parts = [tomli_w.dumps(said)]
     for rule in widths:
@@ -251,6 +254,8 @@ def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             changes[axis] = _table(axis, getattr(recipe, axis), dict(value))
         elif axis in _PLAIN:
             changes[axis] = _value(axis, value, str)
+        elif axis == "head":
+            changes[axis] = None if value == "none" else _value(axis, value, int)
         else:
             changes[axis] = _widths(value)
     return dataclasses.replace(recipe, **changes)

@@ -79,6 +79,7 @@ _FINISHED: Schema = {
     "perplexity": (_positive, "a finite number above 0", True),
     "effective_bits": (_positive, "a finite number above 0", True),
     "model_bits": (_positive, "a finite number above 0", False),
+    "bytes_per_token": (_count, "a count", False),
     "seconds": (_dict_of(_number), "numbers by name", False),
     "peak_memory_bytes": (_maybe(_number), "a number, or null", False),
     "corpus_sha256": (_maybe(_text), "a text, or null", False),

@@ -113,6 +113,10 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
     columns = {"bits": words.column([one.bits for one in group], 2)}
     if any(one.model_bits for one in group):
         columns["bits, whole model"] = words.column([one.model_bits for one in group], 2)
+    if any(one.bytes_per_token for one in group):
+        read = [one.bytes_per_token for one in group]
+        millions = [None if n is None else n / 1e6 for n in read]
+        columns["MB read per token"] = words.column(millions, 1)
     for name in names:
         perplexities = [one.rows[name]["perplexity"] if name in one.rows else None for one in group]
         columns[words.corpus(name)] = words.column(perplexities, 2)

@@ -24,7 +24,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
-from ttq_jax.offline.calibrate import calibrate, prepare
+from ttq_jax.offline.calibrate import calibrate, prepare, with_head
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sweeps.axes import Cell, Options
@@ -114,6 +114,7 @@ class Runner:
           note: called with what is to be known of a model's files, once it is loaded.
         """
         self._note = note
+        self._heads = _Kept(1)
         self._models, self._texts, self._windows = _Kept(1), _Kept(16), _Kept(16)
         self._origins = _Kept(16)
         self._moments, self._offline, self._programs = _Kept(1), _Kept(1), set[Any]()
@@ -148,6 +149,8 @@ class Runner:
         which = (options.model, options.dtype, options.ignore_key)
         model: Model = self._models.get(which, lambda: self._load(*which))
         check_selection(model.params, cell.recipe)
+        head = None if cell.recipe is None else cell.recipe.head
+        model = self._heads.get((which, head), lambda: with_head(model, cell.recipe))
         text = self.text(options.corpus)
         windows = self._cut(model, options)
         offline = self._offline_of(model, cell)
@@ -166,6 +169,7 @@ class Runner:
             "interval_95": interval95(running.nll, cell.protocol.scored),
             "effective_bits": round(running.effective_bits, 4),
             "model_bits": round(running.model_bits, 4),
+            "bytes_per_token": running.bytes_per_token,
             "seconds": {
                 "prepare": round(prepared - start, 3), "score": round(running.seconds, 3),
             },
@@ -174,7 +178,7 @@ class Runner:
 
     def _load(self, name: str, dtype: Any, ignore_keys: str) -> Model:
         """Another model; everything of the one before is released first."""
-        for kept in (self._windows, self._moments, self._offline):
+        for kept in (self._heads, self._windows, self._moments, self._offline):
             kept.made.clear()
         model = load(name, dtype=dtype, ignore_keys=ignore_keys.split())
         for note in model.notes:
@@ -217,7 +221,7 @@ class Runner:
 
         def moments(recipe: Recipe) -> dict[str, Moments]:
             return self._moments.get(
-                (source, recipe.reads),
+                (source, recipe.reads, recipe.head),
                 lambda: calibrate(model, self._calibration(model, options), recipe.reads),
             )
 

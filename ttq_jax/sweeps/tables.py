@@ -59,6 +59,11 @@ class Summary:
         return self.row.get("model_bits")
 
     @property
+    def bytes_per_token(self) -> int | None:
+        """Bytes of weights read per decoded token; None if the rows do not say."""
+        return self.row.get("bytes_per_token")
+
+    @property
     def setting(self) -> dict[str, Any]:
         """The part of `values` that must be equal in a comparison."""
         return {k: v for k, v in self.values.items() if k in SETTING}

@@ -19,12 +19,14 @@ _SETTINGS = {
     "seed": "windows drawn by seed {}", "protocol": "{} protocol", "window": "windows of {}",
     "prompt_tokens": "prompts of {}", "max_windows": "up to {} windows per corpus",
     "zero_point": "{} zero points", "store_dtype": "scales in {}", "select": "only {}",
+    "head": "{}-bit head",
 }  # fmt: skip
 _SPECIAL = {
     ("group_size", -1): "whole rows", ("symmetric", True): "symmetric",
     ("symmetric", False): "with zero points", ("clip", True): "clip search",
     ("scales", "float"): "floating-point scales", ("scales", "coded"): "coded scales",
     ("clip", False): "no clip search", ("rank", 0): "no ranks",
+    ("head", "none"): "unquantized head",
 }  # fmt: skip
 AXES = {
     "bits": "bits", "group_size": "group size", "rank": "rank", "lam": "λ", "alpha": "α", "p": "p",

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.recipe_text import with_settings
 
@@ -46,9 +47,6 @@ def causal(model, recipe, prompt, continuation):
     """The log-likelihood by the project's own perplexity."""
     tokens = jnp.asarray([*prompt, *continuation], jnp.int32)
     protocol = Protocol(window=len(tokens), prompt_tokens=len(prompt))
-    return -float(
-        score_window(
-            model.params, tokens, prepare(model, recipe), config=model.config, recipe=recipe,
-            protocol=protocol,
-        )
-    )  # fmt: skip
+    params, offline = joined(model.params, recipe, prepare(model, recipe))
+    how = {"config": model.config, "recipe": recipe, "protocol": protocol}
+    return -float(score_window(params, tokens, offline, **how))
