@@ -69,6 +69,30 @@ def _():
     return [table], []
 
 
+@evidence("Scales in eight bits: much less gap at the same bits, or half a bit less")
+def _():
+    file = "coded_scales_smollm2.jsonl"
+    pairs = [
+        ("4 bits, groups of 64", "fast-sym-float", "fast-asym-coded"),
+        ("3 bits, groups of 64", "fast-3-sym-float", "fast-3-asym-coded"),
+        ("3 bits, groups of 32", "fast-3-g32-asym-float", "fast-3-g32-asym-coded"),
+        ("4 bits, groups of 64, second order", "best-sym-float", "best-asym-coded"),
+        ("3 bits, groups of 64, second order", "best-3-sym-float", "best-3-asym-coded"),
+        ("3 bits, groups of 32, second order", "best-3-g32-asym-float", "best-3-g32-asym-coded"),
+    ]
+    table = [["codes", "floating-point scales: bits", "gap", "coded scales: bits", "gap"]]
+    for codes, before, after in pairs:
+        names = (f"{before}-h0", f"{after}-h0")
+        table.append([codes, *(f(file, 8, n) for n in names for f in (bits, gap))])
+    now = [["recipe", "bits", "mean gap", *CORPORA.values()]]
+    default = "default_smollm2.jsonl"
+    for name in ("fast-sym-float-h0", "fast-asym-coded-h0"):
+        by_corpus = gaps(default, 40)[name]["by_corpus"]
+        parts = [f"{by_corpus[c]:.3f}" for c in CORPORA]
+        now.append([f"`{name}`", bits(default, 40, name), gap(default, 40, name), *parts])
+    return [table, now], []
+
+
 @evidence("Quantization costs little on top of reading the prompt, unless it is second-order")
 def _():
     ratios = read("prefill_times_smollm2.json")["over_plain_prefill"]

@@ -140,8 +140,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         help="projections to quantize, by path, as in layers/(q|down)")  # fmt: skip
     add("--zero-point", choices=("integer", "float"), help="how zero points are stored")
     add("--scales", choices=("float", "coded"),
-        help="how scales are stored: as floating-point numbers, or in eight bits with one number "
-        "per column")  # fmt: skip
+        help="how scales are stored: as floating-point numbers, or in eight bits each")  # fmt: skip
     add("--store-dtype", choices=("bfloat16", "float16", "float32"),
         help="dtype of stored scales, zero points and low-rank factors")  # fmt: skip
     _add_set(group)
