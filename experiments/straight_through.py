@@ -89,7 +89,7 @@ def fake_quantized(w: jax.Array, m: jax.Array, theta: Theta, grid: Grid) -> jax.
     w = w.astype(jnp.float32)
     # The floor is PowerLaw's: a channel that no token excites.
     d = jnp.maximum((m + jnp.exp(theta.log_lam)) ** theta.alpha, 1e-4)
-    d = store(d, grid).astype(jnp.float32)
+    d = store(d, grid.store_dtype).astype(jnp.float32)
     groups = split_groups(w * d[:, None], grid.rows_per_group(len(w)))
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
     scales, zeros = fit_range(theta.clip * low, theta.clip * high, grid)
