@@ -59,8 +59,8 @@ def swap_two_arrays(header):
     (fields, *_) = [
         n["fields"] for n in nodes(header["tree"]) if n.get("node") == "QuantizedLinear"
     ]
-    for name, other in (("scales", "zeros"), ("zeros", "scales")):
-        fields[name]["array"] = fields[name]["array"].rpartition(".")[0] + f".{other}"
+    (first, zeros) = fields["planes"]["tuple"][0], fields["zeros"]
+    first["array"], zeros["array"] = zeros["array"], first["array"]
 
 
 def forget_a_kernel(header):

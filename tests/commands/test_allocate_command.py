@@ -8,6 +8,9 @@ from ttq_jax.config import ConfigError
 from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.recipe_text import from_toml, load_recipe
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 # Nearly all the time here is XLA's: few projections, two widths.
 FEW = ["--select", "layers/(o|down)", "--widths", 2, 4, "--group-size", 16]
 SMALL = ["--window", 48, "--prompt-tokens", 16, "--max-windows", 2]

@@ -12,6 +12,9 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.names import DEFAULT
 from ttq_jax.quant.recipe import preset
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 PLAN = demo.Plan(
     window=64, prompt_tokens=32, windows=2, calibration_tokens=128, story_tokens=40, new_tokens=4
 )

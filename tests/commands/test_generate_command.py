@@ -66,13 +66,14 @@ def test_options_reach_the_recipe(cli_json, tiny):
         "generate", "--model", tiny, "--prompt", "x", "--max-new-tokens", 1, "--bits", 5,
         "--group-size", 16, "--rank", 2, "--symmetric", "--clip", "--alpha", 0.75, "--lam", 0.1,
         "--p", 1, "--prefill", "quantized", "--select", "layers/(q|k)", "--store-dtype",
-        "float32", "--zero-point", "float",
+        "float32", "--zero-point", "float", "--scales", "coded", "--head", 4,
     )  # fmt: skip
     recipe = got["recipe"]
     assert recipe["grid"] == {
         "bits": 5, "group_size": 16, "symmetric": True, "zero_point": "float",
-        "store_dtype": "float32",
+        "store_dtype": "float32", "scales": "coded",
     }  # fmt: skip
+    assert recipe["head"] == 4
     assert recipe["scale"] == {"rule": "power_law", "alpha": 0.75, "lam": 0.1, "p": 1.0}
     assert recipe["rounding"]["rule"] == "clip"
     assert recipe["low_rank"]["rank"] == 2

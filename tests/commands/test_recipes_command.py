@@ -11,6 +11,9 @@ from ttq_jax.quant.names import DEFAULT
 from ttq_jax.quant.recipe import PRESETS, RULES
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, save_recipe, with_settings
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 NEW = ["--max-new-tokens", 6, "--prompt", "Hello there"]
 CORPUS_PRIOR = ["--set", "moments.prior=corpus", "--set", "moments.prior_tokens=64"]
 CHAT = ["--set", "moments.decay=0.5"]

@@ -20,6 +20,9 @@ from ttq_jax.commands.main import main
 from ttq_jax.quant.recipe_text import load_recipe
 from ttq_jax.sweeps.rows import read_rows
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 # Nearly all the time here is XLA's: one projection, one recipe, and short texts.
 SMALL = ["--select", "layers/down", "--group-size", "16"]
 SHORT = ["--window", "48", "--prompt-tokens", "16", "--max-windows", "1"]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

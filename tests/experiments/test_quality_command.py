@@ -14,6 +14,9 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import quality  # noqa: E402
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 
 def row(name, corpus, nll, bits=4.0):
     return {

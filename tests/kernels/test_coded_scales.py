@@ -34,7 +34,7 @@ KINDS = pytest.mark.parametrize("zero_point", grid.ZERO_POINTS)
 def test_dequantize_is_the_stored_form(bits, symmetric, columns):
     """``c u (q - z 2**(bits - 8))``, written out in float64."""
     codes, scales, zeros = coded_weight(bits, bits, GROUP, 5, 7, columns, symmetric)
-    u, c = (np.asarray(a, np.float64) for a in scales)
+    u, c = (np.asarray(a, np.float64) for a in (scales.codes, scales.columns))
     z = 2.0 ** (bits - 1)
     if not symmetric:
         z = np.repeat(np.asarray(zeros, np.float64), GROUP, 0) * 2.0 ** (bits - 8)

@@ -24,6 +24,9 @@ from ttq_jax.quant.tree import quantize_tree
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import SITE_OF, Offline, effective_bits, kernels
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 CONFIG = small_config()
 PARAMS = small_params(CONFIG)
 WIDTHS = (2, 3, 4)

@@ -10,6 +10,9 @@ from ttq_jax.commands.main import main
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import read_rows
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FILES = sorted([*EXPERIMENTS.glob("paper/*.toml"), *EXPERIMENTS.glob("*.toml")])
 

@@ -236,11 +236,13 @@ def _packed(
         here = (at[axis] >= start) & (at[axis] < start + size)
         inside = [i[here] - (start if j == axis else 0) for j, i in enumerate(at)]
         sample[here] = rows[tuple(inside)]
-        made = dataclasses.replace(_pack(rows if leaf.transposed else rows.T, bits=bits), d_out=n)
+        block = jax.device_put(rows if leaf.transposed else rows.T)
+        made = dataclasses.replace(_pack(block, bits=bits), d_out=n)
         if out is None:
             wide = lambda a: _allocate((*a.shape[:-1], n), a.dtype)  # noqa: E731
             out = jax.tree.map(wide, made)
-        for whole, part in zip(jax.tree.leaves(out), jax.tree.leaves(made), strict=True):
+        parts = jax.device_get(jax.tree.leaves(made))
+        for whole, part in zip(jax.tree.leaves(out), parts, strict=True):
             whole[..., start : start + size] = part
     assert out is not None
     name = "".join(f"[{key!r}]" for key in leaf.path)
