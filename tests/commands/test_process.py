@@ -98,3 +98,19 @@ def test_closed_pipe_ends_quietly(tiny, tmp_path):
     assert process.wait(timeout=60) == 141
     assert process.stderr.read() == ""
     process.stderr.close()
+
+
+SECOND_CTRL_C_DURING_THE_FIRST = """
+import os, signal, threading, time
+from ttq_jax.commands.interrupts import interruptible
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+interruptible(lambda: time.sleep(60), lambda: signal.raise_signal(signal.SIGINT))
+"""
+
+
+def test_a_second_ctrl_c_that_comes_at_once_ends_it():
+    command = [sys.executable, "-c", SECOND_CTRL_C_DURING_THE_FIRST]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 130
+    assert done.stderr == "\nttq: interrupted\n"

@@ -70,14 +70,18 @@ def interruptible(work: Callable[[], Any], stop: Callable[[], None] | None = Non
             ended.set()
 
     threading.Thread(target=run, daemon=True).start()
+    asked = False
     while True:
         try:
+            if asked and stop is not None:
+                # Forgotten first: a second Ctrl-C may come while it speaks.
+                ask, stop = stop, None
+                ask()
             ended.wait()
             break
         except (KeyboardInterrupt, Stopped) as e:
             if isinstance(e, KeyboardInterrupt) and stop is not None:
-                stop()
-                stop = None
+                asked = True
                 continue
             if ended.is_set():
                 raise
