@@ -101,7 +101,7 @@ def mixed_packed(seed, bits, group_size, k, n, scale_dtype="bfloat16", zero_dtyp
 
 def _whole_coded(rng, bits, codes, scales, zeros):
     """The same; even columns have powers of two for scales, and whole zero points."""
-    u, columns = map(np.array, scales)
+    u, columns = np.array(scales.codes), np.array(scales.columns)
     u[:, ::2] = 2 ** rng.integers(0, 3, u[:, ::2].shape)
     columns[::2] = 0.5
     if zeros is not None:
