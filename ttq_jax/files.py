@@ -69,29 +69,35 @@ def _locked(place: Path, folder: bool) -> tuple[Path, int]:
         # Another writer may take it for a dead one's before it is locked.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY)
-            # Some network file systems have no such locks; then nobody clears up, see `_dead`.
-            with contextlib.suppress(OSError):
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists():
+                ours = path.exists()
+            except BlockingIOError:
+                ours = False  # that writer looks at it, and removes it
+            except OSError:
+                ours = True  # no such locks, as on some network file systems: nobody clears up
+            if ours:
                 return path, lock
             os.close(lock)
 
 
-def _dead(path: Path) -> bool:
-    """Whether no process holds a draft; False where there are no locks."""
+@contextlib.contextmanager
+def _dead(path: Path) -> Iterator[bool]:
+    """Whether no process holds a draft, and none can meanwhile; False where there are no locks."""
     try:
         lock = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as e:
+        yield isinstance(e, FileNotFoundError)
+        return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
     except OSError:
-        return False
+        free = False
+    try:
+        yield free
     finally:
         os.close(lock)
-    return True
 
 
 def _remove(path: Path) -> None:
@@ -115,13 +121,14 @@ def clear(place: Path) -> None:
                 and p.suffix in {_DRAFT, _ASIDE}}  # fmt: skip
         for stem in left:
             path, aside = (place.with_name(stem + kind) for kind in (_DRAFT, _ASIDE))
-            if not _dead(path):
-                continue
-            if not os.path.lexists(place):
-                with contextlib.suppress(OSError):
-                    aside.rename(place)
-            _remove(path)
-            _remove(aside)
+            with _dead(path) as free:
+                if not free:
+                    continue
+                if not os.path.lexists(place):
+                    with contextlib.suppress(OSError):
+                        aside.rename(place)
+                _remove(path)
+                _remove(aside)
 
 
 def abandon() -> None:
