@@ -1,6 +1,7 @@
 """How many bits a group's scale and zero point should take, at equal stored bits.
 
-Claim     eight bits each in wider groups are as good as fewer bits in narrower groups, or better.
+Claim     none yet: the question is whether fewer bits each in narrower groups gain anything. It
+          was not measured, so no rows are kept.
 Command   python experiments/scale_widths.py --model smollm2 --corpus wikitext2=FILE …
               --windows 8 --out experiments/results/scale_widths_smollm2.jsonl
           python experiments/scale_widths.py --report experiments/results/scale_widths_smollm2.jsonl
