@@ -81,15 +81,14 @@ def _():
         ("3 bits, groups of 32, second order", "best-3-g32-asym-float", "best-3-g32-asym-coded"),
     ]
     table = [["codes", "floating-point scales: bits", "gap", "coded scales: bits", "gap"]]
-    for codes, before, after in pairs:
-        names = (f"{before}-h0", f"{after}-h0")
-        table.append([codes, *(f(file, 8, n) for n in names for f in (bits, gap))])
+    for codes, *both in pairs:
+        table.append([codes, *(f(file, 8, f"{n}-h0") for n in both for f in (bits, gap))])
     now = [["recipe", "bits", "mean gap", *CORPORA.values()]]
-    default = "default_smollm2.jsonl"
+    file = "default_smollm2.jsonl"
     for name in ("fast", "fast-asym-coded-h0"):
-        by_corpus = gaps(default, 40)[name]["by_corpus"]
-        parts = [f"{by_corpus[c]:.3f}" for c in CORPORA]
-        now.append([f"`{name}`", bits(default, 40, name), gap(default, 40, name), *parts])
+        parts = gaps(file, 40)[name]["by_corpus"]
+        cells = [f"{parts[c]:.3f}" for c in CORPORA]
+        now.append([f"`{name}`", bits(file, 40, name), gap(file, 40, name), *cells])
     return [table, now], []
 
 
@@ -382,22 +381,20 @@ def _():
 
 @evidence("Coded scales")
 def _():
-    rows = read("coded_scales_tpu.jsonl")
-    facts = ("chip", "kernel", "m", "group_size", "scales")
+    rows, facts = read("coded_scales_tpu.jsonl"), ("chip", "kernel", "m", "group_size", "scales")
     names = {"packed_matmul": "`packed_matmul`, M = {}", "quantize_pack": "`quantize_pack`",
              "prefill_quantize": "`prefill_quantize`, {} tokens"}  # fmt: skip
 
     def thousands(*wanted):
-        (one,) = [r for r in rows if tuple(r[name] for name in facts) == wanted]
+        (one,) = [r for r in rows if tuple(map(r.get, facts)) == wanted]
         return f"{max(one['cycles'], one['floor_cycles']) / 1000:.1f}"
 
     def line(kernel, m, group):
-        return [f"{names[kernel].format(m)}, group {group}"] + [
-            " / ".join(thousands(chip, kernel, m, group, scales) for scales in ("float", "coded"))
-            for chip in CHIPS
-        ]  # fmt: skip
+        both = lambda *of: " / ".join(thousands(*of, s) for s in ("float", "coded"))  # noqa: E731
+        return [f"{names[kernel].format(m)}, group {group}", *(
+            both(chip, kernel, m, group) for chip in CHIPS)]  # fmt: skip
 
-    kernels = ("packed_matmul", 1), ("packed_matmul", 16), ("quantize_pack", 0), (
-        "prefill_quantize", 512,
-    )  # fmt: skip
-    return [[["", *CHIPS], *(line(*k, g) for k in kernels for g in (32, 64, 128))]], []
+    kernels = zip(names, [(1, 16), (0,), (512,)], strict=True)
+    return [
+        [["", *CHIPS], *(line(k, m, g) for k, ms in kernels for m in ms for g in (32, 64, 128))]
+    ], []

@@ -39,7 +39,6 @@ class Grid:
     zero_point: str = "float"
     scales: str = "float"
     store_dtype: str = "bfloat16"
-    columns: ClassVar[Any] = None  # those of a weight, see `ColumnGrid`
 
     def __post_init__(self):
         check_fields(self, ConfigError)
@@ -61,7 +60,7 @@ class Grid:
         if self.scales == "coded" and self.store_dtype == "float16":
             raise ConfigError(
                 "coded scales: expected store_dtype bfloat16 or float32, got 'float16', in which "
-                "the columns' numbers would lose their last bits"
+                "the columns' numbers would lose their last bits; or set scales to 'float'"
             )
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(
@@ -132,7 +131,7 @@ class ColumnGrid(Grid):
       columns: float32[1, d_out] with the values that are stored; None where scales are not coded.
     """
 
-    columns: Any = None  # type: ignore[misc]
+    columns: Any = None
 
     def of(self, columns: slice) -> "ColumnGrid":
         """The grid of some of the columns."""
@@ -172,8 +171,9 @@ def fit_range(
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
-    assert (grid.columns is None) == (grid.scales == "float"), "coded: pass what for_weight made"
-    return formula.fit(low, high, grid.columns, **_stored(grid))
+    columns = grid.columns if isinstance(grid, ColumnGrid) else None
+    assert (columns is None) == (grid.scales == "float"), "coded: pass what for_weight made"
+    return formula.fit(low, high, columns, **_stored(grid))
 
 
 def fit(
@@ -189,7 +189,7 @@ def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, 
 
 
 def write(
-    scales: Float[Array, "n_group d_out"], zeros: Float[Array, "n_group d_out"], grid: Grid
+    scales: Float[Array, "n_group d_out"], zeros: Float[Array, "n_group d_out"], grid: ColumnGrid
 ) -> tuple[Any, Array | None]:
     """Scales and zero points as `QuantizedLinear` holds them.
 
