@@ -59,6 +59,14 @@ def make_key(seed: int, impl: str | None = None) -> Array:
     return jax.random.key(jax.device_put(np.uint32(seed % 2**32)), impl=impl)
 
 
+def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the largest logits; 0 where one is NaN, which `generate` refuses later."""
+    # XLA's argmax on a CPU compares one pair at a time; these two reductions take its vectors.
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.min(jnp.where(logits < largest, jnp.int32(logits.shape[1]), at), axis=-1)
+
+
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
     """Chooses one token per row.
 
@@ -71,7 +79,7 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
       int32 token ids.
     """
     if sampling.temperature == 0:
-        return jax.lax.argmax(logits, 1, jnp.int32)
+        return _likeliest(logits)
     logits = logits / sampling.temperature
     if sampling.top_k:
         k = min(sampling.top_k, logits.shape[-1])
