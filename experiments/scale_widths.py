@@ -1,12 +1,13 @@
 """How many bits a group's scale and zero point should take, at equal stored bits.
 
-Claim     none yet: the question is whether fewer bits each in narrower groups gain anything. It
-          was not measured, so no rows are kept.
+Claim     at 3 bits and below, four bits for a scale and four for a zero point in groups half as
+          wide leave 25 to 78 % less of the gap; at 4 bits the intervals overlap.
 Command   python experiments/scale_widths.py --model smollm2 --corpus wikitext2=FILE …
               --windows 8 --out experiments/results/scale_widths_smollm2.jsonl
           python experiments/scale_widths.py --report experiments/results/scale_widths_smollm2.jsonl
-Cost      SmolLM2 on one core: about 4 s per window and grid.
-Expect    a row per grid and corpus, and the table of gaps that `--report` prints from them.
+Cost      SmolLM2 on one core, 8 windows of four texts: about 35 minutes.
+Expect    a row per grid and corpus. `--report` prints their gaps: 3-bit codes at 3.30 bits 0.690
+          with scales of 8 bits, 0.510 with 6 and 0.447 with 4.
 
 Only eight bits are built in. Other widths are simulated here: a rounding of its own fits scales and
 zero points that have so many levels, and keeps them as float32 numbers; the bits are counted as
@@ -126,7 +127,7 @@ def measure(args: argparse.Namespace) -> None:
     model, protocol = ttq.load(args.model), Protocol(window=512, prompt_tokens=256)
     store = Results(args.out)
     texts = dict(map(corpus_text, args.corpus))
-    for name, grid in {"none": None} | {"-".join(map(str, g)): g for g in GRIDS}.items():
+    for name, grid in ({"none": None} | {"-".join(map(str, g)): g for g in GRIDS}).items():
         recipe = None if grid is None else recipe_of(*grid)
         offline = prepare(model, recipe)
         for corpus, text in texts.items():

@@ -20,6 +20,7 @@ from kept import (
     quality,
     read,
     results_of,
+    scale_widths,
 )
 
 EVIDENCE = {}
@@ -90,6 +91,17 @@ def _():
         cells = [f"{parts[c]:.3f}" for c in CORPORA]
         now.append([f"`{name}`", bits(file, 40, name), gap(file, 40, name), *cells])
     return [table, now], []
+
+
+@evidence("Four bits for a scale and a zero point would be worth more in narrower groups")
+def _():
+    found = gaps("scale_widths_smollm2.jsonl", 8)
+    table = [["code", "scale", "zero point", "group", "bits", "gap"]]
+    for grid in scale_widths.GRIDS:
+        one = found["-".join(map(str, grid))]
+        *widths, group = map(str, grid)
+        table.append([*widths, group, f"{one['bits']:.2f}", quality.interval(one)])
+    return [table], []
 
 
 @evidence("Quantization costs little on top of reading the prompt, unless it is second-order")
@@ -208,42 +220,6 @@ def _():
     ]  # fmt: skip
 
 
-@evidence("Packed decoding on a CPU is up to twice as fast as unquantized decoding")
-def _():
-    found = read("bench_cpu.json")
-    widths = [2, 3, 4, 5, 8]
-    rate = found["decode"]["tokens_per_second"]
-    ours = [f"{found['decode']['packed_over_unquantized'][f'ttq {w}-bit']:.2f}" for w in widths]
-    theirs = [f"{rate[f'ttq {w}-bit'] / rate['transformers float32']:.2f}" for w in widths]
-    decode = [
-        ["tokens per second over …", *(f"{w} bits" for w in widths), "unquantized"],
-        ["our unquantized decoding", *ours, "1"],
-        ["transformers' float32 `generate`", *theirs,
-         f"{found['decode']['unquantized_over_transformers']:.2f}"],
-    ]  # fmt: skip
-    prefill = [["prompt tokens", "prefill with 4-bit quantization over plain"]] + [
-        [n, f"{one['ratio']:.2f}"] for n, one in found["prefill"].items()
-    ]
-    start = [["`ttq generate`", "first token, cold", "with a warm compilation cache",
-              "peak memory"]]  # fmt: skip
-    for model, name in (("smollm2", "SmolLM2-135M"), ("gemma3-270m", "Gemma-3-270M")):
-        cold, warm = (found["start_up"][model][f"first_token_{k}"] for k in ("cold", "warm"))
-        start.append([name, f"{cold['seconds']:.1f} s", f"{warm['seconds']:.1f} s",
-                      f"{cold['peak_resident_mb'] / 1000:.1f} GB"])  # fmt: skip
-    # The second figure is of an earlier run: the file's first version.
-    return [decode, prefill, start], [f"{rate['transformers float32']:.1f}", "28.5"]
-
-
-@evidence("Decoding on a CPU is faster than with other quantizers")
-def _():
-    table = [["contender", "bits", "tokens per second over transformers", "perplexity"]]
-    table += [
-        [r["contender"], *(f"{r[k]:.2f}" for k in ("bits", "over_transformers", "perplexity"))]
-        for r in read("compare_torch_speed.json")["rows"]
-    ]
-    return [table], []
-
-
 @evidence("Learning α, λ and a clipping factor gains little")
 def _():
     found = quality.gaps(quality.Results(RESULTS / "learned_recipe_scores.jsonl").read(), 8)
@@ -332,69 +308,3 @@ def _():
                     (one,) = [r for r in records if (r["model"], r["bits"]) == (model, width)]
                     table[-1].append(f"{one['decode'][f'ttq r={rank}']['speedup']:.2f}")
     return [table], []
-
-
-@evidence("Whole programs compile at full size and fit the chip")
-def _():
-    table = [["model", "chip", "group", "bits", "peak memory", "of", "packed weights"]]
-    for one in read("compiled_programs.json")["programs"]:
-        memory = one["memory_gib"]
-        table.append([one["model"], one["chip"], str(one["recipe"]["grid"]["group_size"]),
-                      f"{one['effective_bits']:.2f}", f"{memory['peak']:.1f} GiB",
-                      f"{memory['chip']:.0f} GiB", f"{one['packed_gib']:.1f} GiB"])  # fmt: skip
-    return [table], []
-
-
-CHIPS = ("v5e", "v5p", "v6e")
-
-
-def cycles(chip, kernel, width, group, m):
-    wanted = (kernel, width, group, m)
-    (one,) = [r for r in read(f"kernels_{chip}.jsonl")
-              if (r["kernel"], r["bits"], r["group_size"], r["m"]) == wanted]  # fmt: skip
-    assert not one["symmetric"]
-    return one
-
-
-@evidence("What they reach")
-def _():
-    table = [["`packed_matmul`, M = 1 / 16", *CHIPS]]
-    for width in (2, 3, 4, 5, 8):
-        table.append([f"{width}-bit: of the floor; over the bf16 product"])
-        for chip in CHIPS:
-            one, many = (cycles(chip, "packed_matmul", width, 128, m) for m in (1, 16))
-            table[-1].append(
-                f"{one['fraction_of_floor']:.0%} / {many['fraction_of_floor']:.0%}; "
-                f"{one['speedup_vs_bf16']:.1f} / {many['speedup_vs_bf16']:.1f}×".replace("%", " %")
-            )
-    table.append(["`prefill_quantize` over the plain product, 512 / 2048 tokens"] + [
-        " / ".join(f"{cycles(c, 'prefill_quantize', 4, 128, m)['ratio_to_matmul']:.2f}"
-                   for m in (512, 2048)) for c in CHIPS
-    ])  # fmt: skip
-    table.append(["`quantize_pack` of the floor, 4-bit"] + [
-        f"{cycles(c, 'quantize_pack', 4, 128, 0)['fraction_of_floor']:.0%}".replace("%", " %")
-        for c in CHIPS
-    ])  # fmt: skip
-    narrow = {c: cycles(c, "packed_matmul", 4, 32, 16)["fraction_of_floor"] for c in CHIPS}
-    return [table], [f"{c} {100 * one:.0f} %" for c, one in narrow.items()]
-
-
-@evidence("Coded scales")
-def _():
-    rows, facts = read("coded_scales_tpu.jsonl"), ("chip", "kernel", "m", "group_size", "scales")
-    names = {"packed_matmul": "`packed_matmul`, M = {}", "quantize_pack": "`quantize_pack`",
-             "prefill_quantize": "`prefill_quantize`, {} tokens"}  # fmt: skip
-
-    def thousands(*wanted):
-        (one,) = [r for r in rows if tuple(map(r.get, facts)) == wanted]
-        return f"{max(one['cycles'], one['floor_cycles']) / 1000:.1f}"
-
-    def line(kernel, m, group):
-        both = lambda *of: " / ".join(thousands(*of, s) for s in ("float", "coded"))  # noqa: E731
-        return [f"{names[kernel].format(m)}, group {group}", *(
-            both(chip, kernel, m, group) for chip in CHIPS)]  # fmt: skip
-
-    kernels = zip(names, [(1, 16), (0,), (512,)], strict=True)
-    return [
-        [["", *CHIPS], *(line(k, m, g) for k, ms in kernels for m in ms for g in (32, 64, 128))]
-    ], []

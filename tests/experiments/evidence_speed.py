@@ -1,0 +1,122 @@
+"""What the result files say of each claim about speed and whole programs; see `evidence`."""
+
+from evidence import evidence
+from kept import read
+
+
+@evidence("Decoding on a CPU: beside unquantized weights, transformers, llama.cpp and before")
+def _():
+    found = read("bench_cpu.json")
+    models = {"smollm2": "SmolLM2-135M", "gemma3-270m": "Gemma-3-270M"}
+    speeds = {model: found["decode"][model]["tokens_per_second"] for model in models}
+    read_bytes = {model: found["decode"][model]["bytes_per_token"] for model in models}
+    table = [["contender", *(
+        f"{name}: {what}" for name in models.values()
+        for what in ("over unquantized", "over llama.cpp Q4_0", "MB per token")
+    )]]  # fmt: skip
+    for name in speeds["smollm2"]:
+        table.append([name.replace("ttq", "`ttq`").replace("fast", "`fast`")])
+        for model, speed in speeds.items():
+            over = (speed[name] / speed[other] for other in ("unquantized", "llama.cpp Q4_0")
+                    if name in speed)  # fmt: skip
+            size = read_bytes[model].get(name)
+            table[-1] += [f"{ratio:.2f}" for ratio in over] or ["—", "—"]
+            table[-1].append(f"{size / 1e6:.0f}" if size else "—")
+    older = [["`ttq generate` by default", "tokens per second, before", "now", "ratio",
+              "peak memory, before", "now"]]  # fmt: skip
+    for model, name in models.items():
+        both = [found["beside_older"][model][which] for which in ("before", "now")]
+        older.append([
+            name, *(f"{one['tokens_per_second']:.1f}" for one in both),
+            f"{found['beside_older'][model]['faster']:.2f}",
+            *(f"{one['peak_resident_mb'] / 1000:.2f} GB" for one in both),
+        ])  # fmt: skip
+    prefill = [["prefill: prompt tokens", *(
+        f"{name}: {what}" for name in models.values()
+        for what in ("4-bit quantization over plain", "plain over llama.cpp F16")
+    )]]  # fmt: skip
+    prefill += [[n, *(
+        f"{found['prefill'][model][n][ratio]:.2f}" for model in models
+        for ratio in ("ratio", "unquantized_over_llama_cpp")
+    )] for n in found["prefill"]["smollm2"]]  # fmt: skip
+    start = [["`ttq generate`", "first token, cold", "with a warm compilation cache"]]
+    for model, name in models.items():
+        both = (found["start_up"][model][f"first_token_{k}"] for k in ("cold", "warm"))
+        start.append([name, *(f"{one['seconds']:.1f} s" for one in both)])
+    return [table, older, prefill, start], []
+
+
+@evidence("Decoding on a CPU is faster than with other quantizers")
+def _():
+    table = [["contender", "bits", "tokens per second over transformers", "perplexity"]]
+    table += [
+        [r["contender"], *(f"{r[k]:.2f}" for k in ("bits", "over_transformers", "perplexity"))]
+        for r in read("compare_torch_speed.json")["rows"]
+    ]
+    return [table], []
+
+
+@evidence("Whole programs compile at full size and fit the chip")
+def _():
+    table = [["model", "chip", "group", "bits", "peak memory", "of", "packed weights"]]
+    for one in read("compiled_programs.json")["programs"]:
+        memory = one["memory_gib"]
+        table.append([one["model"], one["chip"], str(one["recipe"]["grid"]["group_size"]),
+                      f"{one['effective_bits']:.2f}", f"{memory['peak']:.1f} GiB",
+                      f"{memory['chip']:.0f} GiB", f"{one['packed_gib']:.1f} GiB"])  # fmt: skip
+    return [table], []
+
+
+CHIPS = ("v5e", "v5p", "v6e")
+
+
+def cycles(chip, kernel, width, group, m):
+    wanted = (kernel, width, group, m)
+    (one,) = [r for r in read(f"kernels_{chip}.jsonl")
+              if (r["kernel"], r["bits"], r["group_size"], r["m"]) == wanted]  # fmt: skip
+    assert not one["symmetric"]
+    return one
+
+
+@evidence("What they reach")
+def _():
+    table = [["`packed_matmul`, M = 1 / 16", *CHIPS]]
+    for width in (2, 3, 4, 5, 8):
+        table.append([f"{width}-bit: of the floor; over the bf16 product"])
+        for chip in CHIPS:
+            one, many = (cycles(chip, "packed_matmul", width, 128, m) for m in (1, 16))
+            table[-1].append(
+                f"{one['fraction_of_floor']:.0%} / {many['fraction_of_floor']:.0%}; "
+                f"{one['speedup_vs_bf16']:.1f} / {many['speedup_vs_bf16']:.1f}×".replace("%", " %")
+            )
+    table.append(["`prefill_quantize` over the plain product, 512 / 2048 tokens"] + [
+        " / ".join(f"{cycles(c, 'prefill_quantize', 4, 128, m)['ratio_to_matmul']:.2f}"
+                   for m in (512, 2048)) for c in CHIPS
+    ])  # fmt: skip
+    table.append(["`quantize_pack` of the floor, 4-bit"] + [
+        f"{cycles(c, 'quantize_pack', 4, 128, 0)['fraction_of_floor']:.0%}".replace("%", " %")
+        for c in CHIPS
+    ])  # fmt: skip
+    narrow = {c: cycles(c, "packed_matmul", 4, 32, 16)["fraction_of_floor"] for c in CHIPS}
+    return [table], [f"{c} {100 * one:.0f} %" for c, one in narrow.items()]
+
+
+@evidence("Coded scales")
+def _():
+    rows, facts = read("coded_scales_tpu.jsonl"), ("chip", "kernel", "m", "group_size", "scales")
+    names = {"packed_matmul": "`packed_matmul`, M = {}", "quantize_pack": "`quantize_pack`",
+             "prefill_quantize": "`prefill_quantize`, {} tokens"}  # fmt: skip
+
+    def thousands(*wanted):
+        (one,) = [r for r in rows if tuple(map(r.get, facts)) == wanted]
+        return f"{max(one['cycles'], one['floor_cycles']) / 1000:.1f}"
+
+    def line(kernel, m, group):
+        both = lambda *of: " / ".join(thousands(*of, s) for s in ("float", "coded"))  # noqa: E731
+        return [f"{names[kernel].format(m)}, group {group}", *(
+            both(chip, kernel, m, group) for chip in CHIPS)]  # fmt: skip
+
+    kernels = zip(names, [(1, 16), (0,), (512,)], strict=True)
+    return [
+        [["", *CHIPS], *(line(k, m, g) for k, ms in kernels for m in ms for g in (32, 64, 128))]
+    ], []
