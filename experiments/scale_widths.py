@@ -17,6 +17,7 @@ they would be stored. The channel scale, the prior and the clip search are those
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +44,23 @@ GRIDS = (
     (3, 8, 8, 32), (3, 6, 6, 24), (3, 4, 4, 16),
     (4, 8, 8, 64), (4, 6, 6, 48), (4, 4, 4, 32), (4, 4, 0, 16), (4, 8, 0, 32),
 )  # fmt: skip
+
+
+def named(grid: tuple[int, ...]) -> str:
+    """A grid's name: its four numbers, with dashes."""
+    return "-".join(map(str, grid))
+
+
+def grid_named(name: str) -> tuple[int, ...]:
+    """The grid of a name.
+
+    Raises:
+      SystemExit: no name of a grid.
+    """
+    parts = name.split("-")
+    if len(parts) != 4 or not all(part.isdigit() for part in parts):
+        raise SystemExit(f"--grid {name}: expected CODE-SCALE-ZERO-GROUP, as in 3-4-4-32")
+    return tuple(map(int, parts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,10 +142,13 @@ def bits_of(model: ttq.Model, bits: int, scale: int, zero: int, group: int) -> f
 def measure(args: argparse.Namespace) -> None:
     """Scores every grid on every corpus; rows that are there are kept."""
     check_destination(args.out, parents=True)
-    model, protocol = ttq.load(args.model), Protocol(window=512, prompt_tokens=256)
+    names = args.grid or list(map(named, GRIDS))
+    grids = {"none": None} | {name: grid_named(name) for name in names}
+    protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
+    model = ttq.load(args.model)
     store = Results(args.out)
     texts = dict(map(corpus_text, args.corpus))
-    for name, grid in ({"none": None} | {"-".join(map(str, g)): g for g in GRIDS}).items():
+    for name, grid in grids.items():
         recipe = None if grid is None else recipe_of(*grid)
         offline = prepare(model, recipe)
         for corpus, text in texts.items():
@@ -158,7 +179,9 @@ def report(path: Path) -> None:
     found = gaps(rows)
     cells = [["code", "scale", "zero point", "group", "bits", "gap", *found["none"]["by_corpus"]]]
     for grid in GRIDS:
-        one = found["-".join(map(str, grid))]
+        if named(grid) not in found:
+            continue
+        one = found[named(grid)]
         cells.append([
             *map(str, grid), f"{one['bits']:.2f}", interval(one),
             *(fixed(v, 3) for v in one["by_corpus"].values()),
@@ -166,14 +189,18 @@ def report(path: Path) -> None:
     print(table(cells, left=0))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--corpus", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--windows", type=int, default=8, help="per corpus, default: %(default)s")
+    parser.add_argument("--grid", action="append", metavar="CODE-SCALE-ZERO-GROUP",
+                        help="bits of each, rows of a group (default: all kept)")  # fmt: skip
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--out", type=Path, help="a row per grid and corpus is kept here")
     parser.add_argument("--report", type=Path, metavar="FILE", help="print the table of such rows")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.report:
         report(args.report)
     elif not args.corpus or not args.out:
