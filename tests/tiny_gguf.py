@@ -135,9 +135,14 @@ def tokenizer_header(size: int) -> dict:
     }
 
 
+# llama.cpp, which writes and reads them so, takes no other.
+_TYPES = {"split.no": "uint16", "split.count": "uint16", "split.tensors.count": "int32"}
+
+
 def _add(writer, key: str, value) -> None:
     kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+    kind = kinds[type(value)]
+    getattr(writer, f"add_{_TYPES.get(key, kind) if kind == 'uint32' else kind}")(key, value)
 
 
 def write_gguf(
