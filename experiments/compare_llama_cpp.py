@@ -1,11 +1,11 @@
-"""Rope scalings of GGUF files: this package's logits beside llama.cpp's, on the same tiny files.
+"""Rope scalings and experts of GGUF files: logits beside llama.cpp's, on the same tiny files.
 
 Claim     a file's rope scaling means here what it means in llama.cpp: linear, yarn, longrope's
-          factors as tensors, and Llama 3's rope_freqs.weight.
+          factors as tensors, and Llama 3's rope_freqs.weight. So do the routers of mixtures.
 Command   pip install llama-cpp-python==0.3.36
-          python experiments/compare_llama_cpp.py --out experiments/results/llama_cpp_rope.json
+          python experiments/compare_llama_cpp.py --out experiments/results/llama_cpp.json
 Cost      a minute on 2 cores, after the package has been built.
-Expect    experiments/results/llama_cpp_rope.json: in every case the largest difference is below
+Expect    experiments/results/llama_cpp.json: in every case the largest difference is below
           1e-4 of the largest logit, and the scaling itself moves the logits far more than that.
 
 A longrope model has two sets of factors. llama.cpp takes the long ones when its context is larger
@@ -56,6 +56,7 @@ class Case:
       tensors: of the rotation.
       tokens: how many are read.
       context: of llama.cpp.
+      experts: in every layer, of which a token reaches two; 0 for none.
     """
 
     arch: str = "llama"
@@ -63,6 +64,12 @@ class Case:
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     tokens: int = 200
     context: int = 512
+    experts: int = 0
+
+    @property
+    def kv_heads(self) -> int:
+        """llama.cpp's OLMoE has as many keys as queries."""
+        return HEADS if self.arch == "olmoe" else KV
 
 
 YARN = {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64}
@@ -112,6 +119,9 @@ CASES = {
     "llama3": Case(
         rope={"freq_base": 5e5}, tensors={"rope_freqs.weight": llama3_factors(8.0, 5e5)}
     ),
+    "experts, mixtral": Case(rope=YARN, experts=4),
+    "experts, qwen3moe": Case(arch="qwen3moe", rope=YARN, experts=4),
+    "experts, olmoe": Case(arch="olmoe", rope=YARN, experts=4),
 }  # fmt: skip
 
 
@@ -120,10 +130,15 @@ def header(case: Case) -> dict[str, Any]:
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", "</s>", "ab"]
     keys = {
         "block_count": LAYERS, "context_length": TRAINED, "embedding_length": WIDTH,
-        "feed_forward_length": FFN, "attention.head_count": HEADS, "attention.head_count_kv": KV,
+        "feed_forward_length": FFN, "attention.head_count": HEADS,
+        "attention.head_count_kv": case.kv_heads,
         "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4,
         "rope.dimension_count": WIDTH // HEADS,
     } | {f"rope.{name}": value for name, value in case.rope.items()}  # fmt: skip
+    if case.experts:
+        keys |= {"expert_count": case.experts, "expert_used_count": 2}
+    if case.experts and case.arch != "llama":
+        keys["expert_feed_forward_length"] = FFN
     return {f"{case.arch}.{name}": value for name, value in keys.items()} | {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 256 + [3] * 2 + [1],
@@ -134,29 +149,39 @@ def header(case: Case) -> dict[str, Any]:
 
 def weights(case: Case) -> dict[str, np.ndarray]:
     """Random tensors; queries and keys so large that positions matter."""
-    rng, kv, head = np.random.default_rng(0), WIDTH // HEADS * KV, WIDTH // HEADS
+    rng, kv, head = np.random.default_rng(0), WIDTH // HEADS * case.kv_heads, WIDTH // HEADS
+    stack = (case.experts,) if case.experts else ()
 
-    def linear(rows: int, columns: int, size: float = 1.0) -> np.ndarray:
-        return (rng.normal(size=(rows, columns)) * size * columns**-0.5).astype(np.float32)
+    def linear(*shape: int, size: float = 1.0) -> np.ndarray:
+        return (rng.normal(size=shape) * size * shape[-1] ** -0.5).astype(np.float32)
 
     def norm(width: int) -> np.ndarray:
         return np.exp(0.3 * rng.normal(size=width)).astype(np.float32)
 
-    out = {"token_embd.weight": linear(VOCAB, WIDTH, 8.0), "output.weight": linear(VOCAB, WIDTH),
-           "output_norm.weight": norm(WIDTH)}  # fmt: skip
+    out = {"token_embd.weight": linear(VOCAB, WIDTH, size=8.0)}
+    out |= {"output.weight": linear(VOCAB, WIDTH), "output_norm.weight": norm(WIDTH)}
     for i in range(LAYERS):
-        q, k, v = linear(WIDTH, WIDTH, 2.0), linear(kv, WIDTH, 2.0), linear(kv, WIDTH)
-        gate, up = linear(FFN, WIDTH), linear(FFN, WIDTH)
+        q, k = linear(WIDTH, WIDTH, size=2.0), linear(kv, WIDTH, size=2.0)
+        v, gate, up = linear(kv, WIDTH), linear(*stack, FFN, WIDTH), linear(*stack, FFN, WIDTH)
+        down = linear(*stack, WIDTH, FFN)
         layer = {
-            "attn_norm": norm(WIDTH), "ffn_norm": norm(WIDTH),
-            "attn_output": linear(WIDTH, WIDTH), "ffn_down": linear(WIDTH, FFN),
+            "attn_norm": norm(WIDTH), "ffn_norm": norm(WIDTH), "attn_output": linear(WIDTH, WIDTH)
         }  # fmt: skip
         if case.arch == "phi3":
             layer |= {"attn_qkv": np.concatenate([q, k, v]), "ffn_up": np.concatenate([gate, up])}
         else:
-            layer |= {"attn_q": q, "attn_k": k, "attn_v": v, "ffn_gate": gate, "ffn_up": up}
-        if case.arch == "qwen3":
+            layer |= {"attn_q": q, "attn_k": k, "attn_v": v}
+        if case.experts:
+            layer |= {"ffn_gate_inp": linear(case.experts, WIDTH, size=4.0)}
+            layer |= {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": down}
+        else:
+            layer |= {"ffn_down": down} | ({} if case.arch == "phi3" else {
+                "ffn_gate": gate, "ffn_up": up,
+            })  # fmt: skip
+        if case.arch in {"qwen3", "qwen3moe"}:
             layer |= {"attn_q_norm": 2 * norm(head), "attn_k_norm": norm(head)}
+        if case.arch == "olmoe":
+            layer |= {"attn_q_norm": 2 * norm(WIDTH), "attn_k_norm": norm(WIDTH)}
         out |= {f"blk.{i}.{name}.weight": tensor for name, tensor in layer.items()}
     return out | case.tensors
 

@@ -1,4 +1,4 @@
-"""Rope scalings of GGUF files give the logits that llama.cpp gave, kept in the result file."""
+"""Rope scalings and experts of GGUF files give the logits that llama.cpp gave and a file keeps."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ import compare_llama_cpp
 from compare_llama_cpp import CASES, KEPT, ours, text, write
 
 RESULTS = Path(compare_llama_cpp.__file__).parent / "results"
-ROWS = json.loads((RESULTS / "llama_cpp_rope.json").read_text())["rows"]
+ROWS = json.loads((RESULTS / "llama_cpp.json").read_text())["rows"]
 
 
 def test_every_case_was_compared():
