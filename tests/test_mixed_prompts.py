@@ -1,6 +1,7 @@
 """Prompts of very different lengths, very short ones, dead groups, and groups of a whole column."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from tiny_files import write_model
 import ttq_jax as ttq
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import dense_weight
+from ttq_jax.models.decoder import init_params
 from ttq_jax.prompts import pad_prompts
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.moments import observe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.sampling import make_key
-from ttq_jax.types import Offline
+from ttq_jax.types import Offline, Prompts
 
 CONFIG = small_config(d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, embed_dim=32)
 PARAMS = small_params(CONFIG)
@@ -43,6 +45,19 @@ def test_one_token_beside_five_hundred(name):
     together = answers([ONE, LONG], recipe)
     assert together == [*answers([ONE], recipe), *answers([LONG], recipe)]
     assert together[0] != together[1]
+
+
+def test_a_prompt_of_8192_tokens_never_has_all_its_scores_at_once():
+    length = 8192
+    config = dataclasses.replace(CONFIG, d_ff=2048, max_positions=2 * length)
+    shapes = [jax.ShapeDtypeStruct((1, length), kind) for kind in (jnp.int32, jnp.bool_)]
+    params = jax.eval_shape(partial(init_params, config), make_key(0))
+    made = generate_tokens.lower(
+        params, Prompts(*shapes), Offline(), make_key(0), jnp.int32(8), config=config,
+        recipe=ttq.preset("ttq", bits=3, group_size=16), sampling=ttq.Sampling(), capacity=8,
+        eos_ids=(),
+    ).compile()  # fmt: skip
+    assert made.memory_analysis().temp_size_in_bytes < 4 * config.n_heads * length**2
 
 
 @pytest.mark.parametrize("damping", [0.3, 0.01])
