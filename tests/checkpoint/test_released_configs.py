@@ -296,7 +296,7 @@ def test_yarn(read):
         ({"num_local_experts": 64}, "num_experts and num_local_experts"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ({"num_experts_per_tok": 129}, "experts_per_token"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok: expected an integer from 1 to 128"),
         ({"num_experts": 10**6}, "num_experts: expected an integer from 1 to 4096"),
     ],
 )

@@ -105,9 +105,10 @@ def hf_experts(s: Settings, *, experts: int, per_token: int) -> dict[str, Any]:
             "correct the model's config.json"
         )
     s.ignore("num_experts", "num_local_experts")
+    count = found.pop()
     return {
-        "n_experts": found.pop(),
-        "experts_per_token": s.integer("num_experts_per_tok", per_token),
+        "n_experts": count,
+        "experts_per_token": s.integer("num_experts_per_tok", per_token, most=count),
     }
 
 
@@ -130,9 +131,10 @@ def gguf_experts(s: Settings, arch: str, *, norm_topk: bool) -> dict[str, Any]:
     s.require(f"{arch}.expert_shared_count", 0)
     # 1 is the softmax.
     s.require(f"{arch}.expert_gating_func", 0, 1)
+    count = s.integer(f"{arch}.expert_count", most=_MOST_EXPERTS)
     return {
-        "n_experts": s.integer(f"{arch}.expert_count", most=_MOST_EXPERTS),
-        "experts_per_token": s.integer(f"{arch}.expert_used_count"),
+        "n_experts": count,
+        "experts_per_token": s.integer(f"{arch}.expert_used_count", most=count),
         "norm_topk": norm_topk,
     }
 
