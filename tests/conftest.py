@@ -45,7 +45,8 @@ _WITH_TORCH = (
     "test_ttq_torch.py", "models/test_families.py", "models/test_long_texts.py",
     "models/test_parity_real.py", "models/test_parity_torch.py", "models/test_rope_scaling.py",
     "checkpoint/test_config_fuzz.py", "checkpoint/test_config_parity.py",
-    "checkpoint/test_gguf.py", "checkpoint/test_huggingface.py", "checkpoint/test_where.py",
+    "checkpoint/test_experts_as_stored.py", "checkpoint/test_gguf.py",
+    "checkpoint/test_huggingface.py", "checkpoint/test_where.py",
     "evaluation/harness", "experiments/test_compare_torch.py",
     "experiments/test_compare_torch_speed.py",
 )  # fmt: skip

@@ -1,23 +1,27 @@
 """Prompts of very different lengths, very short ones, dead groups, and groups of a whole column."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import random_rows, small_config, small_params
+from small import prompts_of, random_rows, small_config, small_params
 from tiny_files import write_model
 
 import ttq_jax as ttq
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import dense_weight
+from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.decoder import init_params, logits
+from ttq_jax.prefill import last_hidden, prefill
 from ttq_jax.prompts import pad_prompts
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.moments import observe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.sampling import make_key
-from ttq_jax.types import Offline
+from ttq_jax.types import Offline, Prompts
 
 CONFIG = small_config(d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, embed_dim=32)
 PARAMS = small_params(CONFIG)
@@ -43,6 +47,44 @@ def test_one_token_beside_five_hundred(name):
     together = answers([ONE, LONG], recipe)
     assert together == [*answers([ONE], recipe), *answers([LONG], recipe)]
     assert together[0] != together[1]
+
+
+@functools.cache
+def last_logits(size):
+    """Of eight prompts in bfloat16, read in batches of a size."""
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), PARAMS)
+    rows = random_rows([5, 31, 8, 17, 2, 30, 12, 9], seed=5)
+
+    @jax.jit
+    def read(prompts):
+        cache = empty_cache(CONFIG, *prompts.tokens.shape, jnp.bfloat16)
+        hidden, _, tree, *_ = prefill(
+            params, prompts, cache, config=CONFIG, recipe=None, offline=Offline()
+        )
+        return logits(CONFIG, tree, last_hidden(hidden, prompts))
+
+    at = [prompts_of(rows[i : i + size], 32) for i in range(0, len(rows), size)]
+    return np.concatenate([read(prompts) for prompts in at])
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_bfloat16_batches_differ_from_single_prompts_by_rounding_alone(size):
+    """Which way a near-tie falls may depend on the batch's shape: sums have another order."""
+    alone = last_logits(1)
+    np.testing.assert_allclose(last_logits(size), alone, rtol=0, atol=0.02 * np.abs(alone).max())
+
+
+def test_a_prompt_of_8192_tokens_never_has_all_its_scores_at_once():
+    length = 8192
+    config = dataclasses.replace(CONFIG, d_ff=2048, max_positions=2 * length)
+    shapes = [jax.ShapeDtypeStruct((1, length), kind) for kind in (jnp.int32, jnp.bool_)]
+    params = jax.eval_shape(functools.partial(init_params, config), make_key(0))
+    made = generate_tokens.lower(
+        params, Prompts(*shapes), Offline(), make_key(0), jnp.int32(8), config=config,
+        recipe=ttq.preset("ttq", bits=3, group_size=16), sampling=ttq.Sampling(), capacity=8,
+        eos_ids=(),
+    ).compile()  # fmt: skip
+    assert made.memory_analysis().temp_size_in_bytes < 4 * config.n_heads * length**2
 
 
 @pytest.mark.parametrize("damping", [0.3, 0.01])

@@ -104,6 +104,20 @@ def random_llama(width: int = 64) -> tuple[dict, dict[str, np.ndarray]]:
     return header_of(model, "llama") | tokenizer_header(VOCAB), tensors_of(model, "llama")
 
 
+def random_mixtral(experts: int = 4) -> tuple[dict, dict[str, np.ndarray]]:
+    """Header and tensors of a Mixtral of that Llama's sizes."""
+    header, tensors = random_llama()
+    rng = np.random.default_rng(1)
+    for name in [name for name in tensors if ".ffn_" in name and "norm" not in name]:
+        rows, columns = tensors.pop(name).shape
+        stack = rng.normal(size=(experts, rows, columns)) * columns**-0.5
+        tensors[name.replace(".weight", "_exps.weight")] = stack.astype(np.float32)
+        if ".ffn_gate." in name:
+            router = rng.normal(size=(experts, columns)).astype(np.float32)
+            tensors[name.replace("ffn_gate", "ffn_gate_inp")] = router
+    return header | {"llama.expert_count": experts, "llama.expert_used_count": 2}, tensors
+
+
 def tokenizer_header(size: int) -> dict:
     """A byte-level vocabulary of that size."""
     from tokenizers import pre_tokenizers
@@ -121,9 +135,14 @@ def tokenizer_header(size: int) -> dict:
     }
 
 
+# llama.cpp, which writes and reads them so, takes no other.
+_TYPES = {"split.no": "uint16", "split.count": "uint16", "split.tensors.count": "int32"}
+
+
 def _add(writer, key: str, value) -> None:
     kinds = {bool: "bool", int: "uint32", float: "float32", str: "string", list: "array"}
-    getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+    kind = kinds[type(value)]
+    getattr(writer, f"add_{_TYPES.get(key, kind) if kind == 'uint32' else kind}")(key, value)
 
 
 def write_gguf(

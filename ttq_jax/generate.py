@@ -308,6 +308,8 @@ def generate(
       seed: of the sampling, the same for every batch.
       batch_size: prompts that are read together, >= 1. They share one quantized tree, unless the
         recipe's `batch` is "per_prompt". With a decay every batch is a turn of one conversation.
+        In bfloat16 sums of another batch size round otherwise, so that an answer may turn where two
+        tokens are nearly as likely.
       chat: render the model's chat template, and stop where it ends a turn.
 
     Returns:

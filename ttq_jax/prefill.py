@@ -103,15 +103,31 @@ def prefill(
             "(None is dense); pass what quant.head.joined makes of a model's tree and of what "
             "prepare() returns"
         )
-    if config.n_experts and recipe is not None and offline.packed is None:
-        selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
-        lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
-        if _reads_prompt(recipe) and lacking:
-            raise ValueError(
-                f"{lacking[0]}: expected a prior for experts that no token reaches, got none; pass "
-                "what prepare() returns as offline"
-            )
+    if recipe is not None and offline.packed is None:
+        check_prior(config, recipe, offline)
     return _prefill(params, prompts, cache, config, recipe, offline)
+
+
+def check_prior(config: ModelConfig, recipe: Recipe, offline: Offline) -> None:
+    """Refuses a mixture without a prior for experts that a prompt may not reach.
+
+    Args:
+      config: the model's.
+      recipe: how to quantize.
+      offline: what the recipe needs besides the prompt.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not (config.n_experts and _reads_prompt(recipe)):
+        return
+    selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
+    lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
+    if lacking:
+        raise ValueError(
+            f"{lacking[0]}: expected a prior for experts that no token reaches, got none; pass "
+            "what prepare() returns as offline"
+        )
 
 
 def _reads_prompt(recipe: Recipe) -> bool:

@@ -86,7 +86,28 @@ KEYS = {
         "attn_logit_softcapping": [2.0, None], "use_bidirectional_attention": [False, None, True],
         "hidden_activation": ["gelu_pytorch_tanh", "silu", None],
     },
-    "phi3": COMMON | ROPE | {"sliding_window": [None, 4], "resid_pdrop": [0.1]},
+    "phi3": COMMON
+    | ROPE
+    | {
+        "sliding_window": [None, 4], "resid_pdrop": [0.1], "full_attn_mod": [1, 2, None],
+        "interpolate_factor": [1, 2],
+    },
+    "qwen3-moe": COMMON
+    | ROPE
+    | {
+        "num_experts": [8, 4, None], "num_local_experts": [8, 6, None],
+        "num_experts_per_tok": [1, 3, 9, None], "norm_topk_prob": [True, False, None],
+        "decoder_sparse_step": [1, 2, None], "mlp_only_layers": [[], [1], None],
+        "router_aux_loss_coef": [0.1], "shared_expert_intermediate_size": [0, 64, None],
+        "sliding_window": [None, 4], "use_sliding_window": [True, False, None],
+    },
+    "mixtral": COMMON
+    | ROPE
+    | {
+        "num_experts": [4, 3, None], "num_local_experts": [4, 3, None],
+        "num_experts_per_tok": [1, 2, None], "norm_topk_prob": [True, False, None],
+        "router_jitter_noise": [0.0, 0.1], "sliding_window": [None, 4, 0],
+    },
     "smollm3-list-sliding": COMMON
     | ROPE
     | WINDOW
@@ -102,7 +123,10 @@ KEYS = {
 # Each family's; some hundreds find nothing that these do not.
 EXAMPLES = 12
 # Of the keys that say which weights there are, the message may compare sizes.
-OF_WEIGHTS = {"attention_bias", "mlp_bias", "head_dim", "num_key_value_heads"}
+OF_WEIGHTS = {
+    "attention_bias", "mlp_bias", "head_dim", "num_key_value_heads", "num_experts",
+    "num_local_experts",
+}  # fmt: skip
 
 
 @functools.cache

@@ -154,6 +154,34 @@ RELEASED = {
         "torch_dtype": "bfloat16", "transformers_version": "4.40.2", "use_cache": True,
         "vocab_size": 32064,
     },
+    "phi-4-mini": {
+        "_name_or_path": "Phi-4-mini-instruct", "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False, "attention_dropout": 0.0,
+        "auto_map": {"AutoTokenizer": "Xenova/gpt-4o"}, "bos_token_id": 199999, "embd_pdrop": 0.0,
+        "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072,
+        "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1,
+        "lm_head_bias": False, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "phi3", "num_attention_heads": 24, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "original_max_position_embeddings": 4096,
+        "pad_token_id": 199999, "partial_rotary_factor": 0.75, "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [
+                1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897,
+                1.956131817, 2.187582649, 2.446418898, 2.735880826, 3.059592084,
+                3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533,
+                5.984965424, 6.693110555, 7.485043894, 8.370679318, 9.36110372,
+                10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215,
+                18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884,
+                32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7, 32.71,
+                32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+            ],
+            "short_factor": [1.0] * 48, "type": "longrope",
+        },
+        "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.45.0", "use_cache": True,
+        "vocab_size": 200064,
+    },
     "smollm3-3b": {
         "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": 128012,
@@ -237,8 +265,8 @@ RELEASED = {
 
 FAMILY_OF = {
     "smollm2-135m": "llama", "gemma-3-270m": "gemma3", "gemma-3-4b": "gemma3",
-    "qwen2.5-7b": "qwen2", "gemma-2-2b": "gemma2", "phi-3-mini-4k": "phi3", "olmo-2-7b": "olmo2",
-    "qwen3-30b-a3b": "qwen3_moe",
+    "qwen2.5-7b": "qwen2", "gemma-2-2b": "gemma2", "phi-3-mini-4k": "phi3", "phi-4-mini": "phi3",
+    "olmo-2-7b": "olmo2", "qwen3-30b-a3b": "qwen3_moe",
 }  # fmt: skip
 
 
@@ -268,7 +296,7 @@ def test_yarn(read):
         ({"num_local_experts": 64}, "num_experts and num_local_experts"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers"),
-        ({"num_experts_per_tok": 129}, "experts_per_token"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok: expected an integer from 1 to 128"),
         ({"num_experts": 10**6}, "num_experts: expected an integer from 1 to 4096"),
     ],
 )
@@ -288,6 +316,13 @@ def test_what_they_leave_unsaid(read):
     assert read("gemma-2-2b").sliding_layers[:3] == (True, False, True)
     assert (read("gemma-2-2b").attn_softcap, read("gemma-2-2b").logit_softcap) == (50.0, 30.0)
     assert (read("phi-3-mini-4k").sliding_window, read("phi-3-mini-4k").head_dim) == (2047, 96)
+    mini = read("phi-4-mini")
+    assert (mini.rope.scaling, mini.rope.channels(mini.head_dim), mini.head_dim) == (
+        "longrope", 96, 128,
+    )  # fmt: skip
+    # transformers derives it where the file does not say it: √(1 + ln 32 / ln 4096).
+    assert mini.rope.attention_factor == pytest.approx(np.sqrt(1 + 5 / 12))
+    assert (mini.max_positions, mini.rope.original_positions) == (131072, 4096)
     assert read("smollm3-3b").rotated_layers == (True, True, True, False) * 9
     assert read("olmo-2-7b").norm_placement == "branch"
     large = read("qwen3-30b-a3b")

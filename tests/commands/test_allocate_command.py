@@ -1,6 +1,7 @@
 """`ttq allocate`: a budget in, a recipe out that other commands take."""
 
 import pytest
+from tiny_gguf import random_mixtral, write_gguf
 
 from ttq_jax.checkpoint import load
 from ttq_jax.commands import allocate
@@ -103,3 +104,25 @@ def test_a_recipe_with_a_prior_is_measured_with_it(cli_json, tiny, text_file, tm
     plain, leaning = (one["uniform_divergence"] for one in found)
     assert plain.keys() == leaning.keys()
     assert all(0 < leaning[bits] != plain[bits] for bits in plain)
+
+
+def test_a_mixture_of_experts_within_a_budget(cli_json, text_file, tmp_path):
+    place = tmp_path / "mixtral.gguf"
+    write_gguf(place, "llama", *random_mixtral())
+    common = ["--model", place, "--corpus", text_file, *SMALL]
+    few = ["--select", "layers/(q|down)", "--widths", 2, 4, "--group-size", 16]
+    out = tmp_path / "mine.toml"
+    (made,) = cli_json("allocate", *common, *few, "--recipe", "ttq", "--budget", 5, "--out", out)
+    assert 4.5 < made["stored_bits"] <= 5
+    worst, best = made["uniform_divergence"]["2"], made["uniform_divergence"]["4"]
+    assert best < made["divergence"] < worst
+    (scored,) = cli_json("perplexity", *common, "--recipe", out)
+    assert scored["recipe"] == made["recipe"]
+
+
+def test_bits_that_the_budget_chooses_are_noted(cli, tiny, text_file, tmp_path):
+    _, _, err = cli(
+        "allocate", "--model", tiny, "--corpus", text_file, "--recipe", "rtn", "--bits", 3,
+        "--budget", 9, "--out", tmp_path / "mine.toml", "--no-compilation-cache",
+    )  # fmt: skip
+    assert "--bits has no effect: the budget chooses among --widths" in err

@@ -4,9 +4,12 @@ import json
 
 import pytest
 from tiny_files import write_model
+from tiny_gguf import random_llama, write_gguf
 
+from ttq_jax.checkpoint import CheckpointError
 from ttq_jax.commands.parsers import build_parser
 from ttq_jax.config import ConfigError
+from ttq_jax.evaluation import preparation
 from ttq_jax.evaluation.harness_arguments import check_arguments, load_arguments
 from ttq_jax.sweeps.rows import read_rows
 
@@ -42,14 +45,51 @@ def test_a_key_that_counts_cannot_be_ignored(cli, odd):
     assert "--ignore-key hidden_size: this key counts" in err
 
 
-def test_every_command_that_takes_a_model_takes_it():
+def options_of():
+    """The options of each command."""
     commands = next(
         action.choices for action in build_parser()._actions if isinstance(action.choices, dict)
     )
-    for name, parser in commands.items():
-        options = {option for action in parser._actions for option in action.option_strings}
+    return {
+        name: {option for action in parser._actions for option in action.option_strings}
+        for name, parser in commands.items()
+    }
+
+
+def test_every_command_that_takes_a_model_takes_it():
+    for name, options in options_of().items():
         assert ("--ignore-key" in options) == ("--model" in options), name
-    assert "--ignore-key" in {o for a in commands["inspect"]._actions for o in a.option_strings}
+    assert "--ignore-key" in options_of()["inspect"]
+
+
+# What each command asks for besides a model.
+NEEDS = {
+    "generate": ["--prompt", "x"], "chat": [], "perplexity": ["--corpus", "builtin:prose"],
+    "prepare": ["--recipe", "rtn", "--out", "prepared"], "inspect": [], "kernels": [],
+    "allocate": ["--corpus", "builtin:prose", "--budget", "4", "--out", "mine.toml"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["directory", "gguf", "alias", "released"])
+def test_no_form_of_a_model_takes_it_silently(form, cli, odd, tmp_path, monkeypatch):
+    """The loader gets it and answers for it; where none is asked, the command refuses it."""
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "m.gguf", "llama", *random_llama())
+    forms = {"directory": odd, "gguf": "m.gguf", "alias": "smollm2", "released": "qwen3-8b"}
+
+    def load(model, *, ignore_keys, **how):
+        raise CheckpointError(f"{model} was asked to ignore {' '.join(ignore_keys)}")
+
+    monkeypatch.setattr(preparation, "load", load)
+    assert {name for name, options in options_of().items() if "--ignore-key" in options} == set(
+        NEEDS
+    )
+    for name, needs in NEEDS.items():
+        words = [name, "--model", forms[form], *needs, "--ignore-key", "third"]
+        code, out, err = cli(*words, "--no-compilation-cache")
+        assert (code, out) == (2, ""), name
+        refused = name == "kernels" and form == "released"
+        assert ("--ignore-key: the sizes of" if refused else "asked to ignore third") in err, name
 
 
 def test_a_sweep_has_it_as_an_axis(cli, odd, text_file, tmp_path):

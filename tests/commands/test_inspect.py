@@ -16,13 +16,20 @@ def test_json(cli_json, tiny):
     assert got["family"] == "llama"
     assert got["context"] == 256
     assert got["parameters"] == sum(t.size for t in tensors().values())
-    assert got["bytes"] == 4 * got["parameters"]
+    assert got["bytes"] == sum(g["bytes"] for g in got["groups"])
     assert got["stored_bytes"] == sum(g["stored_bytes"] for g in got["groups"])
     groups = {g["path"]: g for g in got["groups"]}
     assert groups["layers/down/kernel"]["shape"] == [LAYERS, FFN, WIDTH]
     assert groups["layers/k/kernel"]["shape"] == [LAYERS, WIDTH, WIDTH * KV // 4]
     kernels = {f"layers/{n}/kernel" for n in ("q", "k", "v", "o", "gate", "up", "down")}
     assert {p for p, g in groups.items() if g["quantized"]} == kernels | {"embed/embedding"}
+    # The recipe packs the table, so it was never loaded as it is.
+    table = groups["embed/embedding"]
+    assert (table["shape"], table["dtype"]) == ([VOCAB, WIDTH], "8 bits")
+    assert table["bytes"] == table["stored_bytes"] < VOCAB * WIDTH * 4 / 3
+    dense = [g for g in got["groups"] if g is not table]
+    assert {g["dtype"] for g in dense} == {"float32"}
+    assert sum(g["bytes"] for g in dense) == 4 * (got["parameters"] - VOCAB * WIDTH)
     # A byte of code, and of each group a byte of scale, and two of the column.
     assert groups["embed/embedding"]["bits"] == 8 * (64 + 1 + 2) / 64
     assert got["tokenizer"] == {

@@ -121,6 +121,7 @@ def test_a_model_on_disk_for_activations_of_any_type(cli_json, tiny):
         (["--model", "qwen3-1.7b", "--prompt-tokens", "0"], ["--prompt-tokens", "at least 1"]),
         (["--model", "qwen3-1.7b", "--select", "head"], ["expected a match", "layers/q"]),
         (["--model", "/no/such/model", "--chip", "v5e"], ["/no/such/model"]),
+        (["--model", "qwen3-1.7b", "--ignore-key", "x"], ["--ignore-key", "without its files"]),
     ],
 )
 def test_what_cannot_be_listed_is_one_line(cli, options, parts):

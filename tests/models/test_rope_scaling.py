@@ -272,6 +272,31 @@ def test_gguf_files_say_it_in_their_own_keys(name, saved, tmp_path):
         assert_close(got[: len(row)], theirs(reference, row))
 
 
+def test_keys_of_yarn_that_llama_cpp_does_not_read_are_noted():
+    """Its converter writes them for every architecture."""
+    keys = {"yarn_ext_factor": 0.5, "yarn_attn_factor": 0.88, "yarn_beta_fast": 4.0,
+            "yarn_beta_slow": 0.0}  # fmt: skip
+    usual = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0,
+             "yarn_beta_slow": 1.0}  # fmt: skip
+    read = []
+    for more, notes in (({}, 0), (usual, 0), (keys, 4)):
+        header = GGUF_KEYS["yarn"] | {f"llama.rope.scaling.{k}": v for k, v in more.items()}
+        settings = Settings(header)
+        read.append(gguf_rope(settings, "llama"))
+        settings.finish()
+        assert len(settings.notes) == notes
+        assert all("is not read, as in llama.cpp" in note for note in settings.notes)
+    assert read[0] == read[1] == read[2]
+
+
+@pytest.mark.parametrize("key", ["scaling.factor", "scale_linear"])
+def test_a_gguf_factor_alone_scales(key):
+    rope = gguf_rope(Settings({f"llama.rope.{key}": 4.0}), "llama")
+    assert (rope.scaling, rope.factor) == ("linear", 4.0)
+    header = {f"llama.rope.{key}": 4.0, "llama.rope.scaling.type": "none"}
+    assert gguf_rope(Settings(header), "llama").scaling == "none"
+
+
 @pytest.mark.parametrize("rotated", [16, 12])
 def test_gguf_heads_may_rotate_in_part(rotated):
     settings = Settings({"phi3.rope.dimension_count": rotated, "phi3.rope.freq_base": 1e4})

@@ -37,14 +37,6 @@ WINDOWS = np.asarray(random_rows([64] * 4), np.int32)
 PROMPT = 32
 
 
-def test_experts_are_refused():
-    config = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2)
-    with pytest.raises(ConfigError, match="expected a model without experts, got 4"):
-        measure_widths(
-            small_params(config), WINDOWS, COARSE, Offline(), config=config, prompt_tokens=PROMPT
-        )
-
-
 @functools.cache
 def measured(recipe=COARSE, windows=2):
     return measure_widths(

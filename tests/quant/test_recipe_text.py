@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 import stat
+import typing
 
 import pytest
 
@@ -146,6 +147,8 @@ def test_what_a_file_leaves_out_has_its_default():
         ("[rounding]\ndamping = 0.3",
          ["rounding.damping", "nearest", "damping belongs to rule second_order"]),
         ("prefill = 3", ["prefill", "string", "3"]),
+        ('head = "x"', ["head", "an integer, or none", "'x'"]),
+        ("head = 8.5", ["head", "an integer, or none", "8.5"]),
         ('prefill = "half"', ["prefill", "full, quantized", "half"]),
         ('widths = "down"', ["widths", "[[widths]]", "down"]),
         ("widths = [3]", ["widths", "[[widths]]"]),
@@ -205,6 +208,16 @@ def test_the_order_of_settings_does_not_matter():
         moments=Source(prior="weights", prior_tokens=64.0), scale=SearchedAlpha(shared=True),
         rounding=SecondOrder(damping=0.1),
     )  # fmt: skip
+
+
+def test_a_choice_that_may_be_none_says_so():
+    kinds = typing.get_type_hints(Recipe)
+    optional = [name for name, kind in kinds.items() if type(None) in typing.get_args(kind)]
+    assert optional == ["head"]
+    for name in optional:
+        with pytest.raises(ConfigError, match=f"{name}: expected .*, or none, got 'x'"):
+            with_settings(Recipe(), [f"{name}=x"])
+        assert getattr(with_settings(Recipe(head=4), [f"{name}=none"]), name) is None
 
 
 def test_every_knob_of_every_rule_can_be_set():

@@ -18,7 +18,7 @@ from ttq_jax.errors import shown
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
-from ttq_jax.models.sizes import GGUF_EXPERTS
+from ttq_jax.models.sizes import gguf_expert_modules
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
@@ -146,10 +146,11 @@ def load_gguf(
             future = pool.submit(
                 build_tokenizer, file.metadata, file.label, config.vocab_size, family.end
             )
+            experts = gguf_expert_modules(file.shapes) if config.n_experts else {}
             params, tables = assemble(
                 config,
                 file,
-                {**family.gguf_modules, **(GGUF_EXPERTS if config.n_experts else {})},
+                {**family.gguf_modules, **experts},
                 family.gguf_edits,
                 ignored=(_ROPE_FACTORS, *_LONG_ROPE.values()),
                 dtype=dtype,

@@ -21,6 +21,7 @@ from ttq_jax.foreign import COUNT, named, read_json
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
+from ttq_jax.models.sizes import HF_EXPERTS
 
 _IDS = (None, COUNT, [COUNT])
 # The settings have their own schema, `Settings`, which knows every key.
@@ -111,7 +112,8 @@ def _modules(family: Family, source: Safetensors) -> dict[str, str]:
             f"{source.label}: missing tensor {expected}. Check that this is a {family.name} "
             "checkpoint"
         )
-    named = {k: prefix + v for k, v in family.hf_modules.items()}
+    modules = {**family.hf_modules, **(HF_EXPERTS if source.experts else {})}
+    named = {k: prefix + v for k, v in modules.items()}
     return named | {"head": head or family.hf_heads[0]}
 
 
@@ -178,6 +180,8 @@ def load_directory(
         directory, rows=config.vocab_size, begins=begins, ends=ends, default_end=family.end
     )
     with open_safetensors(directory, (*family.hf_ignored, *DERIVED)) as source:
+        if config.n_experts:
+            source.split_experts(config.n_experts)
         config, modules, read_so = _tied(config, source, _modules(family, source))
         table = modules["head"] + ".weight"
         params, tables = assemble(

@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from ttq_jax.checkpoint.errors import CheckpointError
+from ttq_jax.checkpoint.fused_experts import Part, expert_parts
 from ttq_jax.checkpoint.source import RandomAccess
 from ttq_jax.checkpoint.unservable import check_plain
 from ttq_jax.errors import shown
@@ -28,6 +29,8 @@ class Safetensors:
       shapes: tensor name to shape.
       left_out: the names that were not looked at.
       notes: which of several files were read; a sentence each.
+      experts: of a mixture whose tensors hold all experts of a layer, where each expert is, once
+        `split_experts` was called; their names are among `shapes` in place of the tensors'.
     """
 
     def __init__(self, directory: Path, files: dict[Path, Any], ignored: tuple[str, ...] = ()):
@@ -45,6 +48,7 @@ class Safetensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.left_out: list[str] = []
         self.notes: list[str] = []
+        self.experts: dict[str, Part] = {}
         self._slices: dict[str, Any] = {}
         check_plain(directory, (name for f in files.values() for name in f.keys()))  # noqa: SIM118
         for path, file in files.items():
@@ -76,7 +80,26 @@ class Safetensors:
         Returns:
           The rows, in the dtype they are stored in.
         """
-        return self._slices[name][start:stop]
+        part = self.experts.get(name)
+        if part is None:
+            return self._slices[name][start:stop]
+        whole, rows = self._slices[part.tensor], slice(part.first + start, part.first + stop)
+        at = slice(part.expert, part.expert + 1)
+        return whole[at, :, rows][0].T if part.transposed else whole[at, rows][0]
+
+    def split_experts(self, n_experts: int) -> None:
+        """Gives each expert a name of its own where a tensor holds all experts of a layer.
+
+        Args:
+          n_experts: E, as the configuration says it.
+
+        Raises:
+          CheckpointError: such tensors do not go together.
+        """
+        self.experts = expert_parts(self.label, self.shapes, n_experts)
+        for tensor in {part.tensor for part in self.experts.values()}:
+            del self.shapes[tensor]
+        self.shapes |= {name: part.shape for name, part in self.experts.items()}
 
 
 def _open(path: Path) -> Any:

@@ -73,6 +73,12 @@ _SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 2047, "vocab_size": 32064,
     }),
+    "phi-4-mini": ("phi3", {
+        "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "num_attention_heads": 24, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.75, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064,
+    }),
     "smollm3-3b": ("smollm3", {
         "hidden_size": 2048, "intermediate_size": 11008, "max_position_embeddings": 65536,
         "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,

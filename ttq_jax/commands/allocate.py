@@ -14,7 +14,7 @@ from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import made_by, table
 from ttq_jax.evaluation.preparation import calibration_text, load_model, windows_read
 from ttq_jax.evaluation.progress import Progress
-from ttq_jax.offline.allocate import Measured, allocate, measure_widths, refuse_experts
+from ttq_jax.offline.allocate import Measured, allocate, measure_widths
 from ttq_jax.offline.calibrate import prepare_unpacked
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.names import quantizes_nothing
@@ -124,13 +124,14 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             f"--budget: expected more than the {widths[0]} bits of the narrowest codes, to which "
             f"their scales are added, got {args.budget:g}"
         )
+    if args.bits is not None:
+        progress.note("--bits has no effect: the budget chooses among --widths")
     check_file(args.out)
     with progress.stage(f"reading {args.corpus}"):
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)
     text = calibration_text(needs, progress)
     model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
-    refuse_experts(model.config)
     check_selection(model.params, recipe)
     _check_budget(args.budget, *sizes(model, recipe, widths), widths)
     cut = cut_windows(model.tokenizer, corpus, args.window)

@@ -61,24 +61,34 @@ def _paths(tree: Params) -> dict[str, Any]:
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in flat}
 
 
+def _form(path: str, leaf: Any) -> tuple[list[int], str]:
+    """A parameter's shape, and its dtype; of a packed table the width of its codes."""
+    if not isinstance(leaf, QuantizedLinear):
+        return list(leaf.shape), str(leaf.dtype)
+    shape = [leaf.d_in, leaf.d_out]
+    # An embedding is packed by its columns, [D, V], and has a row per token.
+    return shape[::-1] if path.startswith("embed/") else shape, f"{leaf.bits} bits"
+
+
 def parameter_groups(before: Params, after: Params) -> list[dict[str, Any]]:
     """A row per parameter, in the order of the tree.
 
     Args:
-      before: the dense tree, or its shapes.
+      before: the tree that was loaded, or its shapes; its tables may be packed.
       after: the tree that is decoded, or its shapes.
 
     Returns:
-      Rows of path, shape, dtype, parameters, bytes, quantized, stored_bytes and bits (stored bits
-      per parameter).
+      Rows of path, shape, dtype, parameters, bytes (as loaded), quantized, stored_bytes and bits
+      (stored bits per parameter).
     """
     stored, rows = _paths(after), []
     for path, leaf in _paths(before).items():
-        count, size = math.prod(leaf.shape), stored_bytes(stored[path])
+        shape, kind = _form(path, leaf)
+        count, size = math.prod(shape), stored_bytes(stored[path])
         rows.append({
             "path": path,
-            "shape": list(leaf.shape),
-            "dtype": str(leaf.dtype),
+            "shape": shape,
+            "dtype": kind,
             "parameters": count,
             "bytes": stored_bytes(leaf),
             "quantized": isinstance(stored[path], QuantizedLinear | MixedLinear),
@@ -92,7 +102,7 @@ def inspect_model(model: Model, recipe: Recipe | None) -> dict[str, Any]:
     """Everything that `ttq inspect` says about a model.
 
     Args:
-      model: the unquantized model.
+      model: the unquantized model; the recipe's tables may be packed already.
       recipe: how it would be quantized; None for the unquantized model.
 
     Returns:
@@ -175,7 +185,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
     """
     recipe = recipe_of(args)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
     check_selection(model.params, recipe)
     found = inspect_model(model, recipe)
     if args.json:

@@ -151,6 +151,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             f"{args.batch_size} and {args.prompt_tokens}"
         )
     if args.model in RELEASED:
+        if args.ignore_key:
+            raise ConfigError(
+                f"--ignore-key: the sizes of {args.model} are known without its files, so there is "
+                "no key to ignore; leave out the option, or give the model's directory or file"
+            )
         config = released_config(args.model)
     else:
         # Only its sizes are used, and checkpoints are not loaded as float16.

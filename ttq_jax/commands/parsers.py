@@ -198,9 +198,11 @@ def _generate_parser(commands: Any) -> None:
 
 
 def _chat_parser(commands: Any) -> None:
+    about = "talk with an instruct model; each answer has weights made for it"
     parser = commands.add_parser(
-        "chat", help="talk with an instruct model; each answer has weights made for it"
-    )
+        "chat", help=about, description=f"{about}. The vocabulary's tables stay in memory as they "
+        "are, beside packed ones: /recipe may ask for another width."
+    )  # fmt: skip
     _add_model(parser)
     add_system(parser)
     add_asking(parser, 512)
@@ -349,8 +351,8 @@ def _kernels_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="M",
-        help="as for ttq inspect; or qwen3-0.6b, qwen3-1.7b, qwen3-8b, llama-3-8b, gemma-3-1b, "
-        "opt-6.7b, whose shapes are known without their weights")  # fmt: skip
+        help="as for ttq inspect; or a released model whose shapes are known without its files, "
+        "such as qwen3-8b, llama-3-8b, gemma-3-1b or mixtral-8x7b")  # fmt: skip
     add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
         help="dtype of the activations (default: %(default)s)")  # fmt: skip
     add("--chip", choices=(*COMPILED, "cpu"), help="default: this machine's device")
@@ -384,10 +386,8 @@ def build_parser() -> argparse.ArgumentParser:
     _allocate_parser(commands)
     _sweep_parser(commands)
     _report_parser(commands)
-    commands.add_parser(
-        "lm-eval", add_help=False,
-        help="run tasks of lm-evaluation-harness; takes lm_eval's own arguments",
-    )  # fmt: skip
+    commands.add_parser("lm-eval", add_help=False,
+        help="run tasks of lm-evaluation-harness; takes lm_eval's own arguments")  # fmt: skip
     inspect = commands.add_parser(
         "inspect", help="show a model's parameters, and which of them would be quantized"
     )

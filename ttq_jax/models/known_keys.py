@@ -65,6 +65,5 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "attention.sliding_window": (), "attention.scale": (), "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,), "residual_scale": (1,), "embedding_scale": (1,),
     "expert_count": (0,), "expert_used_count": (0,), "rope.scaling.yarn_log_multiplier": (0,),
-    "rope.scaling.yarn_ext_factor": (), "rope.scaling.yarn_attn_factor": (1,),
 }  # fmt: skip
 """Keys that change a model, each with the values at which it does not."""

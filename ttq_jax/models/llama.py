@@ -1,18 +1,15 @@
 """Llama (Touvron et al., 2023; Grattafiori et al., 2024) and its kin: Llama 2, Llama 3, SmolLM2."""
 
-from typing import Any
-
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
-from ttq_jax.models.sizes import gguf_experts, gguf_sizes, hf_sizes
+from ttq_jax.models.sizes import gguf_model, hf_sizes
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -48,21 +45,11 @@ def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
     Returns:
       Its config; biases are switched on by the loader where the file has them.
     """
-    sizes = gguf_sizes(s, "llama")
-    s.require("llama.rope.dimension_count", sizes["head_dim"])
     # Mixtral's files call themselves Llama's.
-    experts: dict[str, Any] = {}
     if s.integer("llama.expert_count", 0, least=0):
-        experts = gguf_experts(s, "llama", norm_topk=True)
-    s.require("llama.expert_used_count", experts.get("experts_per_token", 0))
-    return ModelConfig(
-        family="mixtral" if experts else "llama",
-        vocab_size=vocab_size,
-        **sizes,
-        **experts,
-        rope=gguf_rope(s, "llama"),
-        tie_embeddings=tied,
-    )
+        return gguf_model(s, vocab_size, tied, arch="llama", family="mixtral", norm_topk=True)
+    s.require("llama.expert_used_count", 0)
+    return gguf_model(s, vocab_size, tied, arch="llama")
 
 
 FAMILY = Family(

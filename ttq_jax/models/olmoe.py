@@ -1,16 +1,20 @@
 """OLMoE (Muennighoff et al., 2024): many small experts; norms over all heads of q and k at once."""
 
+from functools import partial
+from typing import Any
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
-from ttq_jax.models.sizes import HF_EXPERTS, gguf_experts, gguf_sizes, hf_experts, hf_sizes
+from ttq_jax.models.sizes import HF_EXPERTS, gguf_model, hf_experts, hf_sizes
+
+_NORMS: dict[str, Any] = {"qk_norm": True, "qk_norm_over": "all"}
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -32,36 +36,9 @@ def hf_config(s: Settings) -> ModelConfig:
         norm_topk=s.flag("norm_topk_prob", False),
         qkv_bias=bias,
         o_bias=bias,
-        qk_norm=True,
-        qk_norm_over="all",
+        **_NORMS,
         rope=hf_rope(s),
         tie_embeddings=s.flag("tie_word_embeddings", False),
-    )
-
-
-def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
-    """The model that a GGUF header of architecture "olmoe" describes.
-
-    Args:
-      s: the header.
-      vocab_size: rows of the embedding.
-      tied: whether the file has no head of its own.
-
-    Returns:
-      Its config; llama.cpp takes for granted that the router's weights stay as they are.
-    """
-    sizes = gguf_sizes(s, "olmoe")
-    s.require("olmoe.rope.dimension_count", sizes["head_dim"])
-    sizes["d_ff"] = s.integer("olmoe.expert_feed_forward_length", sizes["d_ff"])
-    return ModelConfig(
-        family="olmoe",
-        vocab_size=vocab_size,
-        **sizes,
-        **gguf_experts(s, "olmoe", norm_topk=False),
-        qk_norm=True,
-        qk_norm_over="all",
-        rope=gguf_rope(s, "olmoe"),
-        tie_embeddings=tied,
     )
 
 
@@ -71,6 +48,7 @@ FAMILY = Family(
     hf_config=hf_config,
     hf_modules=HF_MODULES | HF_EXPERTS,
     gguf_arch="olmoe",
-    gguf_config=gguf_config,
+    # llama.cpp takes for granted that the router's weights stay as they are.
+    gguf_config=partial(gguf_model, arch="olmoe", norm_topk=False, **_NORMS),
     gguf_modules=GGUF_MODULES,
 )

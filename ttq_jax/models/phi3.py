@@ -30,6 +30,9 @@ def hf_config(s: Settings) -> ModelConfig:
     s.require("attention_bias", False)
     s.require("mlp_bias", False)
     s.require("lm_head_bias", False)
+    # Phi-4-mini's code on the hub names them and reads neither.
+    s.require("full_attn_mod", 1)
+    s.require("interpolate_factor", 1)
     sizes = hf_sizes(s, max_position_embeddings=4096, rms_norm_eps=1e-5)
     rope = hf_rope(s, partial=True)
     if rope.scaling not in {"none", "longrope"}:

@@ -1,23 +1,17 @@
 """Qwen3's mixtures of experts (Yang et al., 2025): its attention, and experts in every layer."""
 
+from functools import partial
+
 from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import (
     GGUF_MODULES,
     HF_MODULES,
     Family,
     Settings,
-    gguf_rope,
     hf_rope,
     ignore_common,
 )
-from ttq_jax.models.sizes import (
-    HF_EXPERTS,
-    everywhere,
-    gguf_experts,
-    gguf_sizes,
-    hf_experts,
-    hf_sizes,
-)
+from ttq_jax.models.sizes import HF_EXPERTS, everywhere, gguf_model, hf_experts, hf_sizes
 
 
 def hf_config(s: Settings) -> ModelConfig:
@@ -60,37 +54,15 @@ def hf_config(s: Settings) -> ModelConfig:
     )
 
 
-def gguf_config(s: Settings, vocab_size: int, tied: bool) -> ModelConfig:
-    """The model that a GGUF header of architecture "qwen3moe" describes.
-
-    Args:
-      s: the header.
-      vocab_size: rows of the embedding.
-      tied: whether the file has no head of its own.
-
-    Returns:
-      Its config; llama.cpp takes for granted that the router's weights sum to one.
-    """
-    sizes = gguf_sizes(s, "qwen3moe")
-    s.require("qwen3moe.rope.dimension_count", sizes["head_dim"])
-    sizes["d_ff"] = s.integer("qwen3moe.expert_feed_forward_length", sizes["d_ff"])
-    return ModelConfig(
-        family="qwen3_moe",
-        vocab_size=vocab_size,
-        **sizes,
-        **gguf_experts(s, "qwen3moe", norm_topk=True),
-        qk_norm=True,
-        rope=gguf_rope(s, "qwen3moe"),
-        tie_embeddings=tied,
-    )
-
-
 FAMILY = Family(
     name="qwen3_moe",
     hf_types=("qwen3_moe",),
     hf_config=hf_config,
     hf_modules=HF_MODULES | HF_EXPERTS,
     gguf_arch="qwen3moe",
-    gguf_config=gguf_config,
+    # llama.cpp takes for granted that the router's weights sum to one.
+    gguf_config=partial(
+        gguf_model, arch="qwen3moe", family="qwen3_moe", norm_topk=True, qk_norm=True
+    ),
     gguf_modules=GGUF_MODULES,
 )

@@ -6,6 +6,7 @@ may be there if they mean the same.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ttq_jax.config import ConfigError, ModelConfig, Rope
@@ -201,6 +202,21 @@ def hf_rope(settings: Settings, default_theta: float = 10000.0, *, partial: bool
     return ropes[-1]
 
 
+def _note_unread(settings: Settings, at: Callable[[str], str]) -> None:
+    """Notes keys of yarn that llama.cpp's converter writes for every architecture.
+
+    llama.cpp reads them for none of the architectures that are served here.
+    """
+    usual = {"ext_factor": 1.0, "attn_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    for name, value in usual.items():
+        key = at(f"scaling.yarn_{name}")
+        found = settings.number(key, value, zero=True)
+        if found != value:
+            settings.notes.append(
+                f"{key} = {found:.6g} is not read, as in llama.cpp for this architecture"
+            )
+
+
 def gguf_rope(
     settings: Settings, arch: str, default_theta: float = 10000.0, *, head_dim: int | None = None
 ) -> Rope:
@@ -223,7 +239,9 @@ def gguf_rope(
     def at(name: str) -> str:
         return f"{arch}.rope.{name}"
 
-    kind = settings.take(at("scaling.type"), "none")
+    given = settings.take(at("scaling.type"), None)
+    # A factor by itself scales, as in llama.cpp.
+    kind = "linear" if given is None else given
     # llama.cpp writes 0 for none.
     factor = settings.number(at("scaling.factor"), None, zero=True)
     older = settings.number(at("scale_linear"), 1.0, zero=True)
@@ -233,13 +251,14 @@ def gguf_rope(
     magnitude = settings.number(at("scaling.attn_factor"), 1.0)
     long, short = (settings.numbers(at(f"{n}_factors"), ()) for n in ("long", "short"))
     settings.ignore(at("scaling.finetuned"))
+    _note_unread(settings, at)
     how: dict[str, Any] = {"theta": settings.number(at("freq_base"), default_theta)}
     if head_dim is not None:
         how["partial"] = settings.integer(at("dimension_count"), head_dim) / head_dim
     if not isinstance(kind, str):
         kind = shown(kind)
     if long or short:
-        kind = "longrope" if kind in {"none", "longrope"} else f"{kind} with factors"
+        kind = "longrope" if given in {None, "none", "longrope"} else f"{kind} with factors"
     if kind == "none" or (kind == "linear" and factor == 1):
         return Rope(**how, attention_factor=magnitude)
     if kind == "linear":
@@ -248,8 +267,6 @@ def gguf_rope(
         return Rope(
             **how, scaling="yarn", factor=factor, original_positions=_known(original),
             attention_factor=magnitude * (0.1 * math.log(factor) + 1),
-            beta_fast=settings.number(at("scaling.yarn_beta_fast"), 32.0),
-            beta_slow=settings.number(at("scaling.yarn_beta_slow"), 1.0),
         )  # fmt: skip
     if kind == "longrope" and long and short and factor == 1:
         return Rope(

@@ -1,6 +1,6 @@
 """The settings that most families spell alike, and which of a model's layers slide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ttq_jax.config import ConfigError, ModelConfig
@@ -48,13 +48,30 @@ def hf_sizes(s: Settings, **absent: Any) -> dict[str, Any]:
 # Lists are made of that many before the weights, which tell the true number, are looked at.
 _MOST_EXPERTS = 4096
 
-# Where a GGUF file has experts, a tensor holds all those of a layer.
-GGUF_EXPERTS = {
-    "layers.router": "blk.{i}.ffn_gate_inp",
-    "layers.gate": "blk.{i}.ffn_gate_exps",
-    "layers.up": "blk.{i}.ffn_up_exps",
-    "layers.down": "blk.{i}.ffn_down_exps",
-}
+_NAMES = ("gate", "up", "down")
+
+
+def gguf_expert_modules(tensors: Collection[str]) -> dict[str, str]:
+    """The names of experts in a GGUF file.
+
+    A tensor holds all experts of a layer; gate and up may share one. Files from before April 2024
+    have a tensor for each expert.
+
+    Args:
+      tensors: the file's.
+
+    Returns:
+      As `Family.gguf_modules`.
+    """
+    if "blk.0.ffn_gate.0.weight" in tensors:
+        named = {n: f"blk.{{i}}.ffn_{n}.{{e}}" for n in _NAMES}
+    elif "blk.0.ffn_gate_up_exps.weight" in tensors:
+        both = dict.fromkeys(("gate", "up"), "blk.{i}.ffn_gate_up_exps")
+        named = both | {"down": "blk.{i}.ffn_down_exps"}
+    else:
+        named = {n: f"blk.{{i}}.ffn_{n}_exps" for n in _NAMES}
+    return {"layers.router": "blk.{i}.ffn_gate_inp"} | {f"layers.{n}": m for n, m in named.items()}
+
 
 HF_EXPERTS = {
     "layers.router": "layers.{i}.mlp.gate",
@@ -88,9 +105,10 @@ def hf_experts(s: Settings, *, experts: int, per_token: int) -> dict[str, Any]:
             "correct the model's config.json"
         )
     s.ignore("num_experts", "num_local_experts")
+    count = found.pop()
     return {
-        "n_experts": found.pop(),
-        "experts_per_token": s.integer("num_experts_per_tok", per_token),
+        "n_experts": count,
+        "experts_per_token": s.integer("num_experts_per_tok", per_token, most=count),
     }
 
 
@@ -113,9 +131,10 @@ def gguf_experts(s: Settings, arch: str, *, norm_topk: bool) -> dict[str, Any]:
     s.require(f"{arch}.expert_shared_count", 0)
     # 1 is the softmax.
     s.require(f"{arch}.expert_gating_func", 0, 1)
+    count = s.integer(f"{arch}.expert_count", most=_MOST_EXPERTS)
     return {
-        "n_experts": s.integer(f"{arch}.expert_count", most=_MOST_EXPERTS),
-        "experts_per_token": s.integer(f"{arch}.expert_used_count"),
+        "n_experts": count,
+        "experts_per_token": s.integer(f"{arch}.expert_used_count", most=count),
         "norm_topk": norm_topk,
     }
 
@@ -153,9 +172,10 @@ def gguf_sizes(s: Settings, arch: str, head_dim: int | None = None) -> dict[str,
 
 
 def gguf_model(
-    s: Settings, vocab_size: int, tied: bool, *, arch: str, theta: float = 10000.0, **fields: Any
-) -> ModelConfig:
-    """The model of a GGUF header that says sizes and a rotation, and nothing more.
+    s: Settings, vocab_size: int, tied: bool, *, arch: str, theta: float = 10000.0,
+    norm_topk: bool | None = None, **fields: Any,
+) -> ModelConfig:  # fmt: skip
+    """The model of a GGUF header that says sizes, a rotation and experts, and nothing more.
 
     Args:
       s: the header.
@@ -163,6 +183,7 @@ def gguf_model(
       tied: whether the file has no head of its own.
       arch: prefix of its keys, and name of the family.
       theta: of the rotation where the header does not say it.
+      norm_topk: of a mixture of experts, see `gguf_experts`; None for a model without them.
       **fields: what the header does not say.
 
     Returns:
@@ -170,6 +191,9 @@ def gguf_model(
     """
     sizes = gguf_sizes(s, arch)
     s.require(f"{arch}.rope.dimension_count", sizes["head_dim"])
+    if norm_topk is not None:
+        sizes["d_ff"] = s.integer(f"{arch}.expert_feed_forward_length", sizes["d_ff"])
+        sizes |= gguf_experts(s, arch, norm_topk=norm_topk)
     known: dict[str, Any] = {
         "family": arch,
         "vocab_size": vocab_size,

@@ -8,6 +8,12 @@ labels drawn from the model itself, so that g gᵀ is the Fisher information; er
 weights and tokens are taken as independent). The output error alone would mislead: in some layers a
 few huge activations dominate it and matter little.
 
+The experts of a layer have one width together. Their bits all count, also of those that a token
+does not read. Their errors count as often as the text's tokens reach them: g·δ of a token is the
+sum over its experts. An expert that a prompt did not reach is rounded by the prior, as when it
+answers. That rounding can send a token to another expert is not in the estimate; where little error
+is left, that may be most of it.
+
 Widths are then raised in the order of divergence removed per stored bit. The result is a tuple of
 `Width` rules, static in the recipe: one program per model, and none per prompt.
 """
@@ -24,15 +30,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.experts import Routed, for_each_expert
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
+from ttq_jax.prefill import check_prior, n_experts
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.source import Source, blend
+from ttq_jax.quant.source import Source, blend_all
 from ttq_jax.quant.tree import quantize_layer
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import FIXED, make_key
@@ -55,8 +63,9 @@ class Measured:
     Attributes:
       widths: ascending.
       errors: by projection, [L, len(widths)]; estimated divergence, nats per token.
-      bits: by projection, [len(widths)]; stored bits of one layer, everything counted.
-      weights: by projection, weights of one layer.
+      bits: by projection, [len(widths)]; stored bits of one layer, with all its experts, everything
+        counted.
+      weights: by projection, weights of one layer, with all its experts.
     """
 
     widths: tuple[int, ...]
@@ -68,7 +77,7 @@ class Measured:
 @partial(jax.jit, static_argnames="config")
 def sensitivities(
     params: Params, tokens: Int[Array, " T"], key: Array, *, config: ModelConfig
-) -> tuple[dict[str, Float[Array, "L T d_in"]], dict[str, Float[Array, "L T d_out"]]]:
+) -> tuple[dict[str, Any], dict[str, Array]]:
     """The input of every projection at every token, and the likelihood's gradient at its output.
 
     Args:
@@ -78,31 +87,47 @@ def sensitivities(
       config: the model's.
 
     Returns:
-      ({site: inputs}, {projection: gradient of the labels' summed log-likelihood}).
+      ({site: inputs}, {projection: gradient of the labels' summed log-likelihood}), float32,
+      stacked over the layers: [L, T, d_in] and [L, T, d_out]; of experts `Routed` rows and
+      [L, N, R, d_out].
     """
     batch = tokens[None]
     cache = empty_cache(config, 1, len(tokens), activation_dtype(params))
+
+    def read(project: Callable[..., Any], per_layer: Any = None) -> tuple[Array, dict[str, Any]]:
+        hidden, _, kept = forward(
+            config, params, batch, jnp.ones(batch.shape, bool), cache,
+            project=project, per_layer=per_layer,
+        )  # fmt: skip
+        return hidden[0], kept
+
+    def outputs(site: str, x: Any, weights: dict[str, Params]) -> tuple[dict, dict]:
+        ys = plain(site, x, weights)[0]
+        return ys, ys
+
     # An output's gradient is that of zeros added to it.
+    shapes = jax.eval_shape(lambda: read(outputs)[1])
     probes = {
-        name: jnp.zeros((len(kernel), *batch.shape, kernel.shape[-1]), jnp.float32)
-        for name, kernel in kernels(params["layers"]).items()
+        name: jnp.zeros(y.shape, jnp.float32) for ys in shapes.values() for name, y in ys.items()
     }
 
     def project(
-        site: str, x: Array, weights: dict[str, Params], at: dict[str, Array]
-    ) -> tuple[dict[str, Array], Array]:
-        ys = plain(site, x, weights)[0]
-        return {n: y + at[n].astype(y.dtype) for n, y in ys.items()}, x[0].astype(jnp.float32)
+        site: str, x: Any, weights: dict[str, Params], at: dict[str, Array]
+    ) -> tuple[dict[str, Array], Any]:
+        # What the gradient needs of the weights would be a copy of them: it reads them again.
+        ys = jax.checkpoint(lambda x: plain(site, x, weights)[0])(x)
+        ys = {n: y + at[n].astype(y.dtype) for n, y in ys.items()}
+        if isinstance(x, Routed):
+            return ys, dataclasses.replace(x, rows=x.rows.astype(jnp.float32))
+        return ys, x[0].astype(jnp.float32)
 
-    def likelihood(probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        hidden, _, seen = forward(
-            config, params, batch, jnp.ones(batch.shape, bool), cache,
-            project=project, per_layer=probes,
-        )  # fmt: skip
-        return _drawn(config, params, hidden[0], key), seen
+    def likelihood(probes: dict[str, Array]) -> tuple[Array, dict[str, Any]]:
+        hidden, seen = read(project, probes)
+        return _drawn(config, params, hidden, key), seen
 
     gradient, seen = jax.grad(likelihood, has_aux=True)(probes)
-    return seen, {name: g[:, 0] for name, g in gradient.items()}
+    return seen, {n: g if isinstance(seen[SITE_OF[n]], Routed) else g[:, 0]
+                  for n, g in gradient.items()}  # fmt: skip
 
 
 def _drawn(
@@ -124,25 +149,56 @@ def _drawn(
     return jnp.sum(jax.lax.map(block, (padded, real, jax.random.split(key, len(padded)))))
 
 
-@partial(jax.jit, static_argnames=("name", "recipe", "prompt_tokens"))
+@partial(jax.jit, static_argnames=("name", "recipe", "scored"))
 def _errors(
-    stack: Float[Array, "L d_in d_out"], moments: Moments | None, low_rank: LowRank | None,
-    inputs: Float[Array, "L T d_in"], gradient: Float[Array, "L T d_out"], *,
-    name: str, recipe: Recipe, prompt_tokens: int,
+    stack: Float[Array, "L *E d_in d_out"], moments: Moments | None, low_rank: LowRank | None,
+    inputs: Any, gradient: Array, *, name: str, recipe: Recipe, scored: tuple[int, int],
 ) -> tuple[Float[Array, " L"], QuantizedLinear]:  # fmt: skip
     """Divergence that rounding one projection costs in every layer, and the packed weight."""
 
     def one(at: tuple) -> tuple[Array, QuantizedLinear]:
         layer, seen, factors, x, g = at
-        made = quantize_layer(
-            {name: stack}, seen, recipe, {} if factors is None else {name: factors}, layer=layer
-        )[1][name]
-        w = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(jnp.float32)
-        off = jnp.matmul(x[prompt_tokens:], w - dense_weight(made), precision="highest")
-        return 0.5 * jnp.mean(jnp.square(jnp.sum(off * g[prompt_tokens:], axis=1))), made
+        experts = n_experts(x)
+
+        def of(expert: Array | None, mine: tuple) -> tuple[Array, QuantizedLinear]:
+            seen, factors = mine
+            made = quantize_layer(
+                {name: stack}, seen, recipe, {} if factors is None else {name: factors},
+                layer=layer, expert=expert,
+            )[1][name]  # fmt: skip
+            flat, at = stack.reshape(-1, *stack.shape[-2:]), layer
+            if expert is not None:
+                at = layer * experts + expert
+            w = jax.lax.dynamic_index_in_dim(flat, at, keepdims=False).astype(jnp.float32)
+            return _change(x, g, w - dense_weight(made), expert, scored), made
+
+        change, made = for_each_expert(of, (seen, factors), experts)
+        total = change if experts is None else jnp.sum(change, axis=0)
+        return 0.5 * jnp.mean(jnp.square(total)), made
 
     layers = jnp.arange(len(stack), dtype=jnp.int32)
     return jax.lax.map(one, (layers, moments, low_rank, inputs, gradient))
+
+
+def _change(
+    x: Any, gradient: Array, off: Float[Array, "d_in d_out"], expert: Array | None,
+    scored: tuple[int, int],
+) -> Float[Array, " S"]:  # fmt: skip
+    """g·δ at the scored tokens, from the first to before the last, if a weight is off by this."""
+    first, last = scored
+
+    def of(rows: Array, g: Array) -> Array:
+        return jnp.sum(jnp.matmul(rows, off, precision="highest") * g, axis=1)
+
+    if not isinstance(x, Routed):
+        return of(x[first:last], gradient[first:last])
+    assert expert is not None, "sorted activations are one expert's or another's"
+
+    def add(block: Array, total: Array) -> Array:
+        return total.at[x.token[block]].add(of(x.rows[block], gradient[block]), mode="drop")
+
+    nothing = jnp.zeros(last, jnp.float32)
+    return jax.lax.fori_loop(x.first[expert], x.first[expert + 1], add, nothing)[first:]
 
 
 @partial(jax.jit, static_argnames="source")
@@ -150,8 +206,7 @@ def _blended(
     seen: dict[str, Moments], prior: dict[str, Moments], source: Source
 ) -> dict[str, Moments]:
     """A prompt's moments and the prior's, stacked over the layers."""
-    mix = jax.vmap(partial(blend, source=source))
-    return {site: mix(moments, prior.get(site)) for site, moments in seen.items()}
+    return {site: blend_all(moments, prior.get(site), source) for site, moments in seen.items()}
 
 
 def measure_widths(
@@ -177,11 +232,11 @@ def measure_widths(
       Errors, the mean over windows, and sizes.
 
     Raises:
-      ConfigError: no window, P outside its range, a recipe that selects no projection, or a model
-        with experts.
+      ConfigError: no window, P outside its range, or a recipe that selects no projection.
       NotFiniteError: an error is infinite or NaN.
+      ValueError: `offline` has no prior for experts.
     """
-    refuse_experts(config)
+    check_prior(config, recipe, offline)
     if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
         raise ConfigError(
             f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
@@ -207,7 +262,7 @@ def measure_widths(
                 error, made = _errors(
                     stack, moments.get(SITE_OF[name]), offline.low_rank.get(name),
                     inputs[SITE_OF[name]], gradient[name],
-                    name=name, recipe=uniform, prompt_tokens=prompt_tokens,
+                    name=name, recipe=uniform, scored=(prompt_tokens, len(window)),
                 )  # fmt: skip
                 errors[name][i, :, j] = jax.device_get(error)
                 if not np.isfinite(errors[name][i, :, j]).all():
@@ -220,23 +275,6 @@ def measure_widths(
         widths, {name: e.mean(0) for name, e in errors.items()}, bits,
         {name: math.prod(stack.shape[1:]) for name, stack in dense.items()},
     )  # fmt: skip
-
-
-def refuse_experts(config: ModelConfig) -> None:
-    """Refuses a mixture of experts: how far an expert's weights matter is not measured yet.
-
-    Args:
-      config: the model's.
-
-    Raises:
-      ConfigError: it has experts.
-    """
-    if config.n_experts:
-        raise ConfigError(
-            f"allocate: expected a model without experts, got {config.n_experts} of them in each "
-            "layer; write the widths into the recipe by hand, as rules for layers/down or "
-            "layers/3/down"
-        )
 
 
 def allocate(measured: Measured, budget: float) -> tuple[Width, ...]:

@@ -255,7 +255,7 @@ def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
         elif axis in _PLAIN:
             changes[axis] = _value(axis, value, str)
         elif axis == "head":
-            changes[axis] = None if value == "none" else _value(axis, value, int)
+            changes[axis] = _value(axis, value, int, none=True)
         else:
             changes[axis] = _widths(value)
     return dataclasses.replace(recipe, **changes)
@@ -319,19 +319,22 @@ def _widths(given: Any) -> tuple[Width, ...]:
     return tuple(rules)
 
 
-def _value(where: str, value: Any, kind: type) -> Any:
-    """A value of the field's type.
+def _value(where: str, value: Any, kind: type, *, none: bool = False) -> Any:
+    """A value of the field's type; "none" is None where the field may be that.
 
     Raises:
       ConfigError: another type came, or not a number.
     """
+    if none and value == "none":
+        return None
     read: Any = _read(value, kind) if isinstance(value, _Text) else value
     if kind is float and type(read) is int and abs(read) < 2**53:
         read = float(read)
     # TOML's integers have 64 bits; NaN is no number.
     unfit = abs(read) >= 2**63 if type(read) is int else read != read
     if type(read) is not kind or unfit:
-        raise ConfigError(f"{where}: expected {_KINDS[kind]}, got {shown(value)}")
+        wanted = _KINDS[kind] + (", or none" if none else "")
+        raise ConfigError(f"{where}: expected {wanted}, got {shown(value)}")
     return read
 
 
