@@ -200,7 +200,7 @@ class _Reading(Observing):
                 out.append(site)
                 continue
             here = tuple(dataclasses.replace(operand, steps=()) for operand in site.operands)
-            one = site.replace(operands=here)
+            one = dataclasses.replace(site, operands=here)
             weights = [self.slices[operand] for operand in site.operands]
             packed = quantized(one, weights, self.recipe, None)
             pairs = zip(packed, site.operands, strict=True)

@@ -4,6 +4,7 @@ What is observed in a loop's body is stacked over its steps for the kernels that
 and summed for all others. In a branch that is not taken it is zero.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,7 +145,7 @@ def _apart(ev: Evaluator, kept: list[Any], scan: int) -> tuple[list[Any], list[A
         if not isinstance(one, Site):
             stacked.append(one)
         elif one.scans[-1:] == (scan,):
-            stacked.append(one.replace(scans=one.scans[:-1]))
+            stacked.append(dataclasses.replace(one, scans=one.scans[:-1]))
         else:
             summed.append(one)
     return stacked, summed

@@ -29,7 +29,7 @@ def functional(
       Error: no module.
     """
     expect("module", module, nnx.Module, "an nnx.Module (Linen: pass model.apply to read itself)")
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = _split(module)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         refuse_hijax(path_of(path), leaf)
 
@@ -37,9 +37,15 @@ def functional(
         # Variables of this trace: NNX's own transformations take no others.
         merged = nnx.merge(graph, *jax.tree.map(lambda a: a, (params, rest)))
         out = merged(*args, **kwargs) if method is None else method(merged, *args, **kwargs)
-        return out, nnx.split(merged, nnx.Param, ...)[2]
+        return out, _split(merged)[2]
 
     return fn, params, rest
+
+
+def _split(module: nnx.Module) -> tuple[Any, Any, Any]:
+    """(graph, parameters, the rest)."""
+    parts: Any = nnx.split(module, nnx.Param, ...)
+    return parts
 
 
 def refuse_hijax(path: str, leaf: Any) -> None:

@@ -55,12 +55,13 @@ class Observing:
 
     def _moments(self, product: Product) -> Any:
         """Sums over the rows, for each expert where there are experts."""
-        x, operand = product.x, product.operand
+        x, operand, reads = product.x, product.operand, self.reads
+        assert reads is not None, "a survey sums nothing"
         if product.sizes is not None:
-            return self._by_expert(product)
+            return self._by_expert(product, reads)
         rows = x.shape[len(operand.batch) : -1]
         valid = self._valid(product, rows).reshape(-1)
-        each = lambda x: observe(x.reshape(-1, operand.d_in), valid, self.reads)  # noqa: E731
+        each = lambda x: observe(x.reshape(-1, operand.d_in), valid, reads)  # noqa: E731
         if operand.experts is None:
             return each(x)
         return jax.vmap(each)(x.reshape(operand.experts, *rows, operand.d_in))
@@ -85,11 +86,11 @@ class Observing:
             )
         return jnp.broadcast_to(mask, rows)
 
-    def _by_expert(self, product: Product) -> Any:
+    def _by_expert(self, product: Product, reads: Reads) -> Any:
         """Those of a ragged product, as our own mixtures of experts make them."""
         x, sizes = product.x, product.sizes
         self._valid(product, x.shape[:-1])
         expert, real = experts_of(x, sizes)
         routed = sort_by_expert(x, expert[:, None], real, sizes.shape[0])[0]
-        make = lambda e, _: observe_expert(routed, real[None], self.reads, e)  # noqa: E731
+        make = lambda e, _: observe_expert(routed, real[None], reads, e)  # noqa: E731
         return for_each_expert(make, None, sizes.shape[0])

@@ -161,8 +161,8 @@ def merged(sites: Iterable[Site]) -> tuple[Site, ...]:
             read_at.setdefault(operand, []).append(i)
     # Operands that meet the same inputs, all of them, stay together.
     together: dict[tuple[int, ...], list[Operand]] = {}
-    for operand, at in read_at.items():
-        together.setdefault(tuple(at), []).append(operand)
+    for operand, inputs in read_at.items():
+        together.setdefault(tuple(inputs), []).append(operand)
     out = []
     for at, operands in together.items():
         total = functools.reduce(added, [sites[i].moments for i in at])
@@ -191,7 +191,9 @@ class Observed:
         for site in other.sites:
             known = ours.get(site.operands)
             if known is not None:
-                ours[site.operands] = known.replace(moments=known.moments + site.moments)
+                ours[site.operands] = dataclasses.replace(
+                    known, moments=known.moments + site.moments
+                )
                 continue
             for operands in ours:
                 if both := set(operands) & set(site.operands):
