@@ -65,11 +65,11 @@ class Model(nn.Module):
 def seconds(fn, *args) -> dict:
     """Seconds to trace and to compile a function from nothing."""
     jax.clear_caches()
-    start = time.perf_counter()
+    start = time.process_time()
     lowered = jax.jit(fn).lower(*args)
-    traced = time.perf_counter()
+    traced = time.process_time()
     lowered.compile()
-    return {"trace": traced - start, "compile": time.perf_counter() - traced}
+    return {"trace": traced - start, "compile": time.process_time() - traced}
 
 
 def figures(n_layers: int, repeats: int, recipe: ttq.Recipe) -> dict:
