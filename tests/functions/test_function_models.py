@@ -249,6 +249,20 @@ def test_one_pass_is_observing_and_quantizing(name):
     np.testing.assert_allclose(y, layered(fake(W, packed), XS[0]), atol=3e-4)
 
 
+@pytest.mark.parametrize("cast_before", [False, True])
+def test_a_cast_on_the_way_does_not_round_twice(cast_before):
+    """What is packed is the parameter as it is stored, inside a scan too."""
+
+    def fn(w, x):
+        layers = w["layers"].astype(jnp.bfloat16) if cast_before else w["layers"]
+        step = lambda x, w: (jnp.tanh(x @ w.astype(jnp.bfloat16)), None)  # noqa: E731
+        return jax.lax.scan(step, x.astype(jnp.bfloat16), layers)[0]
+
+    recipe = RECIPES["rtn"]
+    packed = ttq.read(fn, recipe)(W, XS[0])[1]
+    same_bits(packed["layers"], ttq.read(layered, recipe)(W, XS[0])[1]["layers"])
+
+
 def test_moments_of_several_calls_add():
     seen = jax.jit(lambda w, x: ttq.observe(layered, RECIPES["best"])(w, x)[1])
     whole = seen(W, XS[:2])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import struct
+from jaxtyping import Array, Bool
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import expect, shown
@@ -48,7 +49,11 @@ def kernels(fn: Fn, *, select: str | None = None) -> Callable[..., Table]:
 
 
 def observe(
-    fn: Fn, recipe: Recipe, *, where: jax.Array | None = None, select: str | None = None
+    fn: Fn,
+    recipe: Recipe,
+    *,
+    where: Bool[Array, "B T"] | None = None,
+    select: str | None = None,
 ) -> Callable[..., tuple[Any, Observed]]:
     """The function, and the moments of what its parameters are multiplied with.
 
@@ -123,9 +128,13 @@ class _Made:
 
 
 def read(
-    fn: Fn, recipe: Recipe, *, where: jax.Array | None = None, select: str | None = None,
+    fn: Fn,
+    recipe: Recipe,
+    *,
+    where: Bool[Array, "B T"] | None = None,
+    select: str | None = None,
     prior: Observed | None = None,
-) -> Callable[..., tuple[Any, Any]]:  # fmt: skip
+) -> Callable[..., tuple[Any, Any]]:
     """Reads a prompt with the function, and quantizes its parameters for that prompt.
 
     `observe` and `quantize` in one pass: a layer that a scan slices is quantized inside the scan,

@@ -12,7 +12,7 @@ from ttq_jax.functions.trace import FunctionError
 
 def functional(
     module: nnx.Module, method: Callable[..., Any] | None = None
-) -> tuple[Callable[..., Any], nnx.State, nnx.State]:
+) -> tuple[Callable[..., Any], Any, Any]:
     """An NNX module as a function.
 
     Args:
