@@ -2,29 +2,12 @@
 weights that they stand for."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ttq_jax as ttq
-from ttq_jax.functions import is_packed
-from ttq_jax.linear import dense_weight
+from ttq_jax.functions import dense_tree, is_packed
 
 RECIPE = ttq.preset("ttq", bits=4, group_size=16)
-
-
-def fake(params, packed):
-    """The dense tree whose kernels are exactly what the packed ones stand for."""
-
-    def one(w, p):
-        if not is_packed(p):
-            return w
-        out = np.array(w)
-        for view, operand in zip(p.views, p.operands, strict=True):
-            values = np.asarray(dense_weight(view), out.dtype)
-            out.reshape(-1)[operand.places(out.shape).reshape(-1)] = values.reshape(-1)
-        return jnp.asarray(out)
-
-    return jax.tree.map(one, params, packed, is_leaf=is_packed)
 
 
 def same_bits(a, b):
@@ -56,7 +39,7 @@ def check(fn, params, *args, tolerance=2e-5, **how):
     """
     out, packed, y = both(fn, params, *args, **how)
     plain = jax.jit(fn)
-    dense, wanted = plain(params, *args), plain(fake(params, packed), *args)
+    dense, wanted = plain(params, *args), plain(dense_tree(params, packed), *args)
     out, dense, y, wanted = (np.asarray(first(a), np.float32) for a in (out, dense, y, wanted))
     scale = np.abs(dense).max()
     np.testing.assert_allclose(out, dense, atol=1e-6 * scale, rtol=0)

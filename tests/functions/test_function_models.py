@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from function_checks import RECIPE, both, check, fake, same_bits, sites
+from function_checks import RECIPE, both, check, same_bits, sites
 
 import ttq_jax as ttq
-from ttq_jax.functions import effective_bits, is_packed
+from ttq_jax.functions import dense_tree, effective_bits, is_packed
 from ttq_jax.types import stored_bytes
 
 
@@ -152,7 +152,7 @@ def test_a_linen_decoder_with_flax_s_own_cache():
         return packed, answer(variables, lambda *args: ttq.run(fn)(packed, *args))
 
     packed, tokens = quantized(variables)
-    rounded = fake(variables, packed)
+    rounded = dense_tree(variables, packed)
     faked = jax.jit(lambda v: answer(v, lambda *args: fn(v, *args)))(rounded)
     np.testing.assert_array_equal(tokens, faked)
     assert packed["params"]["head"]["kernel"].shape == (32, 50)
@@ -206,7 +206,7 @@ def test_an_nnx_decoder_whose_prompt_is_fed_token_by_token():
         rest, logits = feed(lambda *a: fn(params, *a), rest, prompt.T)
         return decode(lambda *a: fn(rounded, *a), rest, logits)
 
-    np.testing.assert_array_equal(tokens, plain(params, fake(params, packed), rest))
+    np.testing.assert_array_equal(tokens, plain(params, dense_tree(params, packed), rest))
 
 
 W = {"layers": normal(8, 3, 32, 32) / 6, "out": normal(9, 32, 24) / 6}
@@ -246,7 +246,7 @@ def test_one_pass_is_observing_and_quantizing(name):
     same_bits(packed, again)
     np.testing.assert_array_equal(out, seen)
     np.testing.assert_allclose(out, layered(W, XS[0]), atol=1e-5)
-    np.testing.assert_allclose(y, layered(fake(W, packed), XS[0]), atol=3e-4)
+    np.testing.assert_allclose(y, layered(dense_tree(W, packed), XS[0]), atol=3e-4)
 
 
 @pytest.mark.parametrize("cast_before", [False, True])

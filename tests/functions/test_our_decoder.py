@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from function_checks import fake
 from small import small_config, small_params
 from tiny_qwen3 import LinenQwen3, NnxQwen3, empty_cache
 
 import ttq_jax as ttq
 from ttq_jax.decode import decode
-from ttq_jax.functions import is_packed
+from ttq_jax.functions import dense_tree, is_packed
 from ttq_jax.models import cache as our_cache
 from ttq_jax.prefill import last_hidden, prefill
 from ttq_jax.sampling import Sampling, make_key
@@ -133,7 +132,7 @@ def test_bytes_scales_and_tokens_are_those_of_our_own_decoder(ours, make, scanne
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
     if recipe is RECIPES["ttq"]:
-        dense, rounded = partial(fn, params), partial(fn, fake(params, packed))
+        dense, rounded = partial(fn, params), partial(fn, dense_tree(params, packed))
         np.testing.assert_array_equal(jax.jit(lambda: greedy(dense, rounded))(), tokens)
 
 

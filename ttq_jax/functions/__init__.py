@@ -10,7 +10,7 @@ NNX module, or the user's own. `trace` says how.
 
 from ttq_jax.functions.calls import kernels, observe, quantize, read, run
 from ttq_jax.functions.modules import functional
-from ttq_jax.functions.packed import PackedKernel, effective_bits, is_packed
+from ttq_jax.functions.packed import PackedKernel, dense_tree, effective_bits, is_packed
 from ttq_jax.functions.plan import Row, Table
 from ttq_jax.functions.sites import Observed
 from ttq_jax.functions.trace import FunctionError
@@ -21,6 +21,7 @@ __all__ = [
     "PackedKernel",
     "Row",
     "Table",
+    "dense_tree",
     "effective_bits",
     "functional",
     "is_packed",

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ttq_jax.experts import gather_tokens, routed_linear, sort_by_expert
 from ttq_jax.functions.sites import Operand, Site, moved
 from ttq_jax.functions.trace import FunctionError, Product
-from ttq_jax.linear import linear
+from ttq_jax.linear import dense_weight, linear
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.lowrank import truncated_svd
 from ttq_jax.quant.recipe import Recipe
@@ -88,6 +89,29 @@ def effective_bits(packed: Any) -> float:
     """
     leaves = jax.tree.leaves(packed, is_leaf=is_packed)
     return model_bits({"": [leaf.views for leaf in leaves if is_packed(leaf)]})
+
+
+def dense_tree(params: Any, packed: Any) -> Any:
+    """The dense parameters that a packed tree stands for, to compare with; made on the host.
+
+    Args:
+      params: the dense tree that was packed.
+      packed: what `read` or `quantize` made of it.
+
+    Returns:
+      The dense tree with every packed parameter replaced by exactly what its products read.
+    """
+
+    def one(w: Any, leaf: Any) -> Any:
+        if not is_packed(leaf):
+            return w
+        out = np.array(w)
+        for view, operand in zip(leaf.views, leaf.operands, strict=True):
+            values = np.asarray(dense_weight(view)).astype(out.dtype)
+            out.reshape(-1)[operand.places(out.shape).reshape(-1)] = values.reshape(-1)
+        return jnp.asarray(out)
+
+    return jax.tree.map(one, params, packed, is_leaf=is_packed)
 
 
 def quantized(
