@@ -42,7 +42,10 @@ def test_a_vision_encoder():
     variables = model.init(jax.random.key(1), images)
     table = ttq.kernels(model.apply)(variables, images)
     dense = {row.path: row.dense for row in table if row.dense}
-    assert "conv_general_dilated at" in dense["params/patches/kernel"]
+    assert "conv_general_dilated at test_function_models" in dense["params/patches/kernel"]
+    (up,) = [row for row in table if row.path == "params/layer_0/up/kernel"]
+    assert up.source.startswith("test_function_models.py:")
+    assert up.source.endswith("(EncoderLayer.__call__)")
     assert "add at" in dense["params/positions"]
     assert len(sites(table)) == 2 * 4 + 1
     check(model.apply, variables, images)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ _SAME = {
     "copy", "copy_p", "device_put", "layout_constraint", "name", "pvary", "sharding_constraint",
 }  # fmt: skip
 _VIEWS = {"convert_element_type", "expand_dims", "reshape", "squeeze", "transpose"}
+_LIBRARIES, _FRAMES = (str(Path(flax.__file__).parent), str(Path(__file__).parent)), 20
 _OPAQUE = {"pallas_call", "shard_map"}
 
 
@@ -115,10 +117,11 @@ EndScan = Callable[["Evaluator", list[Any], int], list[Any]]
 
 
 def source_of(eqn: Any) -> str:
-    """Where an equation comes from: "model.py:17 (Block.__call__)"."""
-    text = summarize(eqn.source_info)
-    found = re.fullmatch(r"(.*?):(\d+)(?::\d+)? \((.*)\)", text)
-    return f"{Path(found[1]).name}:{found[2]} ({found[3]})" if found else text or "an unknown place"
+    """Where in the user's code an equation comes from: "model.py:17 (Block.__call__)"."""
+    frames = summarize(eqn.source_info, _FRAMES).splitlines()[::-1]
+    own = [frame for frame in frames if not frame.startswith(_LIBRARIES)] or frames
+    found = re.fullmatch(r"(.*?):(\d+)(?::\d+)? \((.*)\)", own[0]) if own else None
+    return f"{Path(found[1]).name}:{found[2]} ({found[3]})" if found else "an unknown place"
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
