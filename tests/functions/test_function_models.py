@@ -51,6 +51,52 @@ def test_a_vision_encoder():
     check(model.apply, variables, images)
 
 
+class Seeing(nn.Module):
+    """An image's patches, then a text that may look at them."""
+
+    @nn.compact
+    def __call__(self, image, tokens):
+        patches = image.reshape(1, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(1, 16, 48)
+        seen = EncoderLayer(name="tower")(nn.Dense(32, name="patches")(patches))
+        text = nn.Embed(50, 32, name="embed")(tokens)
+        x = jnp.concatenate([nn.Dense(32, name="bridge")(seen), text], axis=1)
+        place = jnp.arange(x.shape[1])
+        mask = (place[None] <= place[:, None]) | (place < 16)[None]
+        x = EncoderLayer(name="decoder")(x, mask[None, None])
+        return nn.Dense(50, name="head")(x[:, 16:])
+
+
+def test_a_vision_language_model_answers_from_weights_made_by_an_image_and_a_question():
+    model, image = Seeing(), normal(20, 1, 16, 16, 3)
+    question = jax.random.randint(jax.random.key(21), (1, 7), 0, 50, jnp.int32)
+    variables = model.init(jax.random.key(22), image, question)
+
+    def answer(step, text):
+        def body(text, i):
+            token = jnp.argmax(step(image, text)[:, i - 1], -1).astype(jnp.int32)
+            return text.at[:, i].set(token), token
+
+        return jax.lax.scan(body, text, 7 + jnp.arange(5, dtype=jnp.int32))[1]
+
+    @jax.jit
+    def program(variables):
+        packed = ttq.read(model.apply, RECIPE)(variables, image, question)[1]
+        text = jnp.pad(question, ((0, 0), (0, 5)))
+        return packed, answer(lambda *args: ttq.run(model.apply)(packed, *args), text)
+
+    packed, tokens = program(variables)
+    found = {leaf.operands[0].path.split("/")[1] for leaf in packed_leaves(packed)}
+    assert found == {"tower", "patches", "bridge", "decoder"}
+    rounded = dense_tree(variables, packed)
+    text = jnp.pad(question, ((0, 0), (0, 5)))
+    faked = jax.jit(lambda v: answer(lambda *args: model.apply(v, *args), text))(rounded)
+    np.testing.assert_array_equal(tokens, faked)
+
+
+def packed_leaves(tree):
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_packed) if is_packed(leaf)]
+
+
 class Text(nnx.Module):
     def __init__(self, rngs):
         self.table, self.classes = nnx.Embed(50, 32, rngs=rngs), nnx.Linear(32, 3, rngs=rngs)
