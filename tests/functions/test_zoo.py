@@ -452,6 +452,17 @@ def a_scan_in_a_scan():
 
 
 @case(("w",), ("b",))
+def a_branch_in_a_scan():
+    def fn(w, x):
+        def step(x, w):
+            return jax.lax.cond(x.sum() < 1e6, lambda x: jnp.tanh(x @ w.T), jnp.tanh, x), None
+
+        return jax.lax.scan(step, x, w["w"])[0] @ w["b"]
+
+    return fn, STACK, X
+
+
+@case(("w",), ("b",))
 def layers_scanned_for_each_token():
     def fn(w, x):
         layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731

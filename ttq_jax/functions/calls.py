@@ -185,12 +185,13 @@ class _Reading(Observing):
     def __init__(self, plan: Plan, recipe: Recipe, where: Any, priors: dict[Operand, Moments]):
         super().__init__(plan.operands, recipe.reads, where)
         self.plan, self.recipe, self.priors = plan, recipe, priors
-        self.slices: dict[Operand, Any] = {}
+        self.slices: dict[Operand, tuple[int, Any]] = {}
 
     def __call__(self, ev: Evaluator, product: Product) -> None:
         super().__call__(ev, product)
         kernel = product.kernel
-        self.slices[product.operand] = kernel.dense if kernel.uncast is None else kernel.uncast
+        weight = kernel.dense if kernel.uncast is None else kernel.uncast
+        self.slices[product.operand] = (ev.depth, weight)
 
     def end_scan(self, ev: Evaluator, kept: list[Any], scan: int) -> list[Any]:
         """Quantizes the sites that nothing outside of the scan adds to."""
@@ -201,6 +202,7 @@ class _Reading(Observing):
                 and site.scans == (scan,)
                 and all(
                     self.plan.seen[operand] == 1
+                    and self.slices[operand][0] == ev.depth + 1  # not in a branch of its body
                     and sum(step[0] == "at" for step in operand.steps) == 1
                     for operand in site.operands
                 )
@@ -210,7 +212,7 @@ class _Reading(Observing):
                 continue
             here = tuple(dataclasses.replace(operand, steps=()) for operand in site.operands)
             one = dataclasses.replace(site, operands=here)
-            weights = [self.slices[operand] for operand in site.operands]
+            weights = [self.slices[operand][1] for operand in site.operands]
             packed = quantized(one, weights, self.recipe, None)
             pairs = zip(packed, site.operands, strict=True)
             out += [_Made(kernel, operand) for kernel, operand in pairs]
