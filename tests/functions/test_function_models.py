@@ -32,8 +32,7 @@ class Vision(nn.Module):
         x = nn.Conv(32, (4, 4), strides=(4, 4), name="patches")(images)
         x = x.reshape(x.shape[0], -1, 32)
         x = x + self.param("positions", nn.initializers.normal(0.02), (x.shape[1], 32))
-        for i in range(2):
-            x = EncoderLayer(name=f"layer_{i}")(x)
+        x = EncoderLayer(name="layer")(x)
         return nn.Dense(10, name="classes")(nn.LayerNorm()(x).mean(1))
 
 
@@ -43,11 +42,11 @@ def test_a_vision_encoder():
     table = ttq.kernels(model.apply)(variables, images)
     dense = {row.path: row.dense for row in table if row.dense}
     assert "conv_general_dilated at test_function_models" in dense["params/patches/kernel"]
-    (up,) = [row for row in table if row.path == "params/layer_0/up/kernel"]
+    (up,) = [row for row in table if row.path == "params/layer/up/kernel"]
     assert up.source.startswith("test_function_models.py:")
     assert up.source.endswith("(EncoderLayer.__call__)")
     assert "add at" in dense["params/positions"]
-    assert len(sites(table)) == 2 * 4 + 1
+    assert len(sites(table)) == 4 + 1
     check(model.apply, variables, images)
 
 
@@ -165,11 +164,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens):
         x = nn.Embed(50, 32, name="embed")(tokens)
         mask = None if self.decode else nn.make_causal_mask(tokens)
-        for i in range(2):
-            h = nn.LayerNorm(name=f"norm_{i}")(x)
-            make = nn.MultiHeadDotProductAttention
-            x = x + make(num_heads=2, decode=self.decode, name=f"attention_{i}")(h, mask=mask)
-            x = x + nn.Dense(32, name=f"mlp_{i}")(nn.silu(x))
+        h, make = nn.LayerNorm(name="norm")(x), nn.MultiHeadDotProductAttention
+        x = x + make(num_heads=2, decode=self.decode, name="attention")(h, mask=mask)
+        x = x + nn.Dense(32, name="mlp")(nn.silu(x))
         return nn.Dense(50, name="head")(x)
 
 

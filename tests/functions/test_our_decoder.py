@@ -1,6 +1,6 @@
 """A stranger's Qwen3 with the weights of our own: the same packed bytes, D and tokens."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,10 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def ours(request):
-    """(recipe, packed kernels by projection, greedy tokens) of our own decoder."""
-    recipe = RECIPES[request.param]
+@cache
+def of_our_own(name):
+    """(packed kernels by projection, greedy tokens) of our own decoder."""
+    recipe = RECIPES[name]
 
     @jax.jit
     def program(params):
@@ -47,7 +47,7 @@ def ours(request):
 
     packed, tokens = program(PARAMS)
     names = [name for names in SITES.values() for name in names]
-    return recipe, {name: packed["layers"][name]["kernel"] for name in names}, tokens
+    return {name: packed["layers"][name]["kernel"] for name in names}, tokens
 
 
 def linen(scanned):
@@ -111,12 +111,10 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("ours", "make", "scanned"),
-    [(name, *case) for name, cases in CASES.items() for case in cases],
-    indirect=["ours"],
+    ("name", "make", "scanned"), [(name, *case) for name, cases in CASES.items() for case in cases]
 )
-def test_bytes_scales_and_tokens_are_those_of_our_own_decoder(ours, make, scanned):
-    recipe, wanted, tokens = ours
+def test_bytes_scales_and_tokens_are_those_of_our_own_decoder(name, make, scanned):
+    recipe, (wanted, tokens) = RECIPES[name], of_our_own(name)
     fn, params = make(scanned)
     packed, found = jax.jit(lambda params: answered(fn, params, recipe))(params)
     np.testing.assert_array_equal(found, tokens)
@@ -131,7 +129,7 @@ def test_bytes_scales_and_tokens_are_those_of_our_own_decoder(ours, make, scanne
         for a, b in zip(jax.tree.leaves(view), jax.tree.leaves(of_ours), strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-    if recipe is RECIPES["ttq"]:
+    if name == "ttq":
         dense, rounded = partial(fn, params), partial(fn, dense_tree(params, packed))
         np.testing.assert_array_equal(jax.jit(lambda: greedy(dense, rounded))(), tokens)
 
