@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from function_checks import check, sites
+from function_checks import both, check, sites
 from jax.sharding import PartitionSpec as P
 
 import ttq_jax as ttq
+from ttq_jax.linear import dense_weight
 
 X = jax.random.normal(jax.random.key(0), (2, 8, 32)) * jnp.exp(
     jax.random.normal(jax.random.key(1), (32,))
@@ -524,3 +525,14 @@ def test_a_kernel_that_is_read_again_has_the_sum_of_its_moments():
     (site,), (both,) = observed.sites, (first + second).sites
     np.testing.assert_allclose(site.moments.sums, both.moments.sums, rtol=1e-5)
     assert float(site.moments.count) == float(both.moments.count) == 32
+
+
+def test_sums_that_are_wanted_in_float32_are_not_rounded_to_bfloat16():
+    w, x = {"a": W["a"].astype(jnp.bfloat16)}, X.astype(jnp.bfloat16)
+    fn = lambda w, x: jnp.matmul(x, w["a"], preferred_element_type=jnp.float32)  # noqa: E731
+    _, packed, y = both(fn, w, x)
+    assert y.dtype == jnp.float32
+    assert not np.array_equal(y, y.astype(jnp.bfloat16).astype(jnp.float32))
+    exact = np.asarray(x, np.float32) @ np.asarray(dense_weight(packed["a"].views[0]))
+    # D divides the bfloat16 activation in float32.
+    np.testing.assert_allclose(y, exact, atol=1e-4)

@@ -304,6 +304,10 @@ class Evaluator:
         operand = Operand(kernel.path, kernel.steps, shape, kb, kc, kf)
         d_in = int(np.prod(sizes(xc), dtype=int))
         flat = jnp.transpose(x, (*xb, *xf, *xc)).reshape(*sizes(xb), *sizes(xf), d_in)
+        dtype = eqn.outvars[0].aval.dtype
+        if dtype == jnp.float32:
+            # The sums are wanted as they are, not rounded to the type of narrower inputs.
+            flat = flat.astype(dtype)
         product = Product(operand, kernel, flat, self.key(x, xb, xf, xc), source_of(eqn))
         y = self.hook(self, product)
         if y is None:
@@ -314,7 +318,7 @@ class Evaluator:
         order = [xb.index(d) for d in batch[1 - side]]
         rows, columns = range(n, n + m), range(n + m, y.ndim)
         y = jnp.transpose(y, (*order, *columns, *rows) if side == 0 else (*order, *rows, *columns))
-        return [y.astype(eqn.outvars[0].aval.dtype)]
+        return [y.astype(dtype)]
 
     def fallback_product(self, eqn: Any, vals: list[Any]) -> list[Any]:
         """The user's own product, over the dense value."""
