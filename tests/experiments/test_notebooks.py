@@ -295,7 +295,7 @@ def test_it_compares_speeds_side_by_side(executed):
 
 def test_it_quantizes_a_model_of_the_readers_own(executed):
     *table, _, error = printed(executed["own"]).strip().splitlines()
-    assert len(table) == 1 + 2 * 6 + 1
+    assert len(table) == 1 + 2 * 9 + 1
     assert 0.001 < float(re.search(r"by (\d\.\d+) of", error)[1]) < 0.2
 
 
