@@ -23,6 +23,7 @@ ORDER = [
     {"linear", "prompts", "sampling"},
     {"experts"},
     {"models", "quant"},
+    {"functions"},
     {"checkpoint", "prefill"},
     {"chat", "decode", "finite"},
     {"offline"},

@@ -21,7 +21,7 @@ GUIDES = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md",
                  "experiments/RESULTS.md", "ttq_jax/quant/README.md", "ttq_jax/chat/README.md",
-                 "pallas_kernels/README.md")
+                 "ttq_jax/functions/README.md", "pallas_kernels/README.md")
 }  # fmt: skip
 
 
@@ -50,6 +50,21 @@ def test_a_chat_of_your_own(tmp_path):
     first, second = done.stdout.splitlines()
     assert "Paris" in first
     assert "Rome" in second
+
+
+def test_a_model_of_your_own(tmp_path):
+    code = "\n".join(
+        re.findall(r"```python\n(.*?)```", GUIDES["ttq_jax/functions/README.md"], re.S)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | QUICKLY,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "params/attention_0/key/kernel" in done.stdout
+    *_, error, first, second = done.stdout.splitlines()
+    assert 0.001 < float(error) < 0.2
+    assert len(first.split() + second.split()) >= 16
 
 
 def test_a_sweep_of_your_own(tmp_path, monkeypatch, capsys):

@@ -67,6 +67,28 @@ def _():
     return [table], []
 
 
+@evidence("Models that nobody here wrote answer as the weights that the packed ones stand for")
+def _():
+    head = ["library", "model", "recipe", "packed", "bits", "equal", "difference", "as dense"]
+    rows = [
+        [library.replace("_", "-"), one["model"], f"`{one['recipe']}`", str(one["kernels"]),
+         f"{one['effective_bits']:.2f}", "yes" if one["equal"] else "no",
+         f"{one['difference']:.1e}", f"{one['tokens as dense']:.2f}"]
+        for library in ("tunix", "keras_hub")
+        for one in read(f"foreign_{library}.json")["rows"]
+    ]  # fmt: skip
+    return [[head, *rows]], []
+
+
+@evidence("A user's unrolled model takes three to four times as long to compile packed as dense")
+def _():
+    found = read("compile_functions.json")["seconds"]
+    names = ("dense prompt", "quantizing prompt", "dense step", "packed step")
+    rows = [[n, f"{found[n]['trace']:.1f}", f"{found[n]['compile']:.1f}"] for n in names]
+    ratios = [f"{found[f'{name} ratio']:.1f}" for name in ("prompt", "step", "whole")]
+    return [[["program", "trace", "compile"], *rows]], ratios
+
+
 CHIPS = ("v5e", "v5p", "v6e")
 
 

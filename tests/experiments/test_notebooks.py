@@ -90,7 +90,7 @@ def badge(path):
 def test_it_is_short_valid_and_without_outputs(path):
     notebook = read(path)
     nbformat.validate(notebook)
-    assert len(notebook.cells) < 10
+    assert len(notebook.cells) <= 10
     assert len(by_tag(notebook)) == len(notebook.cells), "one tag of its own for every cell"
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -308,6 +308,13 @@ def test_it_compares_speeds_side_by_side(executed):
     assert re.fullmatch(r"first token +\d+\.\d\d", lines[2])
     assert re.fullmatch(r"decode +(\d+\.\d\d|too short to tell)", lines[3])
     assert "16 new, on cpu" in lines[-1]
+
+
+@pytest.mark.slow
+def test_it_quantizes_a_model_of_the_readers_own(executed):
+    *table, _, error = printed(executed["own"]).strip().splitlines()
+    assert len(table) == 1 + 2 * 9 + 1
+    assert 0.001 < float(re.search(r"by (\d\.\d+) of", error)[1]) < 0.2
 
 
 @pytest.mark.slow

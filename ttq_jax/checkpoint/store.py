@@ -41,6 +41,7 @@ __all__ = [
 _KINDS = {
     "offline": "what a recipe needs before any prompt (save_offline)",
     "conversation": "the moments and messages of a conversation (save_conversation)",
+    "function": "the packed parameters of a function (save_packed)",
 }
 
 _UNQUANTIZED = {"moments": {"of": "none", "prior": "none"}}

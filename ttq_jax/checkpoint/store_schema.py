@@ -46,14 +46,38 @@ TREES: dict[str, Schema] = {
         {},
     ),
     "conversation": _MOMENTS,
+    "function": {
+        "dict": {
+            "dense": _named(_ARRAY),
+            "packed": _named({"dict": {
+                "views": {"tuple": [_QUANTIZED]}, "rows": {"tuple": [_ARRAY]},
+            }}),
+        }
+    },
 }  # fmt: skip
 """By the kind of store."""
 
-HEADER: Schema = {
-    "kind": frozenset(TREES),
+_SIZES = [COUNT]
+_OPERAND = {
+    "steps": [[(str, COUNT, _SIZES)]], "shape": _SIZES, "batch": _SIZES, "contract": _SIZES,
+    "free": _SIZES,
+}  # fmt: skip
+_PACKED = {"shape": _SIZES, "dtype": str, "operands": [_OPERAND]}
+
+_OF_A_MODEL: Schema = {
+    "kind": frozenset(TREES) - {"function"},
     "model": {"name": str, "dtype": str, "fingerprint": str},
     "recipe": {"moments": {"of": str, "prior": str}},
     "messages?": [{"role": str, "content": str}],
     "tree": dict,
     "files": {"*": {"bytes": range(2**63), "sha256": str}},
 }
+
+_OF_A_FUNCTION: Schema = {
+    "kind": frozenset({"function"}),
+    "packed": {"*": _PACKED},
+    "tree": dict,
+    "files": {"*": {"bytes": range(2**63), "sha256": str}},
+}
+
+HEADER: Schema = (_OF_A_MODEL, _OF_A_FUNCTION)
