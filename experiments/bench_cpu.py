@@ -8,7 +8,7 @@ Command   pip install llama-cpp-python
           git worktree add --detach build/before 4956e5a
           python experiments/bench_cpu.py --before build/before
               --out experiments/results/bench_cpu.json
-Cost      about 12 minutes on 2 cores; needs the test extra (PyTorch) and both packaged models.
+Cost      about 10 minutes on 2 cores; needs the test extra (PyTorch) and both packaged models.
           llama-cpp-python is compiled when it is installed, which takes 10 minutes more.
 Expect    see experiments/results/bench_cpu.json. Nothing else may run beside it: llama.cpp's
           threads spin while they wait.
@@ -252,7 +252,7 @@ def beside_older(checkout: Path, models: list[str], turns: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--turns", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="repetitions (default: %(default)s)")
     parser.add_argument("--models", nargs="+", default=["smollm2", "gemma3-270m"],
                         help="packaged models (default: %(default)s)")  # fmt: skip
     parser.add_argument("--before", type=Path, metavar="CHECKOUT",

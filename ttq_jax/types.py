@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pallas_kernels.grid import as_stored
+
 Params = dict[str, Any]
 
 # A field of a pytree: an array, or what stands for one while JAX transforms the tree.
@@ -132,12 +134,16 @@ class LowRank:
     up_scale: Leaf = None
 
     def factors(self) -> tuple[jax.Array, jax.Array]:
-        """(down, up) in floating point."""
+        """(down, up) in floating point; products are rounded, whatever they are fused with."""
         if self.down_scale is None:
             return self.down, self.up
-        dtype = self.down_scale.dtype
-        down = self.down.astype(dtype) * self.down_scale[..., None, :]
-        return down, self.up.astype(dtype) * self.up_scale[..., :, None]
+
+        def times(codes: jax.Array, scale: jax.Array) -> jax.Array:
+            exact = codes.astype(jnp.float32) * scale.astype(jnp.float32)
+            return as_stored(exact, scale.dtype).astype(scale.dtype)
+
+        down = times(self.down, self.down_scale[..., None, :])
+        return down, times(self.up, self.up_scale[..., :, None])
 
 
 @struct.dataclass
@@ -282,9 +288,7 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
     Returns:
       The layer's tree, with `Stacked` for dense kernels and `layer` set in the others.
     """
-
-    def sliced(tree: Any) -> Any:
-        return jax.tree.map(lambda a: _at(a, layer), tree)
+    at = lambda a: _at(a, layer)  # noqa: E731
 
     def one(kernel: Any) -> Any:
         if isinstance(kernel, QuantizedLinear):
@@ -294,7 +298,7 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
         return Stacked(kernel, layer)
 
     return {
-        name: {k: one(a) if k == "kernel" else sliced(a) for k, a in leaf.items()}
+        name: {k: one(a) if k == "kernel" else jax.tree.map(at, a) for k, a in leaf.items()}
         for name, leaf in layers.items()
     }
 

@@ -178,3 +178,28 @@ def test_nothing_precedes_an_answer(tiny):
         capture_output=True, text=True, env=env,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        (None, "--xla_cpu_prefer_vector_width=512"),
+        ("--xla_some=1", "--xla_some=1 --xla_cpu_prefer_vector_width=512"),
+        ("--xla_cpu_prefer_vector_width=128", None),
+    ],
+)
+def test_a_cpus_compiler_starts_with_wide_vectors(monkeypatch, given, seen):
+    """The flag is there while XLA reads its flags, and gone when other compilers read them."""
+    if given is None:
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
+    else:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    flags = []
+    monkeypatch.setattr(platform.jax, "devices", lambda: flags.append(os.environ["XLA_FLAGS"]))
+    platform.choose_platform()
+    assert flags == ([seen] if seen else [])
+    assert os.environ.get("XLA_FLAGS") == given
+    monkeypatch.setattr(platform, "JAXLIB", (99, 0))
+    flags.clear()
+    platform.choose_platform()
+    assert flags == [], "a jaxlib that may not know the flag would abort"

@@ -192,6 +192,10 @@ def test_eight_bit_factors_are_off_by_half_a_step(dtype):
         np.testing.assert_allclose(step, np.abs(exact).max(axis, keepdims=True) / 127, rtol=2**-8)
         assert (np.abs(np.asarray(code, np.float64) * step - exact) <= 0.5001 * step).all()
     assert stored_factors(kept, LowRankRule(rank=5, store="int8"), dtype) is kept
+    # The products are rounded in a program too, where they are fused.
+    as_float32 = lambda one: [f.astype(jnp.float32) for f in one.factors()]  # noqa: E731
+    for fused, rounded in zip(jax.jit(as_float32)(kept), kept.factors(), strict=True):
+        np.testing.assert_array_equal(fused, rounded.astype(jnp.float32))
     zero = stored_factors(
         LowRank(jnp.zeros((8, 2)), jnp.zeros((2, 8))), LowRankRule(rank=2, store="int8"), dtype
     )

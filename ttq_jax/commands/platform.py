@@ -1,7 +1,10 @@
-"""Where jax looks for a chip: nowhere, if the machine has none.
+"""Where jax looks for a chip: nowhere, if the machine has none. And how wide a CPU's vectors are.
 
 jax tries every plugin that is installed. Those of NVIDIA GPUs and TPUs write pages of trace where
 there is no such chip, before the CPU is taken.
+
+XLA takes vectors of 256 bits on a CPU that has wider ones. Decoding packed weights is arithmetic
+there, and gains most of what wider ones are worth (`experiments/bench_cpu.py`).
 """
 
 import importlib.metadata
@@ -11,6 +14,13 @@ import pkgutil
 from pathlib import Path
 
 import jax
+from jaxlib.version import __version_info__ as JAXLIB
+
+# Ignored by a CPU without them.
+_WIDE = "--xla_cpu_prefer_vector_width=512"
+# XLA aborts the process on a flag that it does not know, and cannot be asked. A jaxlib newer than
+# the newest that was tried goes without.
+_KNOWN_TO_HAVE_IT = (0, 12, 0, 1)
 
 # What a chip's driver makes in /dev: NVIDIA's on PCs, in WSL and on Jetson; AMD's; TPUs'.
 _DRIVERS = ("nvidia*", "dxg", "nvhost*", "nvmap", "kfd", "accel*", "vfio/[0-9]*")
@@ -45,4 +55,26 @@ def choose_platform() -> None:
     """Keeps jax to the CPU on a machine without a chip; a choice of the user's stands."""
     chosen = jax.config.jax_platforms  # type: ignore[attr-defined]
     if not chosen and not has_chip():
-        jax.config.update("jax_platforms", "cpu")
+        chosen = "cpu"
+        jax.config.update("jax_platforms", chosen)
+    if chosen == "cpu" and JAXLIB <= _KNOWN_TO_HAVE_IT:
+        _start_with(_WIDE)
+
+
+def _start_with(flag: str) -> None:
+    """Starts the CPU's compiler with a flag, unless it has started or the user sets that flag.
+
+    It reads its flags once. Compilers of other chips, which know other ones, and processes that
+    are started later never see it.
+    """
+    given = os.environ.get("XLA_FLAGS")
+    if flag.split("=")[0] in (given or ""):
+        return
+    os.environ["XLA_FLAGS"] = f"{given or ''} {flag}".strip()
+    try:
+        jax.devices()
+    finally:
+        if given is None:
+            del os.environ["XLA_FLAGS"]
+        else:
+            os.environ["XLA_FLAGS"] = given
