@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from pallas_kernels.grid import as_stored
-
 Params = dict[str, Any]
 
 # A field of a pytree: an array, or what stands for one while JAX transforms the tree.
@@ -140,7 +138,8 @@ class LowRank:
 
         def times(codes: jax.Array, scale: jax.Array) -> jax.Array:
             exact = codes.astype(jnp.float32) * scale.astype(jnp.float32)
-            return as_stored(exact, scale.dtype).astype(scale.dtype)
+            to = jnp.finfo(scale.dtype)
+            return jax.lax.reduce_precision(exact, to.nexp, to.nmant).astype(scale.dtype)
 
         down = times(self.down, self.down_scale[..., None, :])
         return down, times(self.up, self.up_scale[..., :, None])
