@@ -1,9 +1,10 @@
 """Speed and memory on a CPU, as ratios measured side by side in one run.
 
-Claim     the commands decode by `fast` 1.6 to 1.8 times as fast as before its scales were coded and
-          its table packed. With vectors of 512 bits that is faster than llama.cpp's 4-bit formats on
-          SmolLM2, and slower on Gemma 3. Dense decoding is at least twice transformers' float32
-          `generate`. A cold start takes at most 20 s, with a warm compilation cache at most 8 s.
+Claim     the commands decode by `fast` 1.6 to 1.8 times as fast as before its scales were coded
+          and its table packed. With vectors of 512 bits that is faster than llama.cpp's 4-bit
+          formats on SmolLM2, and slower on Gemma 3. Dense decoding is at least twice
+          transformers' float32 `generate`. A cold start takes at most 20 s, with a warm
+          compilation cache at most 8 s.
 Command   pip install llama-cpp-python
           git worktree add --detach build/before 4956e5a
           python experiments/bench_cpu.py --before build/before
