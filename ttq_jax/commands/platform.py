@@ -14,11 +14,10 @@ import pkgutil
 from pathlib import Path
 
 import jax
-from jaxlib.version import __version_info__ as JAXLIB
 
 # Ignored by a CPU without them.
 _WIDE = "--xla_cpu_prefer_vector_width=512"
-# XLA aborts the process on a flag that it does not know, and cannot be asked. A jaxlib newer than
+# XLA aborts the process on a flag that it does not know, and cannot be asked. A jax newer than
 # the newest that was tried goes without.
 _KNOWN_TO_HAVE_IT = (0, 12, 0, 1)
 
@@ -57,7 +56,7 @@ def choose_platform() -> None:
     if not chosen and not has_chip():
         chosen = "cpu"
         jax.config.update("jax_platforms", chosen)
-    if chosen == "cpu" and JAXLIB <= _KNOWN_TO_HAVE_IT:
+    if chosen == "cpu" and jax.__version_info__ <= _KNOWN_TO_HAVE_IT:
         _start_with(_WIDE)
 
 
