@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from likelihoods import predictions, slope
 from small import prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.config import ConfigError
 from ttq_jax.generate import generate_tokens
 from ttq_jax.linear import dense_weight
-from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths, sensitivities
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.prefill import decoded_shapes
@@ -56,32 +55,15 @@ def made_from(window, recipe):
     return quantize_tree(PARAMS, recipe, moments, {})
 
 
-@jax.jit
-def predictions(params, tokens):
-    """Log-probabilities at every token."""
-    cache = empty_cache(CONFIG, 1, len(tokens), jnp.float32)
-    hidden, _, _ = forward(CONFIG, params, tokens[None], jnp.ones((1, len(tokens)), bool), cache)
-    return jax.nn.log_softmax(logits(CONFIG, params, hidden[0]))
-
-
 def test_sensitivities_are_the_slopes_of_the_drawn_labels_likelihood():
     tokens, key, rng = jnp.asarray(WINDOWS[0]), jax.random.key(3), np.random.default_rng(0)
     seen, gradient = sensitivities(PARAMS, tokens, key, config=CONFIG)
-    labels = jax.random.categorical(jax.random.split(key, 1)[0], predictions(PARAMS, tokens))
-
-    def likelihood(name, change):
-        layers = dict(PARAMS["layers"])
-        layers[name] = {"kernel": layers[name]["kernel"] + change}
-        found = predictions({**PARAMS, "layers": layers}, tokens)
-        return np.take_along_axis(np.asarray(found, np.float64), labels[:, None], 1).sum()
-
     for name in ("q", "v", "o", "up", "down"):
         kernel = PARAMS["layers"][name]["kernel"]
         change = rng.normal(size=kernel.shape) * 2e-3 * float(jnp.std(kernel))
-        shift = jnp.asarray(change, jnp.float32)
-        slope = (likelihood(name, shift) - likelihood(name, -shift)) / 2
+        found = slope(CONFIG, PARAMS, tokens, key, name, change)
         want = np.einsum("lti,lio,lto->", seen[SITE_OF[name]], change, gradient[name])
-        np.testing.assert_allclose(slope, want, rtol=0.05, atol=2e-3)
+        np.testing.assert_allclose(found, want, rtol=0.05, atol=2e-3)
 
 
 @pytest.mark.parametrize("rounding", [None, SecondOrder(steps=1, smallest=1.0)])
@@ -113,8 +95,8 @@ def test_the_estimate_is_the_divergence_of_the_quantized_model():
     total = dict.fromkeys(WIDTHS, 0.0)
     for bits in WIDTHS:
         for window in jnp.asarray(WINDOWS):
-            before = predictions(PARAMS, window)
-            after = predictions(made_from(window, at_width(COARSE, bits)), window)
+            before = predictions(CONFIG, PARAMS, window)
+            after = predictions(CONFIG, made_from(window, at_width(COARSE, bits)), window)
             divergence = jnp.sum(jnp.exp(before) * (before - after), axis=1)
             total[bits] += float(jnp.mean(divergence[PROMPT:])) / len(WINDOWS)
     got = measured(windows=len(WINDOWS))

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from likelihoods import predictions, slope
 from small import random_rows, small_config, small_params
 
 from ttq_jax.linear import dense_weight
-from ttq_jax.models.cache import empty_cache
-from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.allocate import allocate, measure_widths, sensitivities
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.offline.prior import for_unreached
@@ -56,14 +55,6 @@ def made_from(moments, bits):
     return quantize_tree(PARAMS, recipe, moments, {})
 
 
-@jax.jit
-def predictions(params, tokens):
-    """Log-probabilities at every token."""
-    cache = empty_cache(CONFIG, 1, len(tokens), jnp.float32)
-    hidden, _, _ = forward(CONFIG, params, tokens[None], jnp.ones((1, len(tokens)), bool), cache)
-    return jax.nn.log_softmax(logits(CONFIG, params, hidden[0]))
-
-
 def changes(seen, gradient, off):
     """g·δ of every layer and token, float64; of experts, the sum over a token's rows."""
     if not hasattr(seen, "expert"):
@@ -80,22 +71,13 @@ def changes(seen, gradient, off):
 def test_sensitivities_are_the_slopes_of_the_drawn_labels_likelihood():
     tokens, key, rng = jnp.asarray(WINDOWS[0]), jax.random.key(3), np.random.default_rng(0)
     seen, gradient = sensitivities(PARAMS, tokens, key, config=CONFIG)
-    labels = jax.random.categorical(jax.random.split(key, 1)[0], predictions(PARAMS, tokens))
-
-    def likelihood(name, change):
-        layers = dict(PARAMS["layers"])
-        layers[name] = {"kernel": layers[name]["kernel"] + change}
-        found = predictions({**PARAMS, "layers": layers}, tokens)
-        return np.take_along_axis(np.asarray(found, np.float64), labels[:, None], 1).sum()
-
     for name in ("v", "gate", "up", "down"):
         kernel = PARAMS["layers"][name]["kernel"]
         # So small that no token goes to another expert: there the likelihood would jump.
         change = rng.normal(size=kernel.shape) * 5e-5 * float(jnp.std(kernel))
-        shift = jnp.asarray(change, jnp.float32)
-        slope = (likelihood(name, shift) - likelihood(name, -shift)) / 2
+        found = slope(CONFIG, PARAMS, tokens, key, name, change)
         want = changes(seen[SITE_OF[name]], gradient[name], change).sum()
-        np.testing.assert_allclose(slope, want, rtol=0.05, atol=1e-5)
+        np.testing.assert_allclose(found, want, rtol=0.05, atol=1e-5)
 
 
 def test_errors_are_those_of_the_packed_trees():
@@ -128,8 +110,8 @@ def test_the_estimate_is_the_divergence_of_the_quantized_model():
         total = 0.0
         for window in WINDOWS:
             tokens = jnp.asarray(window)
-            before = predictions(PARAMS, tokens)
-            after = predictions(made_from(moments_of(window)[0], bits), tokens)
+            before = predictions(CONFIG, PARAMS, tokens)
+            after = predictions(CONFIG, made_from(moments_of(window)[0], bits), tokens)
             divergence = jnp.sum(jnp.exp(before) * (before - after), axis=1)
             total += float(jnp.mean(divergence[PROMPT:])) / len(WINDOWS)
         estimate = sum(e[:, i].sum() for e in got.errors.values())

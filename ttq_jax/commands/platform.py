@@ -4,7 +4,7 @@ jax tries every plugin that is installed. Those of NVIDIA GPUs and TPUs write pa
 there is no such chip, before the CPU is taken.
 
 XLA takes vectors of 256 bits on a CPU that has wider ones. Decoding packed weights is arithmetic
-there, and gains most of what wider ones are worth (`experiments/bench_cpu.py`).
+there, and wider ones make it faster (`experiments/bench_cpu.py`).
 """
 
 import importlib.metadata
