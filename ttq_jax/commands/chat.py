@@ -28,6 +28,7 @@ from ttq_jax.errors import Error, shown
 from ttq_jax.evaluation.describe import describe_method
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.generation import Generation
 from ttq_jax.prompts import PromptError, bucket
 from ttq_jax.quant.names import misnamed
 from ttq_jax.quant.recipe import Recipe
@@ -35,7 +36,7 @@ from ttq_jax.quant.recipe_text import recipe_named
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
 from ttq_jax.stream import Stream, stream
-from ttq_jax.types import Generation, Offline
+from ttq_jax.types import Offline
 
 # The shortest bucket: the first turns of a conversation are served by one program.
 _ROOM = 256

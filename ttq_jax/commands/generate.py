@@ -22,13 +22,14 @@ from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.evaluation.timings import Timings, time_answers
 from ttq_jax.generate import generate
+from ttq_jax.generation import Generation
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
 from ttq_jax.stream import stream
-from ttq_jax.types import Generation, Offline
+from ttq_jax.types import Offline
 
 
 def _print_json(
