@@ -230,7 +230,7 @@ def arguments(
         smallest=smallest,
     )  # fmt: skip
     check_selection(model.params, recipe)
-    speculation.check(speculate, recipe, model.config, model.params)
+    speculation.check(speculate, recipe, model)
     if offline is None:
         offline = prepare(model, recipe)
     if recipe is not None and recipe.source.decay and not offline.carried:

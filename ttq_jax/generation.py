@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.models.traffic import bytes_per_token
@@ -35,6 +36,25 @@ class Drafts:
     def tokens_per_pass(self) -> float | None:
         """Tokens per pass of the unquantized weights; None without any."""
         return self.tokens / self.passes if self.passes else None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON data."""
+        return dataclasses.asdict(self) | {
+            name: None if share is None else round(share, 4)
+            for name, share in (
+                ("acceptance", self.acceptance), ("tokens_per_pass", self.tokens_per_pass)
+            )
+        }  # fmt: skip
+
+    def in_words(self) -> str:
+        """One line for people."""
+        said = "the unquantized weights verified the answer"
+        if self.acceptance is None:
+            return said
+        return (
+            f"{said}: {self.acceptance:.0%} of {self.drafted} drafts were kept, "
+            f"{self.tokens_per_pass:.3g} tokens per pass"
+        )
 
     def __add__(self, other: "Drafts") -> "Drafts":
         """Those of both answers."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Decoding
 from ttq_jax.errors import expect
@@ -66,14 +67,13 @@ class Speculation:
     cycles: Leaf
 
 
-def check(drafts: int, recipe: Recipe | None, config: ModelConfig, params: Params) -> None:
+def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> None:
     """Refuses what cannot be drafted or verified.
 
     Args:
       drafts: K, 0 for plain decoding.
       recipe: how the drafting tree is made.
-      config: the model's.
-      params: its tree.
+      model: None as long as it is not loaded.
 
     Raises:
       ConfigError: K out of range, or with a recipe or a model that it does not go with.
@@ -86,23 +86,25 @@ def check(drafts: int, recipe: Recipe | None, config: ModelConfig, params: Param
         return
     if recipe is None:
         raise ConfigError(
-            "speculate: quantized weights draft, and this recipe quantizes none; choose another "
-            "recipe, or speculate=0"
+            "speculation: expected a recipe whose quantized weights draft, got the unquantized "
+            "model; choose another recipe, such as fast"
         )
     if recipe.source.refresh:
         raise ConfigError(
-            "speculate: a refresh would quantize again from tokens that are not verified yet; set "
-            "moments.refresh to 0, or speculate=0"
+            "speculation: a refresh would quantize again from tokens that are not verified yet; "
+            "set moments.refresh to 0"
         )
-    if head_bits(params) is not None:
+    if model is None:
+        return
+    if head_bits(model.params) is not None:
         raise ConfigError(
-            "speculate: the verifier needs the unquantized tables, and this model's were packed "
+            "speculation: the verifier needs the unquantized tables, and this model's were packed "
             "while it was loaded; load it without head="
         )
-    if grows(config):
+    if grows(model.config):
         raise ConfigError(
-            "speculate: this model turns every key by the length of the text, so drafts that are "
-            "rejected would change the tokens before them; decode it with speculate=0"
+            "speculation: this model turns every key by the length of the text, so that rejected "
+            "drafts would change what was read before them; it cannot be sped up this way"
         )
 
 
