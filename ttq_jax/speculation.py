@@ -239,8 +239,9 @@ def _draft(
         return (token, cache), (token, scores)
 
     carry = (state.token, state.cache)
-    (_, cache), (drafted, by) = jax.lax.scan(one, carry, jnp.swapaxes(keys, 0, 1))
-    return drafted.T, None if by is None else jnp.swapaxes(by, 0, 1), cache
+    (_, cache), made = jax.lax.scan(one, carry, jnp.swapaxes(keys, 0, 1))
+    drafted, by = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), made)
+    return drafted, by, cache
 
 
 def _verify(

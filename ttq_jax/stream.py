@@ -80,7 +80,7 @@ def start(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-    drafts: int,
+    drafts: int = 0,
 ) -> tuple[Begun, Any]:
     """Prompts to the first token of each answer.
 
@@ -128,7 +128,7 @@ def go_on(
     recipe: Recipe | None,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-    drafts: int,
+    drafts: int = 0,
 ) -> tuple[Begun | None, Any]:
     """Some tokens more.
 

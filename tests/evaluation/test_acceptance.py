@@ -1,5 +1,8 @@
 """Agreement of two trees, against NumPy on their full distributions."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,12 @@ PARAMS = small_params(CONFIG)
 W, P = 90, 20
 
 
+@partial(jax.jit, static_argnames="recipe")
+def quantized_for(prompts, recipe):
+    cache = empty_cache(CONFIG, 1, P, jnp.float32)
+    return prefill(PARAMS, prompts, cache, config=CONFIG, recipe=recipe, offline=Offline())[2]
+
+
 @pytest.mark.parametrize(
     "recipe", [preset("paper", bits=3), preset("fast", bits=3, group_size=32, moments="prompt")]
 )
@@ -29,27 +38,18 @@ def test_against_numpy(recipe):
     how = {"config": CONFIG, "recipe": recipe}
     found = compare_window(PARAMS, tokens, Offline(head=head), length=P, **how)
 
-    # The quantized weights of the prompt, whatever they read it with.
     prompts = Prompts(tokens[None, :P], jnp.ones((1, P), bool))
-    tree = PARAMS | (head or {})
-    packed = prefill(
-        tree, prompts, empty_cache(CONFIG, 1, P, jnp.float32), offline=Offline(), **how
-    )[2]
-    if head is not None:
-        # Moments come from the unquantized table too.
-        dense = prefill(
-            PARAMS, prompts, empty_cache(CONFIG, 1, P, jnp.float32), offline=Offline(),
-            config=CONFIG, recipe=preset("fast", bits=3, group_size=32, moments="prompt", head=None)
-        )[2]  # fmt: skip
-        packed = dense | head
+    bare = dataclasses.replace(recipe, head=None)
+    packed = quantized_for(prompts, bare) | (head or {})
 
+    @jax.jit
     def after(tree, tokens, cache):
         tokens = tokens[None]
         hidden, cache, _ = forward(CONFIG, tree, tokens, jnp.ones(tokens.shape, bool), cache)
-        return np.asarray(jax.nn.softmax(logits(CONFIG, tree, hidden[0])), np.float64), cache
+        return jax.nn.softmax(logits(CONFIG, tree, hidden[0])), cache
 
     _, read = after(PARAMS, tokens[:P], empty_cache(CONFIG, 1, W, jnp.float32))
-    p, q = (after(t, tokens[P:-1], read)[0] for t in (PARAMS, packed))
+    p, q = (np.float64(after(t, tokens[P:-1], read)[0]) for t in (PARAMS, packed))
     want = [
         np.mean(p.argmax(1) == q.argmax(1)),
         np.minimum(p, q).sum(1).mean(),

@@ -177,9 +177,10 @@ def stream(
         if not np.isfinite(found[-1]).all():
             prompts = pad_prompts([window[:prompt_tokens].tolist()], max_positions=context)
             raise_not_finite(model.params, prompts, offline, **how)
+        greedy, sampled, divergence = map(tuple, found.T.tolist())
         yield Acceptance(
-            *map(tuple, found.T.tolist()), length - prompt_tokens - 1,
-            time.perf_counter() - start, *sizes,
+            greedy, sampled, divergence, length - prompt_tokens - 1, time.perf_counter() - start,
+            *sizes,
         )  # fmt: skip
 
 
