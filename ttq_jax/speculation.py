@@ -239,6 +239,7 @@ def _draft(
         return (token, cache), (token, scores)
 
     carry = (state.token, state.cache)
+    made: Any
     (_, cache), made = jax.lax.scan(one, carry, jnp.swapaxes(keys, 0, 1))
     drafted, by = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), made)
     return drafted, by, cache
