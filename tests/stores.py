@@ -65,7 +65,7 @@ def decoded(recipe, offline, prompt=PROMPT, model=MODEL):
     if recipe and recipe.source.decay and not offline.carried:
         begin = first_turn(model.params, model.config, recipe)
         offline = dataclasses.replace(offline, carried=begin)
-    out, _, _, moments, _ = generate_tokens(
+    out, _, _, moments, *_ = generate_tokens(
         model.params, prompt, offline, jax.random.key(0), jnp.asarray(6, jnp.int32),
         config=model.config, recipe=recipe, sampling=Sampling(), capacity=6, eos_ids=(),
     )  # fmt: skip

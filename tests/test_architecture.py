@@ -27,6 +27,7 @@ ORDER = [
     {"checkpoint", "prefill"},
     {"chat", "decode", "finite"},
     {"offline"},
+    {"generation", "speculation"},
     {"generate"},
     {"stream"},
     {"chips"},

@@ -116,7 +116,7 @@ def test_a_refreshing_program_is_the_loop_by_hand_and_compiles_once():
     before, changed = generate_tokens._cache_size(), []
     for prompts, limit in zip(batches, (CAPACITY, 10, 1), strict=True):
         dynamic, static = arguments(prompts, REFRESHING, given, limit, eos)
-        out, counts, finite, moments, _ = generate_tokens(*dynamic, **static)
+        out, counts, finite, moments, *_ = generate_tokens(*dynamic, **static)
         want, real, last = by_hand(prompts, REFRESHING, given, limit, eos)
         assert counts.tolist() == real.tolist()
         assert finite

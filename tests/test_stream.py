@@ -52,7 +52,7 @@ def test_in_chunks_of_any_length_the_tokens_are_those_of_the_one_program(case):
     # One row ends after a few tokens, the other goes on.
     end = next(int(t) for t in free[0, 3:] if t not in free[1] and t not in free[0, :3])
     how["eos_ids"] = (end, 97)
-    out, counts, finite, moments, _ = generate_tokens(*arrays, jnp.asarray(CAPACITY), **how)
+    out, counts, finite, moments, *_ = generate_tokens(*arrays, jnp.asarray(CAPACITY), **how)
     assert counts[0] < counts[1] == CAPACITY
     assert finite
     del how["capacity"]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         save_offline,
     )
     from ttq_jax.errors import Error
+    from ttq_jax.evaluation.acceptance import acceptance
     from ttq_jax.evaluation.corpora import cut_windows, read_corpus
     from ttq_jax.evaluation.perplexity import Protocol, perplexity
     from ttq_jax.evaluation.timings import time_answers
@@ -93,6 +94,7 @@ __all__ = [
     "Stream",
     "Width",
     "__version__",
+    "acceptance",
     "calibrate",
     "cut_windows",
     "functional",
@@ -143,6 +145,7 @@ _HOME = {
     "Source": "ttq_jax.quant.source",
     "Stream": "ttq_jax.stream",
     "Width": "ttq_jax.quant.widths",
+    "acceptance": "ttq_jax.evaluation.acceptance",
     "calibrate": "ttq_jax.offline.calibrate",
     "cut_windows": "ttq_jax.evaluation.corpora",
     "functional": "ttq_jax.functions",

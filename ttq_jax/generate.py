@@ -15,30 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.decode import Decoding, Refresh, advance, begin
+from ttq_jax.decode import Refresh, advance, begin
 from ttq_jax.errors import expect
 from ttq_jax.finite import raise_not_finite
+from ttq_jax.generation import Drafts, Generation, made_of
 from ttq_jax.models.cache import activation_dtype, empty_cache
-from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
-from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill, requantize
+from ttq_jax.prefill import first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
-from ttq_jax.types import Generation, Moments, Offline, Params, Prompts, effective_bits, model_bits
+from ttq_jax.types import Moments, Offline, Params, Prompts
 
-_STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids")
+_STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids", "drafts")
 
 
 def read(
     params: Params, prompts: Prompts, offline: Offline, key: Array, *, config: ModelConfig,
-    recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...],
-) -> tuple[Params, dict[str, Moments], Decoding, Array | None]:  # fmt: skip
+    recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...], drafts: int,
+) -> tuple[Params, dict[str, Moments], Any, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, up to their answers' first token.
 
     Args:
@@ -51,6 +52,7 @@ def read(
       sampling: see there.
       capacity: see there.
       eos_ids: see there.
+      drafts: see there.
 
     Returns:
       The tree to decode from, the moments so far, the answers, and the share of experts that no
@@ -58,22 +60,23 @@ def read(
     """
     batch, length = prompts.tokens.shape
     dtype = activation_dtype(params)
-    cache = empty_cache(config, batch, length + capacity, dtype)
-    hidden, cache, packed, moments, unreached = prefill(
+    cache = empty_cache(config, batch, length + capacity + drafts, dtype)
+    reader: Any = speculation.read if drafts else prefill
+    hidden, cache, packed, moments, unreached = reader(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
-    state = begin(
-        packed, cache, last_hidden(hidden, prompts), key, config=config, sampling=sampling,
-        capacity=capacity, eos_ids=eos_ids,
+    state: Any = begin(
+        params if drafts else packed, cache, last_hidden(hidden, prompts), key, config=config,
+        sampling=sampling, capacity=capacity, eos_ids=eos_ids,
     )  # fmt: skip
-    return packed, moments, state, unreached
+    return packed, moments, speculation.begin(state) if drafts else state, unreached
 
 
 def answer(
-    params: Params, packed: Params, moments: dict[str, Moments], state: Decoding,
+    params: Params, packed: Params, moments: dict[str, Moments], state: Any,
     offline: Offline, key: Array, limit: Array, *, config: ModelConfig, recipe: Recipe | None,
-    sampling: Sampling, eos_ids: tuple[int, ...],
-) -> tuple[Params | None, dict[str, Moments], Decoding]:  # fmt: skip
+    sampling: Sampling, eos_ids: tuple[int, ...], drafts: int,
+) -> tuple[Params | None, dict[str, Moments], Any]:  # fmt: skip
     """The answers of `read`, decoded up to a limit.
 
     Args:
@@ -88,10 +91,18 @@ def answer(
       recipe: see there.
       sampling: see there.
       eos_ids: see there.
+      drafts: see there.
 
     Returns:
       With a refresh the new tree, else None; the moments so far; and the answers.
     """
+    if drafts:
+        drafter = {**packed, **(offline.head or {})}
+        state = speculation.advance(
+            params, drafter, state, key, limit, drafts=drafts, config=config, sampling=sampling,
+            eos_ids=eos_ids,
+        )  # fmt: skip
+        return None, moments, state
     refresh = None
     if recipe is not None and recipe.source.refresh:
         again = lambda seen, _: requantize(params, seen, recipe, offline)  # noqa: E731
@@ -106,13 +117,14 @@ def answer(
 def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
     capacity: int, **how: Any,
-) -> tuple[Array, Array, Array, dict[str, Moments], Array | None]:  # fmt: skip
+) -> tuple[Array, Array, Array, dict[str, Moments], Array | None, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, from the first token to the last."""
     packed, moments, state, unreached = read(
         params, prompts, offline, key, capacity=capacity, **how
     )
     _, moments, state = answer(params, packed, moments, state, offline, key, limit, **how)
-    return state.out, state.counts, state.finite, carried(how["recipe"], moments), unreached
+    moments, stats = carried(how["recipe"], moments), speculation.stats(state)
+    return state.out, state.counts, state.finite, moments, unreached, stats
 
 
 def carried(recipe: Recipe | None, moments: dict[str, Moments]) -> dict[str, Moments]:
@@ -139,15 +151,17 @@ def generate_tokens(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
+    drafts: int = 0,
 ) -> tuple[
-    Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments], Array | None
-]:
+    Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments],
+    Array | None, Int[Array, "B 4"] | None,
+]:  # fmt: skip
     """Prompts to tokens, one XLA program; compiled once per shape and static argument.
 
     Args:
-      params: the dense tree.
+      params: the dense tree; its tables are packed as the recipe says, but if there are drafts.
       prompts: a padded batch.
-      offline: what the recipe needs besides the prompts.
+      offline: what the recipe needs besides the prompts; its tables only if there are drafts.
       key: a PRNG key.
       limit: most new tokens per row, from 1 to `capacity`; dynamic.
       config: the model's.
@@ -155,29 +169,32 @@ def generate_tokens(
       sampling: how tokens are chosen.
       capacity: columns of the output and slots kept for it in the cache.
       eos_ids: tokens that end a row.
+      drafts: tokens that the quantized tree drafts for the dense one to verify at a time, see
+        `speculation`; 0 decodes from the quantized tree.
 
     Returns:
       New tokens; per row how many of them count; whether all logits are finite; the moments for a
-      conversation's next turn, {} for recipes without a decay; and the share of the experts that
-      the prompts did not reach, see `prefill`.
+      conversation's next turn, {} for recipes without a decay; the share of the experts that the
+      prompts did not reach, see `prefill`; and per row the numbers of `Drafts`, None without.
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
-        eos_ids=eos_ids,
+        eos_ids=eos_ids, drafts=drafts,
     )  # fmt: skip
     if recipe is None or recipe.batch == "pooled":
         return run(params, prompts, offline, key, limit)
     rows, keys = separately(prompts, key)
     one = lambda row, k: run(params, row, offline, k, limit)  # noqa: E731
-    out, counts, finite, _, unreached = jax.vmap(one)(rows, keys)
+    out, counts, finite, _, unreached, stats = jax.vmap(one)(rows, keys)
     unreached = None if unreached is None else jnp.mean(unreached)
-    return out[:, 0], counts[:, 0], jnp.all(finite), {}, unreached
+    stats = None if stats is None else stats[:, 0]
+    return out[:, 0], counts[:, 0], jnp.all(finite), {}, unreached, stats
 
 
 def arguments(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET,
+    smallest: int = SMALLEST_BUCKET, speculate: int = 0,
 ) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any], Offline]:  # fmt: skip
     """What `generate_tokens` takes for one batch, but the limit.
 
@@ -191,13 +208,14 @@ def arguments(
       seed: see `generate`.
       chat: see `generate`.
       smallest: the shortest bucket that prompts are padded to.
+      speculate: see `generate`.
 
     Returns:
       The arrays; the static arguments by name; and what was prepared, for the next batch.
 
     Raises:
       PromptError: a prompt that is empty or does not fit the model's context.
-      ConfigError: max_new_tokens below 1.
+      ConfigError: max_new_tokens below 1, or drafts that `speculation.check` refuses.
     """
     asked = ask(model, texts, chat=chat)
     expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
@@ -212,6 +230,7 @@ def arguments(
         smallest=smallest,
     )  # fmt: skip
     check_selection(model.params, recipe)
+    speculation.check(speculate, recipe, model)
     if offline is None:
         offline = prepare(model, recipe)
     if recipe is not None and recipe.source.decay and not offline.carried:
@@ -219,9 +238,11 @@ def arguments(
         offline = dataclasses.replace(offline, carried=first)
     how = {
         "config": model.config, "recipe": recipe, "sampling": sampling,
-        "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids,
+        "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids, "drafts": int(speculate),
     }  # fmt: skip
-    params, besides = joined(model.params, recipe, offline)
+    params, besides = model.params, offline
+    if not speculate:
+        params, besides = joined(params, recipe, offline)
     return (params, prompts, besides, make_key(int(seed))), how, offline
 
 
@@ -245,42 +266,6 @@ def program(
     return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), arrays[1], offline
 
 
-def made_of(
-    model: Model, recipe: Recipe | None, offline: Offline, rows: Sequence[Sequence[int]],
-    new: list[list[int]], stopped: list[str], moments: dict[str, Moments], seconds: float,
-    unreached: float | None,
-) -> Generation:  # fmt: skip
-    """The result for some answers.
-
-    Args:
-      model: see `generate`.
-      recipe: see `generate`.
-      offline: what the last of them was made with.
-      rows: token ids of the prompts.
-      new: of the answers.
-      stopped: see `Generation`.
-      moments: see `Generation`.
-      seconds: see `Generation`.
-      unreached: see `Generation.unreached_experts`.
-
-    Returns:
-      The result.
-    """
-    shapes = decoded_shapes(model.params, model.config, recipe, offline)
-    return Generation(
-        tokens=new,
-        texts=list(map(model.tokenizer.continuation, rows, new)),
-        prompt_tokens=list(map(len, rows)),
-        stopped=stopped,
-        effective_bits=effective_bits(shapes),
-        model_bits=model_bits(shapes),
-        bytes_per_token=bytes_per_token(shapes, model.config),
-        seconds=seconds,
-        moments=moments,
-        unreached_experts=unreached,
-    )
-
-
 def generate(
     model: Model,
     texts: Sequence[Any] | Asked,
@@ -292,6 +277,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 1,
     chat: bool = False,
+    speculate: int = 0,
 ) -> Generation:
     """Continues prompts, or answers messages, with weights that are quantized for them.
 
@@ -311,6 +297,9 @@ def generate(
         In bfloat16 sums of another batch size round otherwise, so that an answer may turn where two
         tokens are nearly as likely.
       chat: render the model's chat template, and stop where it ends a turn.
+      speculate: 1 to 16: so many tokens at a time are drafted by the quantized weights and verified
+        by the unquantized ones, whose answer it is; see `speculation`. 0: the quantized weights
+        answer.
 
     Returns:
       Tokens, texts, sizes and times, in the order of the prompts.
@@ -318,7 +307,7 @@ def generate(
     Raises:
       PromptError: no list of prompts, or one that is empty or does not fit the model's context;
         or messages without a chat template, or that it refuses.
-      ConfigError: max_new_tokens or batch_size below 1.
+      ConfigError: max_new_tokens or batch_size below 1, or drafts that cannot be made or verified.
       NotFiniteError: the logits are not finite.
       Error: an argument of another type.
     """
@@ -329,15 +318,17 @@ def generate(
     made: list[list[int]] = []
     moments: dict[str, Moments] = {}
     shares: list[float] = []
+    drafts: list[Drafts] = []
     for at in range(0, len(asked.rows), batch_size):
         if moments and offline is not None:
             offline = dataclasses.replace(offline, carried=moments)
         run, prompts, offline = program(
             model, asked.part(at, at + batch_size), recipe=recipe, offline=offline,
-            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, speculate=speculate,
         )  # fmt: skip
-        *new, moments, unreached = run(max_new_tokens)
+        *new, moments, unreached, stats = run(max_new_tokens)
         tokens, counts, finite = jax.device_get(new)
+        drafts += [] if stats is None else [Drafts(*map(int, row)) for row in jax.device_get(stats)]
         shares += [] if unreached is None else [float(jax.device_get(unreached))] * len(counts)
         if not finite:
             raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
@@ -354,4 +345,5 @@ def generate(
         moments,
         time.perf_counter() - start,
         unreached=float(np.mean(shares)) if shares else None,
+        drafts=drafts,
     )

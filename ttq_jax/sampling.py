@@ -59,12 +59,37 @@ def make_key(seed: int, impl: str | None = None) -> Array:
     return jax.random.key(jax.device_put(np.uint32(seed % 2**32)), impl=impl)
 
 
-def _likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+def likeliest(logits: Float[Array, "*batch V"]) -> Int[Array, "*batch"]:
     """The first of the largest logits; 0 where one is NaN, which `generate` refuses later."""
     # XLA's argmax on a CPU compares one pair at a time; these two reductions take its vectors.
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.min(jnp.where(logits < largest, jnp.int32(logits.shape[1]), at), axis=-1)
+    at = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.min(jnp.where(logits < largest, jnp.int32(logits.shape[-1]), at), axis=-1)
+
+
+def filtered(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array, "*batch V"]:
+    """The logits of the distribution that tokens are drawn from.
+
+    Args:
+      logits: unnormalized log-probabilities, float32.
+      sampling: how, with a temperature above 0.
+
+    Returns:
+      Likewise; -inf for tokens that the filters leave out.
+    """
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        k = min(sampling.top_k, logits.shape[-1])
+        kth = jax.lax.top_k(logits, k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(order, axis=-1)
+        # A token stays if the likelier ones do not reach top_p yet; the first always stays.
+        inside = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+        lowest = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    return logits
 
 
 def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[Array, " B"]:
@@ -79,17 +104,5 @@ def sample(key: Array, logits: Float[Array, "B V"], sampling: Sampling) -> Int[A
       int32 token ids.
     """
     if sampling.temperature == 0:
-        return _likeliest(logits)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        k = min(sampling.top_k, logits.shape[-1])
-        kth = jax.lax.top_k(logits, k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        order = jnp.sort(logits, axis=-1, descending=True)
-        probs = jax.nn.softmax(order, axis=-1)
-        # A token stays if the likelier ones do not reach top_p yet; the first always stays.
-        inside = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
-        lowest = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < lowest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+        return likeliest(logits)
+    return jax.random.categorical(key, filtered(logits, sampling), axis=-1).astype(jnp.int32)

@@ -14,18 +14,18 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
+from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ModelConfig
-from ttq_jax.decode import Decoding
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.generate import answer, arguments, carried, made_of, read, separately
+from ttq_jax.generate import answer, arguments, carried, read, separately
+from ttq_jax.generation import Drafts, Generation, made_of
 from ttq_jax.prompts import SMALLEST_BUCKET
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import (
-    Generation,
     Leaf,
     MixedLinear,
     Moments,
@@ -68,7 +68,7 @@ def _base(params: Params, offline: Offline) -> Params:
     return params if offline.packed is None else offline.packed
 
 
-@partial(jax.jit, static_argnames=("config", "recipe", "sampling", "capacity", "eos_ids"))
+@partial(jax.jit, static_argnames=("config", "recipe", "sampling", "capacity", "eos_ids", "drafts"))
 def start(
     params: Params,
     prompts: Prompts,
@@ -80,7 +80,8 @@ def start(
     sampling: Sampling,
     capacity: int,
     eos_ids: tuple[int, ...],
-) -> tuple[Begun, Decoding]:
+    drafts: int = 0,
+) -> tuple[Begun, Any]:
     """Prompts to the first token of each answer.
 
     Args:
@@ -93,15 +94,16 @@ def start(
       sampling: see there.
       capacity: see there.
       eos_ids: see there.
+      drafts: see there.
 
     Returns:
       What the following calls need, and the answers; with a tree per prompt, by prompt.
     """
 
-    def one(prompts: Prompts, key: Array) -> tuple[Begun, Decoding]:
+    def one(prompts: Prompts, key: Array) -> tuple[Begun, Any]:
         tree, moments, state, unreached = read(
             params, prompts, offline, key, config=config, recipe=recipe, sampling=sampling,
-            capacity=capacity, eos_ids=eos_ids,
+            capacity=capacity, eos_ids=eos_ids, drafts=drafts,
         )  # fmt: skip
         packed = {} if offline.packed is not None else _quantized(tree)
         return Begun(packed, moments, key, unreached), state
@@ -112,20 +114,22 @@ def start(
 
 
 @partial(
-    jax.jit, static_argnames=("config", "recipe", "sampling", "eos_ids"), donate_argnames="state"
-)
+    jax.jit, static_argnames=("config", "recipe", "sampling", "eos_ids", "drafts"),
+    donate_argnames="state",
+)  # fmt: skip
 def go_on(
     params: Params,
     offline: Offline,
     begun: Begun,
-    state: Decoding,
+    state: Any,
     limit: Int[Array, ""],
     *,
     config: ModelConfig,
     recipe: Recipe | None,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
-) -> tuple[Begun | None, Decoding]:
+    drafts: int = 0,
+) -> tuple[Begun | None, Any]:
     """Some tokens more.
 
     Args:
@@ -138,16 +142,17 @@ def go_on(
       recipe: see there.
       sampling: see there.
       eos_ids: see there.
+      drafts: see there.
 
     Returns:
       With a refresh what takes the place of `begun`, else None; and the answers.
     """
     base = _base(params, offline)
 
-    def one(begun: Begun, state: Decoding) -> tuple[Begun | None, Decoding]:
+    def one(begun: Begun, state: Any) -> tuple[Begun | None, Any]:
         tree, moments, state = answer(
             params, replace_kernels(base, begun.packed), begun.moments, state, offline, begun.key,
-            limit, config=config, recipe=recipe, sampling=sampling, eos_ids=eos_ids,
+            limit, config=config, recipe=recipe, sampling=sampling, eos_ids=eos_ids, drafts=drafts,
         )  # fmt: skip
         new = None if tree is None else Begun(_quantized(tree), moments, begun.key, begun.unreached)
         return new, state
@@ -243,17 +248,19 @@ class Stream:
         stopped = "end" if len(self._new) < self._limit else "limit"
         recipe = self._how["recipe"]
         moments, share = carried(recipe, self._begun.moments), self._begun.unreached
+        stats = speculation.stats(self._state)
         return made_of(
             self._model, recipe, self._offline, self._rows, [self._new],
             [stopped if self._ended else "caller"], moments, time.perf_counter() - self._began,
             None if share is None else float(np.mean(jax.device_get(share))),
+            [] if stats is None else [Drafts(*map(int, np.reshape(jax.device_get(stats), -1)))],
         )  # fmt: skip
 
 
 def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET,
+    smallest: int = SMALLEST_BUCKET, speculate: int = 0,
 ) -> Stream:  # fmt: skip
     """Answers one prompt piece by piece; the tokens are those of `generate`.
 
@@ -268,6 +275,7 @@ def stream(
       chat: see `generate`.
       smallest: pad the prompt to this many tokens at least, so that the next ones of a
         conversation, which are longer, need no other program.
+      speculate: see `generate`.
 
     Returns:
       An iterator over pieces of text; its `generation` is the result.
@@ -282,6 +290,6 @@ def stream(
     asked = ask(model, prompt if isinstance(prompt, Asked) else [prompt], chat=chat)
     arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,
-        sampling=sampling, seed=seed, smallest=smallest,
+        sampling=sampling, seed=seed, smallest=smallest, speculate=speculate,
     )  # fmt: skip
     return Stream(model, asked.rows, arrays, how, max_new_tokens, began)

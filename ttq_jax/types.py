@@ -263,7 +263,7 @@ class Cache:
       v: [L, B, S, K, H].
       positions: int32[B, S]; each slot's position in its sequence.
       valid: bool[B, S]; False for padding and for slots not yet written.
-      used: int32[]; slots written so far, the same for every row.
+      used: slots written so far; int32[], the same for every row, or int32[B].
     """
 
     k: Leaf
@@ -367,33 +367,3 @@ def model_bits(params: Params) -> float:
     )
     sizes = [_leaf_sizes(leaf) for leaf in leaves]
     return 8 * sum(s for s, _ in sizes) / sum(n for _, n in sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What `generate` returns.
-
-    Attributes:
-      tokens: per prompt, the new token ids (end-of-text excluded).
-      texts: what they add to the prompt's text, see `Tokenizer.continuation`.
-      prompt_tokens: per prompt, its length in tokens.
-      effective_bits: per weight of the linear layers, of the weights that the decode loop read.
-      model_bits: the same per parameter of the whole model.
-      bytes_per_token: read for each token that is decoded, see `models.traffic`.
-      stopped: per prompt, "end" (an end-of-text token) or "limit" (max_new_tokens).
-      seconds: wall clock of the whole call, compilation included.
-      moments: per site, for the next turn of a conversation; {} for recipes without a decay.
-      unreached_experts: mean share of the experts that a prompt did not reach, quantized by the
-        prior; None without experts, or for recipes that read nothing of a prompt.
-    """
-
-    tokens: list[list[int]]
-    texts: list[str]
-    prompt_tokens: list[int]
-    stopped: list[str]
-    effective_bits: float
-    model_bits: float
-    bytes_per_token: int
-    seconds: float
-    moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
-    unreached_experts: float | None = None

@@ -63,3 +63,7 @@ def add_asking(parser: argparse.ArgumentParser, most: int) -> None:
         help="sample from the likeliest tokens that together reach probability P "
         "(default: %(default)s)")  # fmt: skip
     add("--seed", type=int, help="seed of the sampling (default: 0)")
+    add("--speculate", type=int, default=0, metavar="K",
+        help="the quantized weights draft K tokens at a time, 1 to 16, and the unquantized ones "
+        "verify them: the answer is the unquantized model's (default: 0, the quantized weights "
+        "answer)")  # fmt: skip

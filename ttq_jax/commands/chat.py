@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ttq_jax import speculation
 from ttq_jax.chat.ask import ask, template_of
 from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint import Model
@@ -28,6 +29,7 @@ from ttq_jax.errors import Error, shown
 from ttq_jax.evaluation.describe import describe_method
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.generation import Generation
 from ttq_jax.prompts import PromptError, bucket
 from ttq_jax.quant.names import misnamed
 from ttq_jax.quant.recipe import Recipe
@@ -35,7 +37,7 @@ from ttq_jax.quant.recipe_text import recipe_named
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
 from ttq_jax.stream import Stream, stream
-from ttq_jax.types import Generation, Offline
+from ttq_jax.types import Offline
 
 # The shortest bucket: the first turns of a conversation are served by one program.
 _ROOM = 256
@@ -69,6 +71,7 @@ class _Answer:
             f"{self.made.prompt_tokens[0]} tokens read, {new} new; stopped by: "
             f"{self.made.stopped[0]}",
             said,
+            *(drafts.in_words() for drafts in self.made.drafts),
         ]
 
 
@@ -87,7 +90,7 @@ class _Session:
         self.seen: set[tuple[Recipe | None, int]] = set()
         self.how: dict[str, Any] = {
             "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
-            "sampling": sampling_of(args),
+            "sampling": sampling_of(args), "speculate": args.speculate,
         }  # fmt: skip
 
     def line(self, text: str) -> bool:
@@ -173,6 +176,7 @@ class _Session:
                 f"/recipe: {wrong if name else 'expected a name, as in /recipe best'}"
             )
         recipe = recipe_named(name, {}, [])
+        speculation.check(self.args.speculate, recipe)
         check_selection(self.model.params, recipe)
         needs = dataclasses.replace(needs_of(self.args, recipe), method=name)
         text = calibration_text(needs, self.progress)
@@ -281,6 +285,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         raise PromptError("standard input: expected messages, but it is closed")
     recipe = recipe_of(args)
     sampling_of(args)
+    speculation.check(args.speculate, recipe)
     note_unused(args, recipe, progress)
     if args.conversation:
         check_destination(Path(args.conversation).expanduser())

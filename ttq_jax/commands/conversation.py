@@ -8,8 +8,9 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.store import load_conversation, load_messages, save_conversation
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.generation import Generation
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.types import Generation, Moments, Offline
+from ttq_jax.types import Moments, Offline
 
 
 def begin(messages: Messages, system: str | None) -> Messages:

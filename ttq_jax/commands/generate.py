@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask, check_messages
 from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint import Model
@@ -22,13 +23,14 @@ from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.evaluation.timings import Timings, time_answers
 from ttq_jax.generate import generate
+from ttq_jax.generation import Generation
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling
 from ttq_jax.stream import stream
-from ttq_jax.types import Generation, Offline
+from ttq_jax.types import Offline
 
 
 def _print_json(
@@ -56,6 +58,7 @@ def _print_json(
                 "seed": args.seed or 0,
                 "batch_size": len(of),
                 **_experts_in_json(made),
+                **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
                 # Of the batch, so in its first row alone.
                 "timings": timings.describe() if timings and not i else None,
             }
@@ -77,6 +80,8 @@ def _tell(
     progress.note(f"{sum(made.prompt_tokens)} prompt tokens, {new} new; stopped by: {why}")
     bits = made.effective_bits, made.model_bits, made.bytes_per_token
     progress.note(describe_method(args.method, recipe, *bits))
+    if made.drafts:
+        progress.note(sum(made.drafts[1:], made.drafts[0]).in_words())
     if made.unreached_experts is not None:
         progress.note(
             f"{made.unreached_experts:.0%} of the experts got no token of the prompt and were "
@@ -193,6 +198,7 @@ def _answer(
     make: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
         "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+        "speculate": args.speculate,
     }  # fmt: skip
     # In a chat stdout is the answer; a text is printed with what continues it.
     heads = [""] * len(asked.texts) if args.chat else asked.texts
@@ -229,12 +235,15 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     _check(args)
     recipe = recipe_of(args)
     Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    speculation.check(args.speculate, recipe)
     _check_conversation(args, recipe, progress)
     note_unused(args, recipe, progress)
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
+    # What verifies needs the unquantized tables.
+    tables = None if args.speculate else recipe
+    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, tables)
     check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:
         progress.note(

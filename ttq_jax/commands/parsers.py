@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
 from ttq_jax.commands.output import write
+from ttq_jax.commands.scoring import add_text, add_window
 from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
 
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
@@ -171,6 +172,13 @@ def _add_prepared(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_quantizing(parser: argparse.ArgumentParser) -> None:
+    _add_prepared(parser)
+    _add_recipe(parser)
+    _add_calibration(parser)
+    _add_common(parser)
+
+
 def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue prompts, with weights made for each")
     _add_model(parser)
@@ -191,10 +199,7 @@ def _generate_parser(commands: Any) -> None:
         help="after each answer, run its program ten times more and tell how long it takes"
         )  # fmt: skip
     add_conversation(parser)
-    _add_prepared(parser)
-    _add_recipe(parser)
-    _add_calibration(parser)
-    _add_common(parser)
+    _add_quantizing(parser)
 
 
 def _chat_parser(commands: Any) -> None:
@@ -212,34 +217,28 @@ def _chat_parser(commands: Any) -> None:
     _add_common(parser, json=False)
 
 
-def _add_window(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--window", type=int, default=512, metavar="W",
-        help="tokens per window (default: %(default)s)")  # fmt: skip
-    add("--prompt-tokens", type=int, default=256, metavar="P",
-        help="causal protocol: the first P tokens of a window make the weights, the others are "
-        "scored (default: %(default)s)")  # fmt: skip
-
-
 def _perplexity_parser(commands: Any) -> None:
     parser = commands.add_parser("perplexity", help="score a text, window by window")
     _add_model(parser)
     add = parser.add_argument
-    add("--corpus", required=True, metavar="C",
-        help="UTF-8 text file, JSON lines (.jsonl), hf:NAME[:CONFIG][:SPLIT] for a Hugging Face "
-        "dataset (short names: hf:wikitext2, hf:ptb, hf:c4, hf:gsm8k, hf:dolly), or builtin:prose, "
-        "builtin:python, …; a suffix such as [50%%:] takes a part")  # fmt: skip
+    add_text(parser)
     add("--protocol", default="causal", choices=("causal", "window"),
         help="causal: the first P tokens of a window make the weights, the others are scored; "
         "window: the whole window makes the weights and is scored (default: %(default)s)"
         )  # fmt: skip
-    _add_window(parser)
-    add("--max-windows", type=int, metavar="N", help="score only the first N windows")
+    add_window(parser)
     add("--with-baseline", action="store_true", help="also score the unquantized model")
-    _add_prepared(parser)
-    _add_recipe(parser)
-    _add_calibration(parser)
-    _add_common(parser)
+    _add_quantizing(parser)
+
+
+def _acceptance_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "acceptance", help="compare quantized weights with the unquantized ones, token by token"
+    )
+    _add_model(parser)
+    add_text(parser)
+    add_window(parser)
+    _add_quantizing(parser)
 
 
 def _prepare_parser(commands: Any) -> None:
@@ -273,7 +272,7 @@ def _allocate_parser(commands: Any) -> None:
         help="bits to choose from, of 2, 3, 4, 5 and 8 (default: 2 3 4 5)")  # fmt: skip
     add("--max-windows", type=int, default=4, metavar="N",
         help="measure on N windows spread over the text (default: %(default)s)")  # fmt: skip
-    _add_window(parser)
+    add_window(parser)
     _add_recipe(parser)
     _add_calibration(parser)
     _add_common(parser)
@@ -382,6 +381,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate_parser(commands)
     _chat_parser(commands)
     _perplexity_parser(commands)
+    _acceptance_parser(commands)
     _prepare_parser(commands)
     _allocate_parser(commands)
     _sweep_parser(commands)

@@ -39,3 +39,19 @@ def interval95(samples: Sequence[ArrayLike]) -> tuple[float, float] | None:
         degrees = total**2 / float(np.sum(parts**2 / (counts - 1)))
         half = float(stdtrit(degrees, 0.975)) * total**0.5
     return float(np.exp(centre - half)), float(np.exp(centre + half))
+
+
+def mean95(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of a mean over windows.
+
+    Args:
+      samples: per window.
+
+    Returns:
+      (low, high), or None with fewer than five.
+    """
+    values = np.asarray(samples, np.float64)
+    if len(values) <= FEWEST_DEGREES:
+        return None
+    reach = float(stdtrit(len(values) - 1, 0.975)) * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - reach), float(values.mean() + reach)

@@ -30,7 +30,8 @@ class Timings:
       first: seconds of the runs that end with the first token: the prompts are read and the
         weights quantized.
       whole: seconds of the runs of the whole answer.
-      steps: decode steps after the first token; one step is a token of every row.
+      steps: decode steps after the first token; one step is a token of every row. With
+        speculation, as many as tokens.
       new_tokens: tokens after the first, of all rows together.
     """
 
@@ -84,7 +85,7 @@ class Timings:
 def time_answers(
     model: Model, texts: Sequence[str] | Asked, recipes: Mapping[str, Recipe | None], *,
     offline: Mapping[str, Offline] | None = None, max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(), seed: int = 0, runs: int = RUNS,
+    sampling: Sampling = Sampling(), seed: int = 0, speculate: int = 0, runs: int = RUNS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:  # fmt: skip
     """Times the programs that `generate` runs for one batch, side by side: all take turns.
@@ -97,6 +98,7 @@ def time_answers(
       max_new_tokens: see `generate`; an end token may stop an answer before.
       sampling: see `generate`.
       seed: see `generate`.
+      speculate: see `generate`; for every recipe.
       runs: of each kind and recipe, >= 3.
       clock: seconds.
 
@@ -112,7 +114,7 @@ def time_answers(
     programs = {
         name: program(
             model, texts, recipe=recipe, offline=(offline or {}).get(name),
-            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, speculate=speculate,
         )[0]
         for name, recipe in recipes.items()
     }  # fmt: skip

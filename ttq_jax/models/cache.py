@@ -61,19 +61,37 @@ def next_positions(cache: Cache, valid: Bool[Array, "B T"]) -> Int[Array, "B T"]
 
 def register(cache: Cache, positions: Int[Array, "B T"], valid: Bool[Array, "B T"]) -> Cache:
     """Marks the next T slots as holding these tokens; their keys and values follow per layer."""
-    put = jax.lax.dynamic_update_slice_in_dim
+
+    def put(old: Array, new: Array) -> Array:
+        if not cache.used.ndim:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, cache.used, axis=1)
+        return jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+            old, new, cache.used, 0
+        )
+
     return dataclasses.replace(
         cache,
-        positions=put(cache.positions, positions, cache.used, axis=1),
-        valid=put(cache.valid, valid, cache.used, axis=1),
+        positions=put(cache.positions, positions),
+        valid=put(cache.valid, valid),
         used=cache.used + positions.shape[1],
     )
 
 
-def write_layer(stack: Array, layer: Int[Array, ""], slot: Int[Array, ""], new: Array) -> Array:
+def write_layer(
+    stack: Array, layer: Int[Array, ""], slot: Int[Array, ""] | Int[Array, " B"], new: Array
+) -> Array:
     """Writes one layer's new keys (or values) [B, T, K, H] into the stack [L, B, S, K, H]."""
-    start = (layer, _ZERO, slot, _ZERO, _ZERO)
-    return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
+
+    def write(stack: Array, new: Array, slot: Array) -> Array:
+        start = (layer, _ZERO, slot, _ZERO, _ZERO)
+        return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
+
+    if not slot.ndim:
+        return write(stack, new, slot)
+    if len(slot) == 1:  # a slice is written in place everywhere, what a map makes of it is not
+        return write(stack, new, slot[0])
+    row = lambda stack, new, slot: write(stack[:, None], new[None], slot)[:, 0]  # noqa: E731
+    return jax.vmap(row, (1, 0, 0), 1)(stack, new, slot)
 
 
 def read_layer(stack: Array, layer: Int[Array, ""], slots: int) -> Array:

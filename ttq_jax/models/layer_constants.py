@@ -40,9 +40,14 @@ def layer_constants(config: ModelConfig) -> dict[str, Array]:
     if any(rope.attention_factor != 1 for rope in ropes):
         magnitudes = np.array([rope.attention_factor for rope in ropes])
         constants["magnitude"] = np.where(rotated, magnitudes[local], 1).astype(np.float32)
-    if any(rope.grows for rope in ropes):
+    if grows(config):
         constants["local"] = local
     return jax.tree.map(jnp.asarray, constants)
+
+
+def grows(config: ModelConfig) -> bool:
+    """Whether the rotation of every key depends on the text's length."""
+    return any(rope.grows for rope in _ropes(config))
 
 
 def growths(config: ModelConfig, cache: Cache) -> Float[Array, "2 B half"] | None:
@@ -55,8 +60,8 @@ def growths(config: ModelConfig, cache: Cache) -> Float[Array, "2 B half"] | Non
     Returns:
       A factor for each pair of channels and each text; None if they are all 1.
     """
-    ropes = _ropes(config)
-    if not any(rope.grows for rope in ropes):
+    if not grows(config):
         return None
+    ropes = _ropes(config)
     lengths = jnp.sum(cache.valid, axis=1, dtype=jnp.int32)
     return jnp.stack([growth(rope, config.head_dim, lengths) for rope in ropes])
