@@ -240,6 +240,20 @@ def test_a_sharded_parameter_is_refused_by_name():
             shapes(ttq.read(plain, RECIPE), w, X)
 
 
+def test_a_parameter_that_may_be_sharded_is_said():
+    """Along automatic axes an array's layout is no part of its type."""
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.AbstractMesh((2,), ("model",), axis_types=(axis,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharded = NamedSharding(mesh, PartitionSpec(None, "model"))
+        w = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=sharded)}
+        with pytest.warns(UserWarning, match=(
+            r"^kernel and 0 other parameters are on a mesh of automatic axes, \{'model': 2\}: .*; "
+            "put them on one device, or on a mesh of explicit axes"
+        )):  # fmt: skip
+            shapes(ttq.read(plain, RECIPE), w, X)
+
+
 def test_a_linen_model_refuses_a_packed_tree():
     model = nn.Dense(16)
     variables = model.init(jax.random.key(0), X)
