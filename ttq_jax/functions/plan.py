@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ttq_jax.functions.control import HANDLERS
-from ttq_jax.functions.modules import path_of, refuse_hijax
+from ttq_jax.functions.modules import path_of, refuse_hijax, refuse_module
 from ttq_jax.functions.moments import Observing
 from ttq_jax.functions.packed import is_packed
 from ttq_jax.functions.sites import Operand, Site, merged
@@ -75,8 +75,9 @@ def traced_call(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> 
       The traced call.
 
     Raises:
-      FunctionError: a parameter is a hijax variable, or sharded.
+      FunctionError: `fn` is a module, or a parameter is a hijax variable, or sharded.
     """
+    refuse_module(fn)
     found, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     leaves = [(path_of(path), leaf) for path, leaf in found]
     for path, leaf in leaves:
