@@ -217,7 +217,7 @@ def gemma_cases() -> list[Case]:
 
     return [
         case("Gemma 3", num_heads=4, num_kv_heads=2),
-        case("Gemma 3, all heads apart", num_heads=4, num_kv_heads=4),
+        case("Gemma 3, one kernel for q, k and v", num_heads=4, num_kv_heads=4),
         case("Gemma 3, the other gating layout", num_heads=4, num_kv_heads=1,
              transpose_gating_einsum=False),
     ]  # fmt: skip
