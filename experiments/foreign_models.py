@@ -82,7 +82,7 @@ def cached(name: str, module: Any, config: Any, prompt: jax.Array, weights: Any 
       module: its class.
       config: its sizes.
       prompt: int32[B, T].
-      weights: by path; None for random ones.
+      weights: by path; None for its own initial ones.
 
     Returns:
       The case.
@@ -91,17 +91,10 @@ def cached(name: str, module: Any, config: Any, prompt: jax.Array, weights: Any 
 
     model, slots = module(config, rngs=nnx.Rngs(0)), prompt.shape[1] + NEW
     fn, params, rest = ttq.functional(model)
-    keys = iter(jax.random.split(KEY, len(jax.tree.leaves(params))))
-
-    def value(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        if weights is not None:
-            return weights["/".join(map(str, path))]
-        # Its own initial weights of feed-forward layers are zeros.
-        drawn = jax.random.normal(next(keys), leaf.shape) * leaf.shape[0] ** -0.5
-        return drawn if leaf.ndim > 1 else leaf.get_value()
-
-    found = nnx.to_flat_state(params)
-    params = nnx.from_flat_state([(path, leaf.replace(value(path, leaf))) for path, leaf in found])
+    if weights is not None:
+        named = nnx.to_flat_state(params)
+        named = [(path, leaf.replace(weights["/".join(map(str, path))])) for path, leaf in named]
+        params = nnx.from_flat_state(named)
 
     def run(
         params: Any, tokens: jax.Array, positions: jax.Array, mask: jax.Array, cache: Any
