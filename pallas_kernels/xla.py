@@ -195,9 +195,10 @@ def _one_row(
                 z = per_group(zero, octet) * jnp.float32(zero_unit)
             y = y + per_group(scale, octet) * (partial - z * x_sum)
         # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with
-        # all that fuses into it to a library that wants every operand in memory.
-        ones = jnp.ones((apart * n_part * sums,), jnp.float32)
-        return jnp.matmul(ones, y.reshape(-1, width), precision=_EXACT)
+        # all that fuses into it to a library that wants every operand in memory. Two rows of ones,
+        # for which XLA calls a library: it would write and compile a program for a single one.
+        ones = jnp.ones((2, apart * n_part * sums), jnp.float32)
+        return jnp.matmul(ones, y.reshape(-1, width), precision=_EXACT)[0]
 
     return _by_columns(some, (), n, max(1, _BLOCK_SUMS // (apart * n_part * sums)))
 

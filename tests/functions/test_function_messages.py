@@ -108,6 +108,25 @@ def test_hijax_variables():
         ttq.functional(model)
 
 
+def test_a_module_in_the_place_of_its_function():
+    linen, module = nn.Dense(16), nnx.Linear(32, 16, rngs=nnx.Rngs(0))
+    for model, instead in ((linen, r"model\.apply"), (module, r"fn of ttq\.functional\(model\)")):
+        with pytest.raises(ttq.FunctionError, match=(
+            rf"^fn: expected a function .* got the module {type(model).__name__}; pass {instead}$"
+        )):  # fmt: skip
+            ttq.read(model, RECIPE)(W, X)
+
+
+def test_a_table_of_the_vocabulary_says_where_it_is_looked_up():
+    """Twice: the second time JAX knows `jnp.take` already, and not who calls it."""
+    model, tokens = nn.Sequential([nn.Embed(40, 32), nn.Dense(16)]), jnp.zeros((2, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    for _ in range(2):
+        table = ttq.kernels(lambda p, t: model.apply(p, t))(params, tokens)
+        (why,) = [row.dense for row in table if row.dense]
+        assert why.startswith("gather at test_function_messages.py:")
+
+
 def test_a_bridge_for_what_is_no_module():
     with pytest.raises(
         ttq.Error, match=r"module: expected an nnx.Module \(Linen: pass model.apply"
@@ -236,6 +255,20 @@ def test_a_sharded_parameter_is_refused_by_name():
         w = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=sharded)}
         with pytest.raises(ttq.FunctionError, match=(
             r"(?m)^kernel is sharded over devices .*: expected parameters on one device; gather it"
+        )):  # fmt: skip
+            shapes(ttq.read(plain, RECIPE), w, X)
+
+
+def test_a_parameter_that_may_be_sharded_is_said():
+    """Along automatic axes an array's layout is no part of its type."""
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.AbstractMesh((2,), ("model",), axis_types=(axis,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharded = NamedSharding(mesh, PartitionSpec(None, "model"))
+        w = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=sharded)}
+        with pytest.warns(UserWarning, match=(
+            r"^kernel and 0 other parameters are on a mesh of automatic axes, \{'model': 2\}: .*; "
+            "put them on one device, or on a mesh of explicit axes"
         )):  # fmt: skip
             shapes(ttq.read(plain, RECIPE), w, X)
 

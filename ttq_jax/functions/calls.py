@@ -142,7 +142,8 @@ def read(
 
     Args:
       fn: see `kernels`.
-      recipe: how. Reading is with the dense weights.
+      recipe: how. Reading is with the dense weights. A static low-rank part is an SVD of every
+        packed weight in every call: nothing is kept between calls.
       where: see `observe`.
       select: see `kernels`.
       prior: see `quantize`.

@@ -19,7 +19,6 @@ from ttq_jax.functions.trace import (
     Product,
     called,
     opened,
-    source_of,
     traced,
 )
 
@@ -238,7 +237,7 @@ def _ragged_dot(ev: Evaluator, eqn: Any, vals: list[Any]) -> list[Any]:
         return ev.fallback(eqn, vals)
     operand = Operand(kernel.path, kernel.steps, tuple(kernel.aval.shape), (0,), (1,), (2,))
     key = ev.key(x, rest[0], "ragged")
-    y = ev.hook(ev, Product(operand, kernel, x, key, source_of(eqn), rest[0]))
+    y = ev.hook(ev, Product(operand, kernel, x, key, ev.source(eqn), rest[0]))
     if y is None:
         return ev.fallback_product(eqn, vals)
     return [y.astype(eqn.outvars[0].aval.dtype)]

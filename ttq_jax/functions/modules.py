@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
 from ttq_jax.errors import expect
 from ttq_jax.functions.trace import FunctionError
@@ -65,6 +65,23 @@ def refuse_hijax(path: str, leaf: Any) -> None:
         raise FunctionError(
             f"{path} is a hijax variable: modules made under nnx.var_defaults(hijax=True) are not "
             "served; make them without"
+        )
+
+
+def refuse_module(fn: Any) -> None:
+    """Refuses a module in the place of its function.
+
+    Args:
+      fn: what `read` and its like were given.
+
+    Raises:
+      FunctionError: it is one.
+    """
+    if isinstance(fn, linen.Module | nnx.Module):
+        instead = "model.apply" if isinstance(fn, linen.Module) else "fn of ttq.functional(model)"
+        raise FunctionError(
+            f"fn: expected a function whose first argument is the parameters, got the module "
+            f"{type(fn).__name__}; pass {instead}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from ttq_jax.functions.control import HANDLERS
-from ttq_jax.functions.modules import path_of, refuse_hijax
+from ttq_jax.functions.modules import path_of, refuse_hijax, refuse_module
 from ttq_jax.functions.moments import Observing
 from ttq_jax.functions.packed import is_packed
 from ttq_jax.functions.sites import Operand, Site, merged
@@ -74,13 +75,14 @@ def traced_call(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> 
       The traced call.
 
     Raises:
-      FunctionError: a parameter is a hijax variable, or sharded.
+      FunctionError: `fn` is a module, or a parameter is a hijax variable, or sharded.
     """
+    refuse_module(fn)
     found, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     leaves = [(path_of(path), leaf) for path, leaf in found]
     for path, leaf in leaves:
         refuse_hijax(path, leaf)
-        _refuse_sharded(path, leaf)
+    _warn_of_unknown({path: _refuse_sharded(path, leaf) for path, leaf in leaves})
     shapes = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
         for _, leaf in leaves
@@ -99,22 +101,46 @@ def traced_call(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> 
     return Call(jaxpr, jax.tree.structure(out), tree, leaves, arrays)
 
 
-def _refuse_sharded(path: str, leaf: Any) -> None:
-    """Packed planes would inherit no sharding.
+def _warn_of_unknown(meshes: Mapping[str, str]) -> None:
+    """Says that parameters may be sharded, by path the mesh over whose devices, or ""."""
+    some = [path for path, mesh in meshes.items() if mesh]
+    if some:
+        warnings.warn(
+            f"{some[0]} and {len(some) - 1} other parameters are on a mesh of automatic axes, "
+            f"{meshes[some[0]]}: inside a jit nobody can see if they are sharded, and packed "
+            "weights inherit no sharding; put them on one device, or on a mesh of explicit axes, "
+            "where sharded ones are refused by name",
+            stacklevel=4,
+        )
+
+
+def _refuse_sharded(path: str, leaf: Any) -> str:
+    """Refuses a sharded parameter: packed planes would inherit no sharding.
+
+    Inside a jit an array's layout is part of its type only along explicit axes of a mesh. Along
+    automatic ones it is XLA's choice, and what is given as `in_shardings` is no type's at all.
+
+    Returns:
+      The mesh of several devices along whose automatic axes it may be sharded; "" for none.
 
     Raises:
       FunctionError: the parameter is laid out over several devices.
     """
-    for array in jax.tree.leaves(leaf):
-        sharding = getattr(jax.typeof(array), "sharding", None) if _is_array(array) else None
+    unknown = ""
+    for array in filter(_is_array, jax.tree.leaves(leaf)):
+        sharding = getattr(jax.typeof(array), "sharding", None)
         over = [axis for axis in getattr(sharding, "spec", ()) if axis is not None]
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
             over = over or ([] if array.sharding.is_fully_replicated else [array.sharding])
+        elif sharding is not None:
+            automatic = {axis: sharding.mesh.shape[axis] for axis in sharding.mesh.auto_axes}
+            unknown = str(automatic) if max(automatic.values(), default=1) > 1 else unknown
         if over:
             raise FunctionError(
                 f"{path} is sharded over devices ({over[0]}): expected parameters on one device; "
                 "gather it first, for example with jax.device_put(params, jax.devices()[0])"
             )
+    return unknown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,11 +117,11 @@ EndScan = Callable[["Evaluator", list[Any], int], list[Any]]
 
 
 def source_of(eqn: Any) -> str:
-    """Where in the user's code an equation comes from: "model.py:17 (Block.__call__)"."""
+    """Where in the user's code an equation comes from: "model.py:17 (Block.__call__)", or ""."""
     frames = summarize(eqn.source_info, _FRAMES).splitlines()[::-1]
     own = [frame for frame in frames if not frame.startswith(_LIBRARIES)] or frames
     found = re.fullmatch(r"(.*?):(\d+)(?::\d+)? \((.*)\)", own[0]) if own else None
-    return f"{Path(found[1]).name}:{found[2]} ({found[3]})" if found else "an unknown place"
+    return f"{Path(found[1]).name}:{found[2]} ({found[3]})" if found else ""
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -179,6 +179,7 @@ class Evaluator:
       otherwise: by path, what else a kernel is used in than products.
       end_scan: what becomes of what a scan's body kept, before it is stacked or summed.
       depth: of scopes: the program, and bodies of loops and branches.
+      calls: the equations whose jaxprs are being evaluated, the innermost last.
     """
 
     def __init__(
@@ -189,6 +190,7 @@ class Evaluator:
         self.kept: dict[Any, Any] = {}
         self.otherwise: dict[str, str] = {}
         self.depth = 0
+        self.calls: list[Any] = []
         self.scans = 0
         self.memo: dict[Any, Any] = {}
 
@@ -261,7 +263,21 @@ class Evaluator:
         if name in self.handlers:
             return self.handlers[name](self, eqn, vals)
         inner = called(eqn)
-        return self.fallback(eqn, vals) if inner is None else self.evaluate(inner, vals)
+        if inner is None:
+            return self.fallback(eqn, vals)
+        self.calls.append(eqn)
+        try:
+            return self.evaluate(inner, vals)
+        finally:
+            self.calls.pop()
+
+    def source(self, eqn: Any) -> str:
+        """Where in the user's code, of an equation or else of the call that it is in.
+
+        A function that JAX has traced before, such as `jnp.take`, forgets who calls it.
+        """
+        places = (source_of(one) for one in (eqn, *reversed(self.calls)))
+        return next(filter(None, places), "an unknown place")
 
     def fallback(self, eqn: Any, vals: list[Any], why: str = "") -> list[Any]:
         """The equation over the kernels' dense values."""
@@ -276,7 +292,7 @@ class Evaluator:
         if not isinstance(value, Kernel):
             return value
         name = eqn.primitive.name
-        where = f"{why or name} at {source_of(eqn)}"
+        where = f"{why or name} at {self.source(eqn)}"
         if name in _OPAQUE:
             where = f"{where}: kernels of sharded code are not packed"
         if value.dense is None:
@@ -308,7 +324,7 @@ class Evaluator:
         if dtype == jnp.float32:
             # The sums are wanted as they are, not rounded to the type of narrower inputs.
             flat = flat.astype(dtype)
-        product = Product(operand, kernel, flat, self.key(x, xb, xf, xc), source_of(eqn))
+        product = Product(operand, kernel, flat, self.key(x, xb, xf, xc), self.source(eqn))
         y = self.hook(self, product)
         if y is None:
             return self.fallback_product(eqn, vals)
