@@ -4,10 +4,16 @@ import argparse
 from typing import Any
 
 from ttq_jax import speculation
-from ttq_jax.commands.options import check_file, needs_of, note_unused, recipe_of
+from ttq_jax.commands.options import (
+    check_file,
+    describe_text,
+    needs_of,
+    note_unused,
+    recipe_of,
+)
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.evaluation.acceptance import stream
-from ttq_jax.evaluation.corpora import begin_tokens, cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.corpora import cut_windows, read_corpus
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.intervals import TOO_FEW
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
@@ -57,11 +63,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         "window": args.window,
         "prompt_tokens": args.prompt_tokens,
         "seconds": round(found.seconds, 3),
-        "corpus": args.corpus,
-        "corpus_sha256": sha256(corpus),
-        "bos": bool(begin_tokens(model.tokenizer)),
-        "calibration": args.calibration if calibration is not None else None,
-        "calibration_tokens": args.calibration_tokens if calibration is not None else None,
+        **describe_text(args, model, corpus, calibration),
     }
     _print(args, recipe, result)
 

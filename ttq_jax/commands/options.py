@@ -7,8 +7,10 @@ from typing import Any
 
 from ttq_jax.chat.ask import check_messages
 from ttq_jax.chat.render import Messages
+from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
+from ttq_jax.evaluation.corpora import begin_tokens, sha256
 from ttq_jax.evaluation.preparation import Needs
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.files import check_destination
@@ -93,6 +95,29 @@ def needs_of(args: argparse.Namespace, recipe: Recipe | None) -> Needs:
         method=args.method, recipe=recipe, calibration=args.calibration,
         calibration_tokens=args.calibration_tokens, prepared=getattr(args, "prepared", None),
     )  # fmt: skip
+
+
+def describe_text(
+    args: argparse.Namespace, model: Model, corpus: str, calibration: str | None
+) -> dict[str, Any]:
+    """The texts that a measurement read, as JSON data.
+
+    Args:
+      args: with --corpus and the calibration options.
+      model: its tokenizer cut the text.
+      corpus: the text.
+      calibration: the calibration corpus; None if none was read.
+
+    Returns:
+      Names, the text's hash, and whether each window begins with a begin-of-text token.
+    """
+    return {
+        "corpus": args.corpus,
+        "corpus_sha256": sha256(corpus),
+        "bos": bool(begin_tokens(model.tokenizer)),
+        "calibration": args.calibration if calibration is not None else None,
+        "calibration_tokens": args.calibration_tokens if calibration is not None else None,
+    }
 
 
 def _read_prompts(path: str) -> str:

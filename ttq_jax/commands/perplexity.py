@@ -7,9 +7,15 @@ from typing import Any
 import numpy as np
 
 from ttq_jax.checkpoint import Model
-from ttq_jax.commands.options import check_file, needs_of, note_unused, recipe_of
+from ttq_jax.commands.options import (
+    check_file,
+    describe_text,
+    needs_of,
+    note_unused,
+    recipe_of,
+)
 from ttq_jax.commands.output import print_json, print_text
-from ttq_jax.evaluation.corpora import begin_tokens, cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.corpora import cut_windows, read_corpus
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.intervals import TOO_FEW
 from ttq_jax.evaluation.perplexity import Perplexity, Protocol, interval95, stream
@@ -89,11 +95,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         "windows": scored.windows,
         "scored_tokens": scored.scored_tokens,
         "seconds": round(scored.seconds, 3),
-        "corpus": args.corpus,
-        "corpus_sha256": sha256(corpus),
-        "bos": bool(begin_tokens(model.tokenizer)),
-        "calibration": args.calibration if calibration is not None else None,
-        "calibration_tokens": args.calibration_tokens if calibration is not None else None,
+        **describe_text(args, model, corpus, calibration),
     }
     _print_perplexity(args, recipe, result)
 
