@@ -73,12 +73,13 @@ FEWEST = 5
 NAMES = (
     "FILE.toml or "
     "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-hHEAD][-nTOKENS|-sTOKENS]"
-    "[@CALIBRATION]; h0 leaves the head as it is; a prior worth so many tokens, n from the weights "
-    "(0 for none), s from samples"
+    "[-fREFITS][-dDESCENTS][@CALIBRATION]; h0 leaves the head as it is; a prior worth so many "
+    "tokens, n from the weights (0 for none), s from samples; f and d are settings of the rounding"
 )
 
 _SHORT = {"g": "group_size", "r": "rank"}
 _PRIORS = {"n": "weights", "s": "samples"}
+_ROUNDING = {"f": "refits", "d": "descents"}
 
 
 def recipe_named(name: str) -> Recipe | None:
@@ -87,6 +88,7 @@ def recipe_named(name: str) -> Recipe | None:
         return ttq.load_recipe(name)
     base, *rest = name.split("@")[0].split("-")
     given: dict[str, Any] = {}
+    settings = []
     for part in rest:
         letter, number = part[0], part[1:]
         if part in {"sym", "asym"}:
@@ -102,11 +104,14 @@ def recipe_named(name: str) -> Recipe | None:
         elif letter in _PRIORS and number.isdigit():
             prior = _PRIORS[letter] if int(number) else "none"
             given["moments"] = Source(prior=prior, prior_tokens=float(number))
+        elif letter in _ROUNDING and number.isdigit():
+            settings.append(f"rounding.{_ROUNDING[letter]}={number}")
         else:
             base = ""
     if base not in PRESETS:
         raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
-    return ttq.preset(base, **given)
+    recipe = ttq.preset(base, **given)
+    return ttq.with_settings(recipe, settings) if settings else recipe
 
 
 def corpus_text(spec: str) -> tuple[str, str]:

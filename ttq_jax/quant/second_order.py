@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
-from ttq_jax.quant.clip import search_ranges, shrink_factors
+from ttq_jax.quant.clip import check_refits, search_ranges, shrink_factors
 from ttq_jax.quant.grid import Grid, decode, encode, split_groups
 
 Refit = Callable[[Float[Array, "rows n"], Int[Array, ""]], tuple[Array, Array]]
@@ -33,6 +33,7 @@ class SecondOrder:
     Attributes:
       steps: factors on a group's range that are tried first, as in `ClipSearch`; 1 for none.
       smallest: the last factor tried, in (0, 1].
+      refits: of each factor's scale and zero point to its codes, as in `ClipSearch`.
       damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
       shrinkage: how far H is moved toward its own diagonal, in [0, 1].
       span: how many consecutive channels exchange errors: -1 for all channels; a multiple of 8
@@ -47,6 +48,7 @@ class SecondOrder:
 
     steps: int = 10
     smallest: float = 0.55
+    refits: int = 0
     damping: float = 0.3
     shrinkage: float = 0.0
     span: int = -1
@@ -57,6 +59,7 @@ class SecondOrder:
     def __post_init__(self):
         check_fields(self, ConfigError)
         shrink_factors(self.steps, self.smallest)
+        check_refits(self.refits)
         if not (0 < self.damping < math.inf and 0 <= self.shrinkage <= 1):
             raise ConfigError(
                 "second-order rounding: expected a finite damping > 0 and 0 <= shrinkage <= 1, got "
@@ -107,7 +110,7 @@ class SecondOrder:
         importance = jnp.diagonal(gram, axis1=1, axis2=2).reshape(-1)
         h = importance[:k].reshape(n_group, rows)
         shrinks = shrink_factors(self.steps, self.smallest)
-        scales, zeros = search_ranges(groups, h, grid, shrinks)
+        scales, zeros = search_ranges(groups, h, grid, shrinks, self.refits)
         group_of = jnp.minimum(jnp.arange(total, dtype=jnp.int32) // rows, n_group - 1)
         matrix = regularized(gram, self, w.shape[0])
         refit = None
@@ -120,7 +123,7 @@ class SecondOrder:
                     "change one of them, or set static_groups = true"
                 )
             refit = lambda t, g: jax.tree.map(  # noqa: E731
-                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
+                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks, self.refits)
             )
         if not self.act_order:
             codes, scales, zeros = round_rows(
