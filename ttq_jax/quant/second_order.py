@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels import grid as formula
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
 from ttq_jax.quant.clip import check_refits, search_ranges, shrink_factors
@@ -33,6 +34,7 @@ class SecondOrder:
     Attributes:
       steps: factors on a group's range that are tried first, as in `ClipSearch`; 1 for none.
       smallest: the last factor tried, in (0, 1].
+      descents: sweeps of coordinate descent over the codes at the end, 0 to 100.
       refits: of each factor's scale and zero point to its codes, as in `ClipSearch`.
       damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
       shrinkage: how far H is moved toward its own diagonal, in [0, 1].
@@ -49,6 +51,7 @@ class SecondOrder:
     steps: int = 10
     smallest: float = 0.55
     refits: int = 0
+    descents: int = 0
     damping: float = 0.3
     shrinkage: float = 0.0
     span: int = -1
@@ -60,6 +63,11 @@ class SecondOrder:
         check_fields(self, ConfigError)
         shrink_factors(self.steps, self.smallest)
         check_refits(self.refits)
+        if not 0 <= self.descents <= 100:
+            raise ConfigError(
+                f"descents: expected 0 (none) to 100, got {self.descents}; after a few sweeps no "
+                "code changes any more"
+            )
         if not (0 < self.damping < math.inf and 0 <= self.shrinkage <= 1):
             raise ConfigError(
                 "second-order rounding: expected a finite damping > 0 and 0 <= shrinkage <= 1, got "
@@ -125,18 +133,22 @@ class SecondOrder:
             refit = lambda t, g: jax.tree.map(  # noqa: E731
                 lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks, self.refits)
             )
-        if not self.act_order:
+        if self.act_order:
+            order = _largest_first(importance.reshape(len(gram), b))
+            # The columns of a symmetric matrix are its rows, and whole rows are cheap to move.
+            permuted = jax.vmap(lambda a, o: a[o].T[o])(matrix, order % b)
+            order = order.reshape(-1)
+            codes, scales, zeros = round_rows(
+                weight[order], feedback(permuted), scales, zeros, group_of[order], grid, rows
+            )
+            codes = codes[jnp.argsort(order)]
+        else:
             codes, scales, zeros = round_rows(
                 weight, feedback(matrix), scales, zeros, group_of, grid, rows, refit
             )
-            return codes[:k], scales, zeros
-        order = _largest_first(importance.reshape(len(gram), b))
-        matrix = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
-        order = order.reshape(-1)
-        codes, scales, zeros = round_rows(
-            weight[order], feedback(matrix), scales, zeros, group_of[order], grid, rows
-        )
-        return codes[jnp.argsort(order)][:k], scales, zeros
+        if self.descents:
+            codes = descend(weight, matrix, codes, scales, zeros, group_of, grid, rows, self.descents)
+        return codes[:k], scales, zeros
 
 
 def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block b"]:
@@ -189,6 +201,7 @@ def round_rows(
     grid: Grid,
     rows: int,
     refit: Refit | None = None,
+    errors: Float[Array, "k n"] | None = None,
 ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
     """Rounds row after row, feeding errors forward.
 
@@ -207,6 +220,8 @@ def round_rows(
       refit: fits a group's scale when it is reached, (weights with errors fed back, its index)
         -> (scale, zero); groups are then in order, each within a block. None keeps the scales
         given.
+      errors: of all rows, to start with: a row then takes over those of later rows, too. None:
+        no row has one before it is rounded.
 
     Returns:
       (codes, scales, zeros), the codes in the order of rounding.
@@ -229,20 +244,69 @@ def round_rows(
             return target + jnp.matmul(by.T, of, precision="highest")
 
         panels = jax.lax.div(local + (panel - 1), np.int32(panel))
-        target = jax.lax.fori_loop(0, panels, earlier, given)
         within = _cut(columns, (local, 0), (step, step))
+        if known:
+            panels, columns = b // panel, _put(columns, jnp.zeros_like(within), local)
+        target = jax.lax.fori_loop(0, panels, earlier, given)
         groups = _cut(group_of, (start,), (step,))
         if refit is not None:
             scale, zero = refit(_unrounded(given, target, within), groups[0])
             scales, zeros = (
                 _put(a, new[None], groups[0]) for a, new in ((scales, scale), (zeros, zero))
             )
-        code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid)
+        before = _cut(errors, (start, 0), (step, n))
+        code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid, before)
         return _put(codes, code, start), _put(errors, error, start), scales, zeros
 
-    state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n), jnp.float32), scales, zeros)
+    known = errors is not None
+    errors = jnp.zeros((k, n), jnp.float32) if errors is None else errors
+    state = (jnp.zeros((k, n), jnp.uint8), errors, scales, zeros)
     codes, _, scales, zeros = jax.lax.fori_loop(0, scales.shape[0] * rows // step, take, state)
     return codes, scales, zeros
+
+
+def descend(
+    w: Float[Array, "k n"],
+    h: Float[Array, "n_block b b"],
+    codes: UInt8[Array, "k n"],
+    scales: Float[Array, "n_group n"],
+    zeros: Float[Array, "n_group n"],
+    group_of: Int[Array, " k"],
+    grid: Grid,
+    rows: int,
+    sweeps: int,
+) -> UInt8[Array, "k n"]:
+    """Coordinate descent: each code in turn takes its best value, given all the others.
+
+    With the other rows' errors e fixed, eᵀ H e is least where w_k + Σ_{j≠k} H_jk e_j / H_kk is
+    rounded to nearest. So it is `round_rows` with H in place of U, and no step makes eᵀ H e larger.
+
+    Args:
+      w: scaled weights, k = n_block · b.
+      h: positive definite.
+      codes: to start from.
+      scales: of the groups.
+      zeros: of the groups.
+      group_of: per row, its group.
+      grid: the codes' grid.
+      rows: of a group; the rows beyond whole groups only pad, and come last.
+      sweeps: how often each code is looked at.
+
+    Returns:
+      The codes.
+    """
+    eye = jnp.eye(h.shape[-1], dtype=jnp.float32)
+    take_over = h * (1.0 - eye) / jnp.diagonal(h, axis1=1, axis2=2)[:, None, :]
+    real = jnp.arange(len(w))[:, None] < len(scales) * rows
+
+    def sweep(_: Array, codes: Array) -> Array:
+        rounded = formula.decode(codes.astype(jnp.float32), scales[group_of], zeros[group_of])
+        errors = jnp.where(real, w - rounded, 0.0)
+        return round_rows(
+            w, take_over, scales, zeros, group_of, grid, rows, errors=errors
+        )[0]  # fmt: skip
+
+    return jax.lax.fori_loop(0, sweeps, sweep, codes)
 
 
 def _cut(a: Array, start: tuple, size: tuple) -> Array:
@@ -269,7 +333,7 @@ def _unrounded(given: Array, target: Array, u: Array) -> Array:
 
 
 def _round_few(
-    given: Array, target: Array, u: Array, scales: Array, zeros: Array, grid: Grid
+    given: Array, target: Array, u: Array, scales: Array, zeros: Array, grid: Grid, errors: Array
 ) -> tuple[Array, Array]:
     """Codes and errors of a few rows, one after the other."""
 
@@ -282,5 +346,5 @@ def _round_few(
         error = w - decode(q, s, z)[0]
         return _put(codes, q[0].astype(jnp.uint8), j), _put(errors, error, j)
 
-    state = (jnp.zeros(given.shape, jnp.uint8), jnp.zeros_like(given))
+    state = (jnp.zeros(given.shape, jnp.uint8), errors)
     return jax.lax.fori_loop(0, len(given), one, state)
