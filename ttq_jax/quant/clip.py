@@ -206,7 +206,7 @@ def fit_codes(
     q = codes - zeros[:, None]
 
     def total(of: Array) -> Array:
-        return jnp.sum(importance[:, :, None] * of, axis=1)
+        return jnp.einsum("gr,grn->gn", importance, of, precision="highest")
 
     qq, qw = total(jnp.square(q)), total(q * groups)
     mean_q = mean_w = jnp.zeros_like(qq)
