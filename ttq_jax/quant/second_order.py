@@ -190,30 +190,8 @@ def feedback(h: Float[Array, "n_block b b"]) -> Float[Array, "n_block b b"]:
       float32, zeros on and below the diagonal.
     """
     # Cholesky gives a lower factor. Of the reversed matrix, reversed again, it is an upper one.
-    factor = jax.vmap(_cholesky)(h[:, ::-1, ::-1])[:, ::-1, ::-1]
+    factor = jnp.linalg.cholesky(h[:, ::-1, ::-1])[:, ::-1, ::-1]
     return jnp.triu(factor / jnp.diagonal(factor, axis1=1, axis2=2)[:, None, :], 1)
-
-
-def _cholesky(h: Array) -> Array:
-    """The lower factor of one matrix, 8 to 12 runs of columns one after the other.
-
-    A library's factorization of a whole matrix takes more than twice as long on a CPU as the
-    products that most of it is. The number of runs is fixed, so the program does not grow.
-    """
-    b = len(h)
-    if b < 512:
-        return jnp.linalg.cholesky(h)
-    width = b // max(i for i in range(8, 13) if b % i == 0)
-    factor = jnp.zeros_like(h)
-    for at in range(0, b, width):
-        run, earlier = slice(at, at + width), factor[at:, :at]
-        left = h[at:, run] - jnp.matmul(earlier, earlier[:width].T, precision="highest")
-        top = jnp.linalg.cholesky(left[:width])
-        below = jax.lax.linalg.triangular_solve(
-            top, left[width:], left_side=False, lower=True, transpose_a=True
-        )
-        factor = factor.at[at:, run].set(jnp.concatenate([top, below]))
-    return factor
 
 
 def round_rows(
