@@ -272,13 +272,13 @@ def gap_draws(
     return total / len(nll)
 
 
-def gaps(rows: dict[tuple[str, str], dict], windows: int | None = None) -> dict[str, dict]:
+def gaps(rows: dict, windows: int | None = None, over: str = "none") -> dict[str, dict]:
     """Per recipe: the mean gap over corpora, its interval, draws of it, its parts and bits.
 
-    Only recipes that have as many windows as `none`, or as `windows` says, on every corpus.
+    Only recipes that have as many windows as `over`, or as `windows` says, on every corpus.
     """
-    corpora = sorted({corpus for name, corpus in rows if name == "none"})
-    n = min([len(rows["none", c]["nll"]) for c in corpora] + ([windows] if windows else []))
+    corpora = sorted({corpus for name, corpus in rows if name == over})
+    n = min([len(rows[over, c]["nll"]) for c in corpora] + ([windows] if windows else []))
     out = {}
     for name in dict.fromkeys(name for name, _ in rows):
         have = [rows[name, c] for c in corpora if (name, c) in rows]
@@ -286,7 +286,7 @@ def gaps(rows: dict[tuple[str, str], dict], windows: int | None = None) -> dict[
             print(f"leaving out {name}: not measured on all corpora and windows", file=sys.stderr)
             continue
         nll = {c: rows[name, c]["nll"][:n] for c in corpora}
-        base, scored = {c: rows["none", c]["nll"][:n] for c in corpora}, have[0]["scored"]
+        base, scored = {c: rows[over, c]["nll"][:n] for c in corpora}, have[0]["scored"]
         excess = [np.subtract(nll[c], base[c]) / scored for c in corpora]
         out[name] = {
             "interval": interval95(excess),

@@ -165,7 +165,9 @@ def search_ranges(
     # One candidate after the other, not vmapped: one candidate's temporaries at a time.
     def candidate(best: _Fit, shrink: Array) -> tuple[_Fit, None]:
         found = measured(*fit_range(low * shrink, high * shrink, grid))
-        return _better(best, jax.lax.fori_loop(0, refits, refit, found)), None
+        if refits:
+            found = jax.lax.fori_loop(0, refits, refit, found)
+        return _better(best, found), None
 
     start = _Fit(*first, jnp.full_like(low, jnp.inf))
     best, _ = jax.lax.scan(candidate, start, jnp.asarray(shrinks, jnp.float32))
