@@ -36,7 +36,9 @@ _DEFAULTS = {
     "grid": Grid(),
 }  # fmt: skip
 # Stores and rows from before there was such a choice say nothing of it.
-_ADDED = {"grid": {"scales": "float"}, "rounding": {"refits": 0, "descents": 0}}
+_ADDED: dict[str, dict[str, Any]] = {
+    "grid": {"scales": "float"}, "rounding": {"refits": 0, "descents": 0},
+}  # fmt: skip
 _CHOICES = {"prefill": ("full", "quantized"), "batch": ("pooled", "per_prompt")}
 
 

@@ -245,10 +245,10 @@ def round_rows(
             of = _cut(errors, (block * b + p * panel, 0), (panel, n))
             return target + jnp.matmul(by.T, of, precision="highest")
 
-        panels = jax.lax.div(local + (panel - 1), np.int32(panel))
         within = _cut(columns, (local, 0), (step, step))
         if known:
-            panels, columns = b // panel, _put(columns, jnp.zeros_like(within), local)
+            columns = _put(columns, jnp.zeros_like(within), local)
+        panels = jax.lax.div((np.int32(b) if known else local) + (panel - 1), np.int32(panel))
         target = jax.lax.fori_loop(0, panels, earlier, given)
         groups = _cut(group_of, (start,), (step,))
         if refit is not None:
