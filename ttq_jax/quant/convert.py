@@ -146,7 +146,7 @@ def _round_together(
         d = split_groups(first.divisor, block)
         gram = gram_blocks(moments, block) / jnp.where(d > 0, d, 1.0)[:, :, None]
         gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
-    elif rule.powers and (second := _second(moments)) is not None:
+    elif 2.0 in rule.powers and (second := _second(moments)) is not None:
         gram = (second / jnp.square(first.divisor))[:, None, None]
     wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
     grid = for_weight(first.grid, split_groups(wide, first.grid.rows_per_group(d_in)))

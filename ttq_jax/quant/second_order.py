@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import grid as formula
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
 from ttq_jax.quant.clip import check_refits, search_ranges, shrink_factors
@@ -302,8 +301,9 @@ def descend(
     real = jnp.arange(len(w))[:, None] < len(scales) * rows
 
     def sweep(_: Array, codes: Array) -> Array:
-        rounded = formula.decode(codes.astype(jnp.float32), scales[group_of], zeros[group_of])
-        errors = jnp.where(real, w - rounded, 0.0)
+        # Each row is a group of its own here.
+        rounded = decode(codes[:, None].astype(jnp.float32), scales[group_of], zeros[group_of])
+        errors = jnp.where(real, w - rounded[:, 0], 0.0)
         return round_rows(
             w, take_over, scales, zeros, group_of, grid, rows, errors=errors
         )[0]  # fmt: skip
