@@ -6,6 +6,10 @@ nearest instead of w_k minimizes each term in turn. That is GPTQ (Frantar et al.
 of LDLQ (Chee et al., 2023), which proved the two equal; this form needs one factorization and no
 inverse. GPTQ takes H from a corpus. A prompt has fewer tokens than there are channels, so its H is
 singular; damping regularizes it, an order of magnitude more than in GPTQ.
+
+Each of these codes was chosen before the later ones were known. Descents go over them again, one
+code at a time with all others as they are (coordinate descent, as in QuantEase; Behdin et al.,
+2023).
 """
 
 import dataclasses
@@ -33,8 +37,9 @@ class SecondOrder:
     Attributes:
       steps: factors on a group's range that are tried first, as in `ClipSearch`; 1 for none.
       smallest: the last factor tried, in (0, 1].
-      descents: sweeps of coordinate descent over the codes at the end, 0 to 100.
       refits: of each factor's scale and zero point to its codes, as in `ClipSearch`.
+      descents: sweeps of coordinate descent over all codes at the end, 0 to 100. They fit the
+        prompt more closely, so they want more damping.
       damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
       shrinkage: how far H is moved toward its own diagonal, in [0, 1].
       span: how many consecutive channels exchange errors: -1 for all channels; a multiple of 8
