@@ -139,8 +139,7 @@ class SecondOrder:
             )
         if self.act_order:
             order = _largest_first(importance.reshape(len(gram), b))
-            # The columns of a symmetric matrix are its rows, and whole rows are cheap to move.
-            permuted = jax.vmap(lambda a, o: a[o].T[o])(matrix, order % b)
+            permuted = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
             order = order.reshape(-1)
             codes, scales, zeros = round_rows(
                 weight[order], feedback(permuted), scales, zeros, group_of[order], grid, rows
