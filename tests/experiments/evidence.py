@@ -120,6 +120,19 @@ def _():
     return [table], []
 
 
+@evidence("Second order gains from refits, damping and descents together, on two texts")
+def _():
+    file, base = "better_codes_second_smollm2.jsonl", "best-3-g32-asym-coded-h0"
+    rows = quality.Results(RESULTS / file).read()
+    table = [["recipe", "bits", "gap", "perplexity over the first, minus 1"]]
+    over = quality.gaps(rows, 8, base)
+    for name, label in [(base, "as `best`, damping 0.3"), ("experiments/recipes/best_descents_3.toml",
+                        "4 refits, damping 1, 2 descents")]:  # fmt: skip
+        difference = "" if name == base else quality.interval(over[name])
+        table.append([label, bits(file, 8, name), gap(file, 8, name), difference])
+    return [table], []
+
+
 @evidence("Quantization costs little on top of reading the prompt, unless it is second-order")
 def _():
     ratios = read("prefill_times_smollm2.json")["over_plain_prefill"]
