@@ -126,8 +126,10 @@ def _():
     rows = quality.Results(RESULTS / file).read()
     table = [["recipe", "bits", "gap", "perplexity over the first, minus 1"]]
     over = quality.gaps(rows, 8, base)
-    for name, label in [(base, "as `best`, damping 0.3"), ("experiments/recipes/best_descents_3.toml",
-                        "4 refits, damping 1, 2 descents")]:  # fmt: skip
+    for name, label in [
+        (base, "as `best`, damping 0.3"),
+        ("experiments/recipes/best_descents_3.toml", "4 refits, damping 1, 2 descents"),
+    ]:
         difference = "" if name == base else quality.interval(over[name])
         table.append([label, bits(file, 8, name), gap(file, 8, name), difference])
     return [table], []
