@@ -120,7 +120,7 @@ def _():
     return [table], []
 
 
-@evidence("Second order gains from refits, damping and descents together, on two texts")
+@evidence("Second order gains from refits, damping and descents together, on three texts")
 def _():
     file, base = "better_codes_second_smollm2.jsonl", "best-3-g32-asym-coded-h0"
     rows = quality.Results(RESULTS / file).read()
