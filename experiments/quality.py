@@ -73,12 +73,13 @@ FEWEST = 5
 NAMES = (
     "FILE.toml or "
     "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-hHEAD][-nTOKENS|-sTOKENS]"
-    "[@CALIBRATION]; h0 leaves the head as it is; a prior worth so many tokens, n from the weights "
-    "(0 for none), s from samples"
+    "[-fREFITS][-dDESCENTS][@CALIBRATION]; h0 leaves the head as it is; a prior worth so many "
+    "tokens, n from the weights (0 for none), s from samples; f and d are settings of the rounding"
 )
 
 _SHORT = {"g": "group_size", "r": "rank"}
 _PRIORS = {"n": "weights", "s": "samples"}
+_ROUNDING = {"f": "refits", "d": "descents"}
 
 
 def recipe_named(name: str) -> Recipe | None:
@@ -87,6 +88,7 @@ def recipe_named(name: str) -> Recipe | None:
         return ttq.load_recipe(name)
     base, *rest = name.split("@")[0].split("-")
     given: dict[str, Any] = {}
+    settings = []
     for part in rest:
         letter, number = part[0], part[1:]
         if part in {"sym", "asym"}:
@@ -102,11 +104,14 @@ def recipe_named(name: str) -> Recipe | None:
         elif letter in _PRIORS and number.isdigit():
             prior = _PRIORS[letter] if int(number) else "none"
             given["moments"] = Source(prior=prior, prior_tokens=float(number))
+        elif letter in _ROUNDING and number.isdigit():
+            settings.append(f"rounding.{_ROUNDING[letter]}={number}")
         else:
             base = ""
     if base not in PRESETS:
         raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
-    return ttq.preset(base, **given)
+    recipe = ttq.preset(base, **given)
+    return ttq.with_settings(recipe, settings) if settings else recipe
 
 
 def corpus_text(spec: str) -> tuple[str, str]:
@@ -267,13 +272,13 @@ def gap_draws(
     return total / len(nll)
 
 
-def gaps(rows: dict[tuple[str, str], dict], windows: int | None = None) -> dict[str, dict]:
+def gaps(rows: dict, windows: int | None = None, over: str = "none") -> dict[str, dict]:
     """Per recipe: the mean gap over corpora, its interval, draws of it, its parts and bits.
 
-    Only recipes that have as many windows as `none`, or as `windows` says, on every corpus.
+    Only recipes that have as many windows as `over`, or as `windows` says, on every corpus.
     """
-    corpora = sorted({corpus for name, corpus in rows if name == "none"})
-    n = min([len(rows["none", c]["nll"]) for c in corpora] + ([windows] if windows else []))
+    corpora = sorted({corpus for name, corpus in rows if name == over})
+    n = min([len(rows[over, c]["nll"]) for c in corpora] + ([windows] if windows else []))
     out = {}
     for name in dict.fromkeys(name for name, _ in rows):
         have = [rows[name, c] for c in corpora if (name, c) in rows]
@@ -281,7 +286,7 @@ def gaps(rows: dict[tuple[str, str], dict], windows: int | None = None) -> dict[
             print(f"leaving out {name}: not measured on all corpora and windows", file=sys.stderr)
             continue
         nll = {c: rows[name, c]["nll"][:n] for c in corpora}
-        base, scored = {c: rows["none", c]["nll"][:n] for c in corpora}, have[0]["scored"]
+        base, scored = {c: rows[over, c]["nll"][:n] for c in corpora}, have[0]["scored"]
         excess = [np.subtract(nll[c], base[c]) / scored for c in corpora]
         out[name] = {
             "interval": interval95(excess),

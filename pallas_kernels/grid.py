@@ -159,6 +159,32 @@ def fit(
     )  # fmt: skip
 
 
+def fit_scales(
+    scales: jax.Array,
+    columns: jax.Array | None = None,
+    *,
+    store_dtype: jax.typing.DTypeLike,
+    nearest: Nearest = jnp.round,
+    stored: Stored = as_stored,
+) -> jax.Array:
+    """Scales as they are stored.
+
+    Args:
+      scales: float32, positive.
+      columns: See `fit`.
+      store_dtype: See `fit`.
+      nearest: See `fit`.
+      stored: See `fit`.
+
+    Returns:
+      float32, the nearest of the values that can be stored.
+    """
+    if columns is None:
+        found = stored(scales, store_dtype)
+        return jnp.where(found > _SMALLEST, found, 1.0)
+    return jnp.clip(nearest(scales / columns), 1.0, _MOST) * columns
+
+
 def fit_zeros(
     zeros: jax.Array,
     *,

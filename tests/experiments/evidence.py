@@ -104,6 +104,37 @@ def _():
     return [table], []
 
 
+@evidence("Scales and zero points fitted to their codes: less gap at the same stored bits")
+def _():
+    file = "better_codes_smollm2.jsonl"
+    rows = quality.Results(RESULTS / file).read()
+    table = [["codes", "bits", "gap", "with four refits", "perplexity over that without, minus 1"]]
+    for codes, name in [
+        ("4 bits, groups of 64", "fast-asym-coded-h0"),
+        ("3 bits, groups of 32", "fast-3-g32-asym-coded-h0"),
+    ]:
+        fitted = f"{name}-f4"
+        over = quality.interval(quality.gaps(rows, 8, name)[fitted])
+        assert bits(file, 8, name) == bits(file, 8, fitted)
+        table.append([codes, bits(file, 8, name), gap(file, 8, name), gap(file, 8, fitted), over])
+    return [table], []
+
+
+@evidence("Second order gains from refits, damping and descents together, on three texts")
+def _():
+    file, base = "better_codes_second_smollm2.jsonl", "best-3-g32-asym-coded-h0"
+    rows = quality.Results(RESULTS / file).read()
+    table = [["recipe", "bits", "gap", "perplexity over the first, minus 1"]]
+    over = quality.gaps(rows, 8, base)
+    for name, label in [
+        (base, "as `best`, damping 0.3, 10 ranges tried"),
+        ("experiments/recipes/best_descents_3.toml", "4 refits, damping 1, 2 descents, 3 ranges tried"),
+    ]:
+        difference = "" if name == base else quality.interval(over[name])
+        table.append([label, bits(file, 8, name), gap(file, 8, name), difference])
+    return [table], []
+
+
 @evidence("Quantization costs little on top of reading the prompt, unless it is second-order")
 def _():
     ratios = read("prefill_times_smollm2.json")["over_plain_prefill"]

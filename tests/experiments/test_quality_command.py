@@ -133,6 +133,25 @@ def test_the_report_and_its_picture(tmp_path, capsys, monkeypatch):
     assert axes.get_title(loc="left") == "tiny, causal protocol, 12 windows of each corpus"
 
 
+def test_two_recipes_are_compared_window_by_window(tmp_path, capsys, monkeypatch):
+    import quality_pairs
+
+    path = str(synthetic(tmp_path).path)
+    monkeypatch.setattr(sys, "argv", ["quality_pairs.py", path, "--over", "ttq-3"])
+    quality_pairs.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12 windows per corpus"
+    (plain,) = (line for line in lines if line.startswith("none"))
+    want = (np.exp(-0.1) + np.exp(-0.3)) / 2 - 1
+    # The windows differ by much, and every pair by the same.
+    assert f"{want:.3f} [{want:.3f}, {want:.3f}]" in plain
+    assert plain.split()[-2:] == ["-0.095", "-0.259"]
+    assert not any(line.startswith("ttq-3") for line in lines)
+    monkeypatch.setattr(sys, "argv", ["quality_pairs.py", path, "--over", "best"])
+    with pytest.raises(SystemExit, match="--over: expected one of none, ttq-3, paper-3, got best"):
+        quality_pairs.main()
+
+
 def test_few_windows_have_no_interval(tmp_path):
     rows = synthetic(tmp_path).read()
     assert " [" in quality.interval(quality.gaps(rows, 5)["paper-3"])
@@ -153,6 +172,8 @@ def test_names_are_recipes(tmp_path):
     for name, wanted in (("n8", ("weights", 8)), ("s64", ("samples", 64)), ("n0", ("none", 0))):
         prior = quality.recipe_named(f"fast-4-sym-{name}").source
         assert (prior.prior, prior.prior_tokens) == wanted
+    fitted = quality.recipe_named("best-h0-f4-d2").rounding
+    assert (fitted.refits, fitted.descents) == (4, 2)
     file = tmp_path / "mine.toml"
     ttq_jax.save_recipe(file, made)
     assert quality.recipe_named(str(file)) == made

@@ -65,9 +65,15 @@ def random_recipe(rng):
     ])
     rounding = rng.choice([
         Nearest,
-        lambda: ClipSearch(steps=whole(1), smallest=max(unit(), 0.01)),
+        lambda: ClipSearch(steps=whole(1), smallest=max(unit(), 0.01), refits=whole()),
         lambda: SecondOrder(
-            steps=whole(1), damping=size(), shrinkage=unit(), span=group(), act_order=yes()
+            steps=whole(1),
+            damping=size(),
+            shrinkage=unit(),
+            span=group(),
+            act_order=yes(),
+            refits=whole(),
+            descents=whole(),
         ),
         lambda: SecondOrder(static_groups=False),
         lambda: HalfQuadratic(p=rng.uniform(0.1, 0.9), beta=size(), kappa=1 + size()),

@@ -1,5 +1,6 @@
 """Second-order rounding against published GPTQ in NumPy, its theory, its program's size."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -287,6 +288,67 @@ def test_regularized_is_its_formula():
     np.testing.assert_allclose(more[:4], less, rtol=1e-6)
 
 
+def descended(w, q, s, z, h, sweeps, top):
+    """Coordinate descent written out: one code after the other, all others as they are."""
+    q, w = q.copy(), w.astype(np.float64)
+    for _ in range(sweeps):
+        for k in range(len(w)):
+            error = w - s * (q - z)
+            best = w[k] + (h[k] @ error - h[k, k] * error[k]) / h[k, k]
+            q[k] = np.clip(np.round(best / s[k] + z[k]), 0, top)
+    return q
+
+
+@pytest.mark.parametrize(
+    ("d_in", "how"),
+    [(128, {}), (128, {"act_order": True}), (100, {}), (96, {"span": 64}), (100, {"span": 40}),
+     (128, {"static_groups": False})],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("sweeps", [1, 3])
+def test_descents_are_coordinate_descent(d_in, how, sweeps):
+    w, x = weight(d_in), inputs(40, d_in)
+    b = how.get("span", d_in)
+    of = np.arange(d_in) // b
+    h = (x.T.astype(np.float64) @ x / len(x)) * (of[:, None] == of)
+    h = h + 0.3 * np.mean(np.diag(h)) * np.eye(d_in)
+    grid = Grid(bits=3, group_size=32, store_dtype="float32")
+    rule = SecondOrder(damping=0.3, **how)
+    gram = gram_blocks(moments_of(x, rule.span), Reads(span=rule.span).block(d_in))
+    codes, s, z = (np.asarray(a) for a in rounded(jnp.asarray(w), gram, rule, grid))
+    s, z = (np.repeat(a.astype(np.float64), 32, 0)[:d_in] for a in (s, z))
+    want = descended(w, codes[:d_in].astype(np.float64), s, z, h, sweeps, 7)
+    got = ours(w, x, dataclasses.replace(rule, descents=sweeps), grid)
+    before = s * (codes[:d_in] - z)
+    assert_same_rounding(got, (want, s * (want - z)), w, h)
+    # In every column it falls, and the inputs' own error with it.
+    of_column = lambda q: np.einsum("in,ij,jn->n", w - q, h, w - q)  # noqa: E731
+    assert np.all(of_column(got[1]) <= of_column(before) * (1 + 1e-5))
+    assert objective(w, got[1], h) < 0.97 * objective(w, before, h)
+
+
+def test_descents_end_where_no_code_is_better():
+    w, x = weight(64, 16), inputs(40, 64)
+    grid = Grid(bits=3, group_size=32, scales="coded")
+    fit = lambda sweeps: packed(w, x, SecondOrder(descents=sweeps), **dataclasses.asdict(grid))  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, fit(30), fit(31))
+
+
+@pytest.mark.parametrize("how", [{}, {"act_order": True, "refits": 1}], ids=str)
+def test_descents_are_the_same_numbers_compiled_or_not(how):
+    w, x = jnp.asarray(weight(64, 16)), inputs(40, 64)
+    gram = gram_blocks(moments_of(x), 64)
+    rule, grid = SecondOrder(descents=2, **how), Grid(bits=3, group_size=32)
+    run = partial(rule.round, grid=grid)
+    jax.tree.map(np.testing.assert_array_equal, run(w, gram), jax.jit(run)(w, gram))
+
+
+@pytest.mark.parametrize("descents", [-1, 101])
+def test_a_number_of_descents_that_is_none(descents):
+    with pytest.raises(ConfigError, match=f"descents: expected 0 .* got {descents}"):
+        SecondOrder(descents=descents)
+
+
 def equations(jaxpr):
     """How many, those of inner programs included."""
     total = len(jaxpr.eqns)
@@ -311,13 +373,21 @@ def traced(d_in, rule):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"act_order": True}, {"static_groups": False}, {"span": 64}, {"steps": 10}],
+    [
+        {},
+        {"act_order": True},
+        {"static_groups": False},
+        {"span": 64},
+        {"steps": 10},
+        {"descents": 2},
+    ],
     ids=str,
 )
 def test_the_program_does_not_grow_with_the_columns(how):
     rule = SecondOrder(**{**PUBLISHED, **how})
     size = traced(512, rule)
-    assert size <= 300
+    # A sweep is the loop over rows once more.
+    assert size <= (400 if "descents" in how else 300)
     assert traced(1024, rule) == size
 
 

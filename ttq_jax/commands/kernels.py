@@ -21,7 +21,7 @@ from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
 from ttq_jax.quant.head import BLOCK, grid_of
 from ttq_jax.quant.names import quantizes_nothing
-from ttq_jax.quant.recipe import RULE_NAMES, Recipe
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe, has_kernel
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.types import EXPERT_SITES, SITE_OF
 
@@ -62,7 +62,7 @@ def listing(
     pooled = batch if recipe.batch == "pooled" else 1
     rounding = recipe.rounding
     # Empty: a rounding without a kernel.
-    shrinks = rounding.shrinks if isinstance(rounding, Nearest | ClipSearch) else ()
+    shrinks = rounding.shrinks if has_kernel(rounding) else ()
     sizes = projections(config)
     for name in recipe.selected(sizes):
         d_in, d_out = sizes[name]
@@ -83,7 +83,8 @@ def listing(
                     "k": -(-d_in // group) * group, "n": d_out,
                 }  # fmt: skip
                 if quantizes and not shrinks:
-                    reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding"
+                    refits = " with refits" if isinstance(rounding, ClipSearch) else ""
+                    reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding{refits}"
                     rows.append({
                         **row,
                         "implementation": "xla",

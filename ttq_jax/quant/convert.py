@@ -30,7 +30,7 @@ from ttq_jax.quant.grid import (
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule, error_factors, joined, stored_factors
 from ttq_jax.quant.moments import Reads, gram_blocks
-from ttq_jax.quant.recipe import KernelRounding, Recipe
+from ttq_jax.quant.recipe import KernelRounding, Recipe, has_kernel
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import LowRank, Moments, QuantizedLinear, Stacked
@@ -135,7 +135,7 @@ def _round_by_kernel(
 
 
 def _round_together(
-    ready: list[_Ready], moments: Moments | None, rule: SecondOrder | HalfQuadratic
+    ready: list[_Ready], moments: Moments | None, rule: ClipSearch | SecondOrder | HalfQuadratic
 ) -> list[QuantizedLinear]:
     """Roundings without a kernel; projections of one input, D and grid are one wide weight."""
     first, gram = ready[0], None
@@ -146,6 +146,8 @@ def _round_together(
         d = split_groups(first.divisor, block)
         gram = gram_blocks(moments, block) / jnp.where(d > 0, d, 1.0)[:, :, None]
         gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
+    elif 2.0 in rule.powers and (second := _second(moments)) is not None:
+        gram = (second / jnp.square(first.divisor))[:, None, None]
     wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
     grid = for_weight(first.grid, split_groups(wide, first.grid.rows_per_group(d_in)))
     codes, scales, zeros = rule.round(wide, gram, grid)
@@ -204,12 +206,13 @@ def quantize_site(
     ys: dict[str, Array] = {}
     packed: dict[str, QuantizedLinear] = {}
     rounding, quantized = recipe.rounding, recipe.prefill == "quantized"
-    if isinstance(rounding, Nearest | ClipSearch):
+    if has_kernel(rounding):
         for name, one in ready.items():
             y, packed[name] = _round_by_kernel(one, moments, rounding, x, quantized)
             if y is not None:
                 ys[name] = y
     else:
+        assert not isinstance(rounding, Nearest), "the kernels round to nearest"
         for names in _alike(ready, recipe):
             made = _round_together([ready[n] for n in names], moments, rounding)
             packed |= dict(zip(names, made, strict=True))

@@ -171,9 +171,14 @@ def fit_range(
     Returns:
       (scales, zeros), float32 with the values that are stored.
     """
+    return formula.fit(low, high, _columns(grid), **_stored(grid))
+
+
+def _columns(grid: Grid) -> Array | None:
+    """What coded scales are multiples of; None where they are not coded."""
     columns = grid.columns if isinstance(grid, ColumnGrid) else None
     assert (columns is None) == (grid.scales == "float"), "coded: pass what for_weight made"
-    return formula.fit(low, high, columns, **_stored(grid))
+    return columns
 
 
 def fit(
@@ -181,6 +186,11 @@ def fit(
 ) -> tuple[Float[Array, "n_group d_out"], Float[Array, "n_group d_out"]]:
     """Scales and zero points of each group's whole range, see `fit_range`."""
     return fit_range(jnp.min(groups, axis=1), jnp.max(groups, axis=1), grid)
+
+
+def fit_scales(scales: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
+    """Positive scales as the grid stores them; float32. Coded: the grid is from `for_weight`."""
+    return formula.fit_scales(scales, _columns(grid), store_dtype=grid.store_dtype)
 
 
 def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:

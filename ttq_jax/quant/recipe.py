@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields, shown
@@ -34,6 +34,10 @@ _MEMBERS = {
 _DEFAULTS = {
     "moments": Source(), "scale": PowerLaw(), "rounding": Nearest(), "low_rank": LowRankRule(),
     "grid": Grid(),
+}  # fmt: skip
+# Stores and rows from before there was such a choice say nothing of it.
+_ADDED: dict[str, dict[str, Any]] = {
+    "grid": {"scales": "float"}, "rounding": {"refits": 0, "descents": 0},
 }  # fmt: skip
 _CHOICES = {"prefill": ("full", "quantized"), "batch": ("pooled", "per_prompt")}
 
@@ -182,10 +186,12 @@ class Recipe:
                 value = [dataclasses.asdict(rule) for rule in value]
             elif dataclasses.is_dataclass(value) and not isinstance(value, type):
                 rule = {"rule": RULE_NAMES[type(value)]} if type(value) in RULE_NAMES else {}
-                knobs = dataclasses.asdict(value)
-                if field.name == "grid" and knobs["scales"] == "float":
-                    # Stores and rows from before there was a choice say nothing of it.
-                    del knobs["scales"]
+                added = _ADDED.get(field.name, {})
+                knobs = {
+                    k: v
+                    for k, v in dataclasses.asdict(value).items()
+                    if k not in added or v != added[k]
+                }
                 # JSON has no infinity.
                 value = rule | {k: "inf" if v == math.inf else v for k, v in knobs.items()}
             if field.name != "head" or value is not None:
@@ -203,6 +209,12 @@ RULES: dict[str, dict[str, type]] = {
     },
 }
 """The axes that choose between rules, each with its own settings."""
+
+
+def has_kernel(rounding: Any) -> TypeGuard[KernelRounding]:
+    """Whether kernels round so; the others are plain JAX."""
+    return isinstance(rounding, Nearest | ClipSearch) and not getattr(rounding, "refits", 0)
+
 
 RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}
 

@@ -6,6 +6,10 @@ nearest instead of w_k minimizes each term in turn. That is GPTQ (Frantar et al.
 of LDLQ (Chee et al., 2023), which proved the two equal; this form needs one factorization and no
 inverse. GPTQ takes H from a corpus. A prompt has fewer tokens than there are channels, so its H is
 singular; damping regularizes it, an order of magnitude more than in GPTQ.
+
+Each of these codes was chosen before the later ones were known. Descents go over them again, one
+code at a time with all others as they are (coordinate descent, as in QuantEase; Behdin et al.,
+2023).
 """
 
 import dataclasses
@@ -20,7 +24,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
-from ttq_jax.quant.clip import search_ranges, shrink_factors
+from ttq_jax.quant.clip import check_refits, search_ranges, shrink_factors
 from ttq_jax.quant.grid import Grid, decode, encode, split_groups
 
 Refit = Callable[[Float[Array, "rows n"], Int[Array, ""]], tuple[Array, Array]]
@@ -33,6 +37,9 @@ class SecondOrder:
     Attributes:
       steps: factors on a group's range that are tried first, as in `ClipSearch`; 1 for none.
       smallest: the last factor tried, in (0, 1].
+      refits: of each factor's scale and zero point to its codes, as in `ClipSearch`.
+      descents: sweeps of coordinate descent over all codes at the end, 0 to 100. They fit the
+        prompt more closely, so they want more damping.
       damping: added to H's diagonal, relative to its mean, > 0; GPTQ's is 0.01.
       shrinkage: how far H is moved toward its own diagonal, in [0, 1].
       span: how many consecutive channels exchange errors: -1 for all channels; a multiple of 8
@@ -47,6 +54,8 @@ class SecondOrder:
 
     steps: int = 10
     smallest: float = 0.55
+    refits: int = 0
+    descents: int = 0
     damping: float = 0.3
     shrinkage: float = 0.0
     span: int = -1
@@ -57,6 +66,12 @@ class SecondOrder:
     def __post_init__(self):
         check_fields(self, ConfigError)
         shrink_factors(self.steps, self.smallest)
+        check_refits(self.refits)
+        if not 0 <= self.descents <= 100:
+            raise ConfigError(
+                f"descents: expected 0 (none) to 100, got {self.descents}; after a few sweeps no "
+                "code changes any more"
+            )
         if not (0 < self.damping < math.inf and 0 <= self.shrinkage <= 1):
             raise ConfigError(
                 "second-order rounding: expected a finite damping > 0 and 0 <= shrinkage <= 1, got "
@@ -107,7 +122,7 @@ class SecondOrder:
         importance = jnp.diagonal(gram, axis1=1, axis2=2).reshape(-1)
         h = importance[:k].reshape(n_group, rows)
         shrinks = shrink_factors(self.steps, self.smallest)
-        scales, zeros = search_ranges(groups, h, grid, shrinks)
+        scales, zeros = search_ranges(groups, h, grid, shrinks, self.refits)
         group_of = jnp.minimum(jnp.arange(total, dtype=jnp.int32) // rows, n_group - 1)
         matrix = regularized(gram, self, w.shape[0])
         refit = None
@@ -120,20 +135,25 @@ class SecondOrder:
                     "change one of them, or set static_groups = true"
                 )
             refit = lambda t, g: jax.tree.map(  # noqa: E731
-                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks)
+                lambda a: a[0], search_ranges(t[None], h[g][None], grid, shrinks, self.refits)
             )
-        if not self.act_order:
+        if self.act_order:
+            order = _largest_first(importance.reshape(len(gram), b))
+            permuted = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
+            order = order.reshape(-1)
+            codes, scales, zeros = round_rows(
+                weight[order], feedback(permuted), scales, zeros, group_of[order], grid, rows
+            )
+            codes = codes[jnp.argsort(order)]
+        else:
             codes, scales, zeros = round_rows(
                 weight, feedback(matrix), scales, zeros, group_of, grid, rows, refit
             )
-            return codes[:k], scales, zeros
-        order = _largest_first(importance.reshape(len(gram), b))
-        matrix = jax.vmap(lambda a, o: a[o][:, o])(matrix, order % b)
-        order = order.reshape(-1)
-        codes, scales, zeros = round_rows(
-            weight[order], feedback(matrix), scales, zeros, group_of[order], grid, rows
-        )
-        return codes[jnp.argsort(order)][:k], scales, zeros
+        if self.descents:
+            codes = descend(
+                weight, matrix, codes, scales, zeros, group_of, grid, rows, self.descents
+            )
+        return codes[:k], scales, zeros
 
 
 def _largest_first(importance: Float[Array, "n_block b"]) -> Int[Array, "n_block b"]:
@@ -186,6 +206,7 @@ def round_rows(
     grid: Grid,
     rows: int,
     refit: Refit | None = None,
+    errors: Float[Array, "k n"] | None = None,
 ) -> tuple[UInt8[Array, "k n"], Float[Array, "n_group n"], Float[Array, "n_group n"]]:
     """Rounds row after row, feeding errors forward.
 
@@ -204,6 +225,8 @@ def round_rows(
       refit: fits a group's scale when it is reached, (weights with errors fed back, its index)
         -> (scale, zero); groups are then in order, each within a block. None keeps the scales
         given.
+      errors: of all rows, to start with: a row then takes over those of later rows, too. None:
+        no row has one before it is rounded.
 
     Returns:
       (codes, scales, zeros), the codes in the order of rounding.
@@ -225,21 +248,71 @@ def round_rows(
             of = _cut(errors, (block * b + p * panel, 0), (panel, n))
             return target + jnp.matmul(by.T, of, precision="highest")
 
-        panels = jax.lax.div(local + (panel - 1), np.int32(panel))
-        target = jax.lax.fori_loop(0, panels, earlier, given)
         within = _cut(columns, (local, 0), (step, step))
+        if known:
+            columns = _put(columns, jnp.zeros_like(within), local)
+        panels = jax.lax.div((np.int32(b) if known else local) + (panel - 1), np.int32(panel))
+        target = jax.lax.fori_loop(0, panels, earlier, given)
         groups = _cut(group_of, (start,), (step,))
         if refit is not None:
             scale, zero = refit(_unrounded(given, target, within), groups[0])
             scales, zeros = (
                 _put(a, new[None], groups[0]) for a, new in ((scales, scale), (zeros, zero))
             )
-        code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid)
+        before = _cut(errors, (start, 0), (step, n))
+        code, error = _round_few(given, target, within, scales[groups], zeros[groups], grid, before)
         return _put(codes, code, start), _put(errors, error, start), scales, zeros
 
-    state = (jnp.zeros((k, n), jnp.uint8), jnp.zeros((k, n), jnp.float32), scales, zeros)
+    known = errors is not None
+    errors = jnp.zeros((k, n), jnp.float32) if errors is None else errors
+    state = (jnp.zeros((k, n), jnp.uint8), errors, scales, zeros)
     codes, _, scales, zeros = jax.lax.fori_loop(0, scales.shape[0] * rows // step, take, state)
     return codes, scales, zeros
+
+
+def descend(
+    w: Float[Array, "k n"],
+    h: Float[Array, "n_block b b"],
+    codes: UInt8[Array, "k n"],
+    scales: Float[Array, "n_group n"],
+    zeros: Float[Array, "n_group n"],
+    group_of: Int[Array, " k"],
+    grid: Grid,
+    rows: int,
+    sweeps: int,
+) -> UInt8[Array, "k n"]:
+    """Coordinate descent: each code in turn takes its best value, given all the others.
+
+    With the other rows' errors e fixed, eᵀ H e is least where w_k + Σ_{j≠k} H_jk e_j / H_kk is
+    rounded to nearest. So it is `round_rows` with H in place of U, and no step makes eᵀ H e larger.
+
+    Args:
+      w: scaled weights, k = n_block · b.
+      h: positive definite.
+      codes: to start from.
+      scales: of the groups.
+      zeros: of the groups.
+      group_of: per row, its group.
+      grid: the codes' grid.
+      rows: of a group; the rows beyond whole groups only pad, and come last.
+      sweeps: how often each code is looked at.
+
+    Returns:
+      The codes.
+    """
+    eye = jnp.eye(h.shape[-1], dtype=jnp.float32)
+    take_over = h * (1.0 - eye) / jnp.diagonal(h, axis1=1, axis2=2)[:, None, :]
+    real = jnp.arange(len(w))[:, None] < len(scales) * rows
+
+    def sweep(_: Array, codes: Array) -> Array:
+        # Each row is a group of its own here.
+        rounded = decode(codes[:, None].astype(jnp.float32), scales[group_of], zeros[group_of])
+        errors = jnp.where(real, w - rounded[:, 0], 0.0)
+        return round_rows(
+            w, take_over, scales, zeros, group_of, grid, rows, errors=errors
+        )[0]  # fmt: skip
+
+    return jax.lax.fori_loop(0, sweeps, sweep, codes)
 
 
 def _cut(a: Array, start: tuple, size: tuple) -> Array:
@@ -266,7 +339,7 @@ def _unrounded(given: Array, target: Array, u: Array) -> Array:
 
 
 def _round_few(
-    given: Array, target: Array, u: Array, scales: Array, zeros: Array, grid: Grid
+    given: Array, target: Array, u: Array, scales: Array, zeros: Array, grid: Grid, errors: Array
 ) -> tuple[Array, Array]:
     """Codes and errors of a few rows, one after the other."""
 
@@ -279,5 +352,5 @@ def _round_few(
         error = w - decode(q, s, z)[0]
         return _put(codes, q[0].astype(jnp.uint8), j), _put(errors, error, j)
 
-    state = (jnp.zeros(given.shape, jnp.uint8), jnp.zeros_like(given))
+    state = (jnp.zeros(given.shape, jnp.uint8), errors)
     return jax.lax.fori_loop(0, len(given), one, state)
