@@ -128,7 +128,10 @@ def _():
     over = quality.gaps(rows, 8, base)
     for name, label in [
         (base, "as `best`, damping 0.3, 10 ranges tried"),
-        ("experiments/recipes/best_descents_3.toml", "4 refits, damping 1, 2 descents, 3 ranges tried"),
+        (
+            "experiments/recipes/best_descents_3.toml",
+            "4 refits, damping 1, 2 descents, 3 ranges tried",
+        ),
     ]:
         difference = "" if name == base else quality.interval(over[name])
         table.append([label, bits(file, 8, name), gap(file, 8, name), difference])

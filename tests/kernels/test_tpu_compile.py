@@ -144,9 +144,8 @@ def test_rows_give_way_to_columns_longer_than_any_here(m, group_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [3, 4])
-def test_small_groups_of_a_large_weight(bits):
-    kind = {"bits": bits, "group_size": 32, "zero_point": "float"}
+def test_small_groups_of_a_large_weight():
+    kind = {"bits": 3, "group_size": 32, "zero_point": "float"}
     compiled = compile_packed_matmul("v5e", 1, 4096, 4096, **kind)
     assert calls(compiled.as_text())["packed_matmul"] == 1
     compiled = compile_quantize("v5e", 2048, 4096, 4096, **kind)
