@@ -84,7 +84,8 @@ def generated(recipe, model=MODEL, **how):
     offline = ttq.prepare(model, recipe, WINDOWS)
     how |= {"max_new_tokens": 6, "batch_size": len(TEXTS)}
     got = ttq.generate(model, TEXTS, recipe=recipe, offline=offline, **how)
-    return got.tokens, got.moments, got.effective_bits, got.unreached_experts, offline
+    sizes = got.effective_bits, got.unreached_experts, [*map(dataclasses.astuple, got.drafts)]
+    return got.tokens, got.moments, sizes, offline
 
 
 def streamed(recipe):
@@ -97,6 +98,11 @@ def streamed(recipe):
 def scored(kind, recipe):
     protocol = ttq.Protocol(kind=kind, window=24, prompt_tokens=10)
     return ttq.perplexity(MODEL, WINDOWS, recipe=recipe, protocol=protocol).nll
+
+
+def agreed():
+    found = ttq.acceptance(MODEL, WINDOWS, recipe=RECIPES["ttq"], prompt_tokens=10)
+    return found.greedy, found.sampled, found.divergence
 
 
 def continued():
@@ -164,6 +170,10 @@ CASES = {
         generated, dataclasses.replace(RECIPES["ttq"], batch="per_prompt"), seed=2**40 + 7,
         sampling=Sampling(temperature=1.0),
     ),
+    "speculate": functools.partial(
+        generated, RECIPES["fast"], seed=1, speculate=3, sampling=Sampling(temperature=1.0)
+    ),
+    "acceptance": agreed,
     "perplexity, causal": functools.partial(scored, "causal", RECIPES["fast"]),
     "perplexity, window": functools.partial(scored, "window", RECIPES["paper"]),
     "score_continuations": continued,

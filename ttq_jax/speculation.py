@@ -247,7 +247,7 @@ def _draft(
 
 def _verify(
     config: ModelConfig, params: Params, state: Speculation, drafted: Array, cache: Cache
-) -> tuple[Float[Array, "B K+1 V"], Cache]:
+) -> tuple[Float[Array, "B T V"], Cache]:
     """The unquantized model's logits after the last token and every draft."""
     tokens = jnp.concatenate([state.token[:, None], drafted], axis=1)
     before = dataclasses.replace(state.cache, k=cache.k, v=cache.v)
@@ -257,14 +257,16 @@ def _verify(
 
 def _accept(
     scores: Array, drafted: Array, by: Array | None, keys: Array, sampling: Sampling
-) -> tuple[Int[Array, " B"], Int[Array, "B K+1"]]:
+) -> tuple[Int[Array, " B"], Int[Array, "B T"]]:
     """How many drafts of each row are accepted; and the tokens, of which so many and one count."""
     if by is None:
         tokens = likeliest(scores)
         return _leading(tokens[:, :-1] == drafted), tokens
     p = jax.nn.softmax(filtered(scores, sampling), axis=-1)
     q = jax.nn.softmax(by, axis=-1)
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1))))
+    # Of one type, whether 64-bit ones are enabled or not.
+    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 1), dtype=jnp.float32)  # noqa: E731
+    uniform = jax.vmap(jax.vmap(draw))
     of = lambda probs: jnp.take_along_axis(probs, drafted[..., None], axis=-1)[..., 0]  # noqa: E731
     agreed = _leading(uniform(keys[:, :-1]) * of(q) < of(p[:, :-1]))
     # In place of the first rejected draft, what the draft's distribution lacks of the verifier's;
@@ -275,13 +277,18 @@ def _accept(
     lacks = jnp.where(jnp.sum(lacks, axis=-1, keepdims=True) > 0, lacks, at(p))
     own = jnp.take_along_axis(keys, agreed[:, None], axis=1)[:, 0]
     last = _draw(own, jnp.log(lacks), 2)
-    first = jnp.arange(scores.shape[1]) < agreed[:, None]
+    first = _places(scores.shape[1]) < agreed[:, None]
     return agreed, jnp.where(first, jnp.pad(drafted, ((0, 0), (0, 1))), last[:, None])
+
+
+def _places(count: int) -> Int[Array, "1 n"]:
+    """0, 1, …, beside rows."""
+    return jnp.arange(count, dtype=jnp.int32)[None]
 
 
 def _leading(agrees: Array) -> Int[Array, " B"]:
     """How many of each row's drafts are accepted before the first that is not."""
-    return jnp.sum(jnp.cumprod(agrees, axis=1, dtype=jnp.int32), axis=1)
+    return jnp.sum(jnp.cumprod(agrees, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
 
 
 def _keep(
@@ -289,25 +296,25 @@ def _keep(
     eos_ids: tuple[int, ...],
 ) -> Speculation:  # fmt: skip
     """The answers with a cycle's tokens, cut at a row's end and at the limit."""
-    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    count = tokens.shape[1]
     active = ~state.done & (state.made < limit)
-    ends = jnp.any(tokens[..., None] == jnp.asarray(eos_ids, jnp.int32), axis=-1)
-    upto = jnp.where(jnp.any(ends, axis=1), jax.lax.argmax(ends, 1, jnp.int32) + 1, len(place))
+    ends = jnp.any(tokens[..., None] == jnp.asarray(eos_ids, jnp.int32)[None, None], axis=-1)
+    upto = jnp.where(jnp.any(ends, axis=1), jax.lax.argmax(ends, 1, jnp.int32) + 1, count)
     new = jnp.minimum(jnp.minimum(agreed + 1, upto), limit - state.made)
     new = jnp.where(active, new, 0)
     done = state.done | (active & (new == upto) & jnp.any(ends, axis=1))
 
-    at = jnp.arange(state.out.shape[1], dtype=jnp.int32) - state.made[:, None]
-    found = jnp.take_along_axis(tokens, jnp.clip(at, 0, len(place) - 1), axis=1)
+    at = _places(state.out.shape[1]) - state.made[:, None]
+    found = jnp.take_along_axis(tokens, jnp.clip(at, 0, count - 1), axis=1)
     out = jnp.where((at >= 0) & (at < new[:, None]), found, state.out)
     last = jnp.take_along_axis(tokens, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
 
     chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-    finite = jnp.all(jnp.isfinite(chosen) | (place >= new[:, None]))
+    finite = jnp.all(jnp.isfinite(chosen) | (_places(count) >= new[:, None]))
 
     used = state.cache.used + new
-    slots = jnp.arange(cache.valid.shape[1], dtype=jnp.int32)
-    cache = dataclasses.replace(cache, used=used, valid=cache.valid & (slots < used[:, None]))
+    read = _places(cache.valid.shape[1]) < used[:, None]
+    cache = dataclasses.replace(cache, used=used, valid=cache.valid & read)
     return Speculation(
         made=state.made + new,
         token=jnp.where(active, last, state.token),
@@ -316,7 +323,7 @@ def _keep(
         done=done,
         counts=state.counts + new - (done & ~state.done).astype(jnp.int32),
         finite=state.finite & finite,
-        drafted=state.drafted + jnp.where(active, len(place) - 1, 0),
+        drafted=state.drafted + jnp.where(active, count - 1, 0),
         kept=state.kept + jnp.minimum(agreed, new),
         cycles=state.cycles + active.astype(jnp.int32),
     )

@@ -98,7 +98,7 @@ def _compare(
         p, q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
         both = jnp.sum(jnp.exp(jnp.minimum(p, q)), axis=-1)
         apart = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-        return jnp.sum(w * jnp.stack([same, both, apart]), axis=-1)
+        return jnp.sum(w[None] * jnp.stack([same, both, apart]), axis=-1)
 
     return jnp.sum(jax.lax.map(block, (*blocks, weight)), axis=0)
 
