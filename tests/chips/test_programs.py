@@ -116,7 +116,7 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def compile_small(chip, dtype, recipe, **changes):
+def compile_small(chip, dtype, recipe, drafts=0, **changes):
     """`generate_tokens` of a small model whose widths the kernels serve."""
     config = small_config(**WIDTHS, **changes)
     params = params_shapes(config, dtype)
@@ -130,7 +130,7 @@ def compile_small(chip, dtype, recipe, **changes):
     return compile_for(
         chip, generate_tokens, params, prompts, offline,
         jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,
-        recipe=recipe, sampling=Sampling(), capacity=4, eos_ids=(0,),
+        recipe=recipe, sampling=Sampling(), capacity=4, eos_ids=(0,), drafts=drafts,
     )  # fmt: skip
 
 
@@ -158,6 +158,18 @@ def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
     made = calls(compile_small(chip, "bfloat16", recipe).as_text())
     assert made["packed_matmul"] == 7
     assert made["prefill_quantize"] == 7
+
+
+def test_drafting_and_verifying_copy_no_packed_weight():
+    """Nor does a row's own slot in the cache cost a copy of it."""
+    recipe = preset("ttq", bits=4, group_size=32)
+    text = compile_small("v5e", "bfloat16", recipe, drafts=3).as_text()
+    made, loop = calls(text), decode_loop(text)
+    assert made == {"packed_matmul": 7, "prefill_quantize": 7, "quantize_pack": 0}
+    assert calls("\n".join(loop)) == made | {"prefill_quantize": 0}
+    for kernel in packed_tree(small_config(**WIDTHS), recipe).values():
+        for array in (*kernel.planes, kernel.scales, kernel.zeros):
+            assert makers(loop, types_of(array)) == []
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
