@@ -93,7 +93,7 @@ def _():
     return [table, now], []
 
 
-@evidence("Four bits for a scale and a zero point would be worth more in narrower groups")
+@evidence("Four bits for a scale and a zero point are worth more in narrower groups")
 def _():
     found = gaps("scale_widths_smollm2.jsonl", 8)
     table = [["code", "scale", "zero point", "group", "bits", "gap"]]

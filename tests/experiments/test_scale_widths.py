@@ -1,4 +1,4 @@
-"""The simulation of narrower scales: at eight bits it is the built-in grid."""
+"""The simulation of narrower scales: at eight and four bits it is the built-in grid."""
 
 import json
 import os
@@ -26,10 +26,12 @@ import scale_widths  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_at_eight_bits_it_is_the_built_in_grid(bits):
+@pytest.mark.parametrize(("bits", "width", "scales"), [
+    (2, 8, "coded"), (3, 8, "coded"), (4, 8, "coded"), (3, 4, "coded4"), (4, 4, "coded4"),
+])  # fmt: skip
+def test_at_eight_and_four_bits_it_is_the_built_in_grid(bits, width, scales):
     w = jnp.asarray(np.random.default_rng(0).standard_t(4, size=(256, 40)), jnp.float32)
-    grid = Grid(bits=bits, group_size=32, scales="coded")
+    grid = Grid(bits=bits, group_size=32, scales=scales)
     rule = ClipSearch(steps=5, smallest=0.6)
     recipe = Recipe(moments="none", scale=NoScale(), rounding=rule, grid=grid)
     built_in = np.asarray(dense_weight(quantize(w, None, recipe)))
@@ -43,7 +45,7 @@ def test_at_eight_bits_it_is_the_built_in_grid(bits):
         return np.asarray(decode(groups, scales, zeros)).reshape(256, 40)
 
     error = lambda made: float(np.square(made - w).mean())  # noqa: E731
-    same = simulated(scale_bits=8, zero_bits=8)
+    same = simulated(scale_bits=width, zero_bits=width)
     # Its units are float32 numbers, the built-in ones bfloat16.
     assert error(same) == pytest.approx(error(built_in), rel=0.005)
     assert np.square(same - built_in).mean() < 0.2 * error(built_in)
