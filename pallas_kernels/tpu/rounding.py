@@ -217,8 +217,12 @@ class Rounder:
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]
                 codes = grid.encode(kept, scale, zero, bits=s.bits)
                 error = jnp.square(kept - grid.decode(codes, scale, zero))
+                row = (batch * SUBLANES + t) * g
                 if s.weighed:
-                    error *= self._per_row(6, (batch * SUBLANES + t) * g)
+                    error *= self._per_row(6, row)
+                elif s.d_in < s.k:
+                    # Of padding, a zero point that is no whole number makes an error.
+                    error = jnp.where(self.present(row, g), error, 0.0)
                 total = jnp.sum(error.reshape(g // SUBLANES, SUBLANES, LANES), 0)
                 self.arena[column, self._at(t * SUBLANES, SUBLANES), :] = pltpu.bitcast(
                     total, jnp.int32
