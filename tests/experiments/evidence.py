@@ -101,7 +101,12 @@ def _():
         one = found["-".join(map(str, grid))]
         *widths, group = map(str, grid)
         table.append([*widths, group, f"{one['bits']:.2f}", quality.interval(one)])
-    return [table], []
+    built = gaps("built_in_widths_smollm2.jsonl", 8)
+    again = [["grid", "simulated", "built in"]] + [
+        [f"`{name}`", quality.interval(found[name]), quality.interval(built[name])]
+        for name in ("3-4-4-32", "4-4-4-32")
+    ]
+    return [table, again], []
 
 
 @evidence("Quantization costs little on top of reading the prompt, unless it is second-order")

@@ -16,7 +16,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid, decode
-from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.quant.scaling import NoScale
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -75,6 +75,14 @@ def test_rows_and_the_table_of_them(tmp_path):
     lines = [line.split() for line in run("--report", str(out)).stdout.splitlines()]
     assert lines[0][:3] == ["code", "scale", "zero"]
     assert [line[:4] for line in lines[1:]] == [["3", "4", "4", "16"]]
+
+
+def test_what_is_built_in_is_asked_for_by_name():
+    for n, scales in ((8, "coded"), (4, "coded4")):
+        made = scale_widths.recipe_of(3, n, n, 32, built_in=True)
+        assert made == preset("fast", bits=3, group_size=32, scales=scales)
+    with pytest.raises(SystemExit, match="expected 8 or 4 bits of each, got 6 and 6"):
+        scale_widths.recipe_of(3, 6, 6, 48, built_in=True)
 
 
 def test_a_grid_that_is_none(tmp_path):
