@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grid import SCALES, ZERO_POINTS, kind_of, taken_apart, zero_unit
+from pallas_kernels.grid import SCALES, ZERO_POINTS, kind_of, zero_unit
 from pallas_kernels.layout import check_packing
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -159,8 +159,8 @@ def matmul_problem(
     Returns:
       The problem; `store_dtype` is float16 if anything stored is.
     """
-    kind, (per_group, columns) = kind_of(scales), taken_apart(scales)
-    kept = per_group if columns is None else columns
+    kind = kind_of(scales)
+    kept = scales if kind == "float" else scales.columns
     stored = {a.dtype.name for a in (kept, zeros) if a is not None}
     zero_point = "integer" if "uint8" in stored and kind == "float" else "float"
     if zeros is None and kind != "coded4":
