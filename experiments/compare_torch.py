@@ -69,7 +69,9 @@ NAMES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "fc1": "up", "fc2": "down",
 }  # fmt: skip
-# Of each kind of scale, what both sides understand by it.
+# Bits of a scale, by how it is stored.
+CODED = {"float": 0, "coded": 8, "coded4": 4}
+# Of each kind of channel scale, what both sides understand by it.
 SCALES = {
     "none": ("none", NoScale()),
     "power_law": ("prompt", PowerLaw()),
@@ -135,11 +137,11 @@ def rule_of(name: str, recipe: Recipe) -> "Rule":
             grid=Grid(store_dtype="float32", scales=grid.scales, **shape),
         )  # fmt: skip
         if recipe == known:
-            return Rule(scale=kind, rank=rank, coded=grid.scales == "coded", **shape)
+            return Rule(scale=kind, rank=rank, coded=CODED[grid.scales], **shape)
     raise SystemExit(
         f"method {name!r}: the PyTorch side knows rtn, awq@CALIBRATION and ttq, each with "
-        "-gGROUP, -rRANK, -sym, -coded; the prompt read by unquantized weights, rounding to "
-        "nearest, no prior"
+        "-gGROUP, -rRANK, -sym, -coded, -coded4; the prompt read by unquantized weights, rounding "
+        "to nearest, no prior"
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import PLANES, CodedScales, grid, pack, reference
+from pallas_kernels import PLANES, CodedPairs, CodedScales, grid, pack, reference
 from pallas_kernels.choice import Problem
 
 LAYERS = 2
@@ -107,6 +107,13 @@ def checks(rows: tuple[int, ...], groups: tuple[int, ...], k: int, n: int) -> li
     for quantized in (False, True):
         coded(kernel="prefill_quantize", kind="exact", bits=4, m=rows[2], dtype="float32",
               quantized=quantized)  # fmt: skip
+    for b, bits in enumerate(b for b in PLANES if b < 8):
+        paired = partial(add, b, scales="coded4", zero_point="float", bits=bits)
+        for kind in ("exact", "real"):
+            paired(kernel="packed_matmul", kind=kind, m=rows[b % len(rows)])
+        paired(kernel="quantize_pack", kind="exact", m=0, dtype="float32")
+        paired(kernel="prefill_quantize", kind="exact", m=rows[2], dtype="float32",
+               quantized=bool(b % 2))  # fmt: skip
     return out
 
 
@@ -127,12 +134,19 @@ def packed_operands(check: Check, seed: int) -> tuple[Any, ...]:
         scales = 2.0 ** rng.integers(-1, 2, shape)
     zeros = rng.integers(0, 2**check.bits, shape)
     kinds = {"none": None, "float": jnp.bfloat16, "integer": jnp.uint8}
-    if check.scales == "coded":
-        whole = check.kind != "real"
-        u = rng.integers(1, 256, shape) if not whole else 2 * scales
+    if check.scales != "float":
+        whole, most = check.kind != "real", 255 if check.scales == "coded" else 15
+        u = rng.integers(1, most, shape, endpoint=True) if not whole else 2 * scales
         columns = rng.uniform(0.01, 1, (LAYERS, n)) if not whole else np.full((LAYERS, n), 0.5)
-        stored = CodedScales(jnp.asarray(u, jnp.uint8), jnp.asarray(columns, jnp.bfloat16))
-        zeros, kinds["float"] = zeros << (8 - check.bits), jnp.uint8
+        columns, kinds["float"] = jnp.asarray(columns, jnp.bfloat16), jnp.uint8
+        # In what zero points count in: a whole number of codes, but for pairs at 5 bits.
+        zeros = np.floor(zeros * (most + 1) / 2**check.bits)
+        stored = CodedScales(jnp.asarray(u, jnp.uint8), columns)
+        if check.scales == "coded4":
+            stored, kinds["float"] = (
+                CodedPairs(jnp.asarray(16 * u + zeros, jnp.uint8), columns),
+                None,
+            )
     else:
         stored = jnp.asarray(scales, jnp.bfloat16)
     kind = kinds[check.zero_point]
@@ -152,6 +166,8 @@ def weight_operands(check: Check, seed: int) -> tuple[jax.Array, jax.Array]:
     k, n, top = check.k, check.n, 2**check.bits - 1
     groups = k // check.group_size
     zero = rng.integers(0, top, (LAYERS, groups, 1, n), endpoint=True)
+    if check.scales == "coded4" and check.bits == 5:
+        zero -= zero % 2  # four bits count in two codes
     low, high = -zero, top - zero
     if check.zero_point == "none":
         low, high = np.full_like(zero, 1 - 2 ** (check.bits - 1)), 0 * zero + top // 2
@@ -159,9 +175,10 @@ def weight_operands(check: Check, seed: int) -> tuple[jax.Array, jax.Array]:
     units[:, :, :1], units[:, :, 1:2] = low, high
     d = 2.0 ** rng.integers(0, 2, k)
     steps = 2.0 ** rng.integers(-1, 1, (LAYERS, groups, 1, n))
-    if check.scales == "coded":
+    if check.scales != "float":
         # Multiples of what is then the column's number, a power of two.
-        steps = np.where(np.arange(groups)[:, None, None] == 0, 127.5, steps)
+        most = 127.5 if check.scales == "coded" else 7.5
+        steps = np.where(np.arange(groups)[:, None, None] == 0, most, steps)
     w = (units * steps).reshape(LAYERS, k, n) / d[:, None]
     return jnp.asarray(w, check.dtype), jnp.asarray(d, jnp.float32)
 

@@ -72,7 +72,7 @@ DRAWS = 1000
 FEWEST = 5
 NAMES = (
     "FILE.toml or "
-    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-float][-hHEAD][-nTOKENS|-sTOKENS]"
+    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-coded4|-float][-hHEAD][-nTOKENS|-sTOKENS]"
     "[-fREFITS][-dDESCENTS][@CALIBRATION]; h0 leaves the head as it is; a prior worth so many "
     "tokens, n from the weights (0 for none), s from samples; f and d are settings of the rounding"
 )

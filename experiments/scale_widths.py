@@ -5,13 +5,16 @@ Claim     at 3 bits and below, four bits for a scale and four for a zero point i
 Command   python experiments/scale_widths.py --model smollm2 --corpus wikitext2=FILE …
               --windows 8 --out experiments/results/scale_widths_smollm2.jsonl
           python experiments/scale_widths.py --report experiments/results/scale_widths_smollm2.jsonl
+          python experiments/scale_widths.py … --built-in --grid 3-4-4-32 --grid 4-4-4-32
+              --out experiments/results/built_in_widths_smollm2.jsonl
 Cost      SmolLM2 on one core, 8 windows of four texts: about 35 minutes.
 Expect    a row per grid and corpus. `--report` prints their gaps: 3-bit codes at 3.30 bits 0.690
           with scales of 8 bits, 0.510 with 6 and 0.447 with 4.
 
-Only eight bits are built in. Other widths are simulated here: a rounding of its own fits scales and
-zero points that have so many levels, and keeps them as float32 numbers; the bits are counted as
-they would be stored. The channel scale, the prior and the clip search are those of `fast`.
+Widths are simulated: a rounding of its own fits scales and zero points that have so many levels,
+and keeps them as float32 numbers; the bits are counted as they would be stored. Eight and four bits
+are built in too, and `--built-in` measures those. The channel scale, the prior and the clip search
+are those of `fast`.
 """
 
 import argparse
@@ -118,13 +121,25 @@ class FewLevels:
         return codes.reshape(-1, w.shape[1]), scales, zeros
 
 
-def recipe_of(bits: int, scale: int, zero: int, group: int) -> ttq.Recipe:
-    """The preset `fast` on such a grid."""
-    grid = Grid(bits=bits, group_size=group, store_dtype="float32")
-    rule: Any = FewLevels(scale_bits=scale, zero_bits=zero)
-    made = ttq.preset("fast", rounding=rule)
+BUILT_IN = {8: "coded", 4: "coded4"}
+
+
+def recipe_of(bits: int, scale: int, zero: int, group: int, *, built_in: bool) -> ttq.Recipe:
+    """The preset `fast` on such a grid.
+
+    Raises:
+      SystemExit: a grid that is not built in.
+    """
+    made = ttq.preset("fast")
     assert made is not None, "fast quantizes"
-    return dataclasses.replace(made, grid=grid)
+    if built_in:
+        if scale not in BUILT_IN or zero != scale:
+            raise SystemExit(f"--built-in: expected 8 or 4 bits of each, got {scale} and {zero}")
+        grid = Grid(bits=bits, group_size=group, scales=BUILT_IN[scale])
+        return dataclasses.replace(made, grid=grid)
+    rule: Any = FewLevels(scale_bits=scale, zero_bits=zero)
+    grid = Grid(bits=bits, group_size=group, store_dtype="float32")
+    return dataclasses.replace(made, grid=grid, rounding=rule)
 
 
 def bits_of(model: ttq.Model, bits: int, scale: int, zero: int, group: int) -> float:
@@ -144,12 +159,16 @@ def measure(args: argparse.Namespace) -> None:
     check_destination(args.out, parents=True)
     names = args.grid or list(map(named, GRIDS))
     grids = {"none": None} | {name: grid_named(name) for name in names}
+    recipes = {
+        name: None if grid is None else recipe_of(*grid, built_in=args.built_in)
+        for name, grid in grids.items()
+    }
     protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
     model = ttq.load(args.model)
     store = Results(args.out)
     texts = dict(map(corpus_text, args.corpus))
     for name, grid in grids.items():
-        recipe = None if grid is None else recipe_of(*grid)
+        recipe = recipes[name]
         offline = prepare(model, recipe)
         for corpus, text in texts.items():
             rows = store.read()
@@ -163,7 +182,8 @@ def measure(args: argparse.Namespace) -> None:
             ]
             bits = 32.0 if grid is None else round(bits_of(model, *grid), 4)
             rows[name, corpus] = {
-                "model": args.model, "recipe_name": name, "corpus": corpus, "recipe": None,
+                "model": args.model, "recipe_name": name, "corpus": corpus,
+                "recipe": recipe.describe() if recipe and args.built_in else None,
                 "protocol": protocol_data(protocol), "scored": protocol.scored,
                 "effective_bits": bits, "windows": at, "nll": nll, "device": device(),
                 "versions": versions(),
@@ -196,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=8, help="per corpus, default: %(default)s")
     parser.add_argument("--grid", action="append", metavar="CODE-SCALE-ZERO-GROUP",
                         help="bits of each, rows of a group (default: all kept)")  # fmt: skip
+    parser.add_argument("--built-in", action="store_true", help="simulate nothing")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--out", type=Path, help="a row per grid and corpus is kept here")

@@ -35,8 +35,8 @@ class Rule:
     scale: one of `SCALES`: RTN's, TTQ's, AWQ's.
     group_size: weights of a row that share a scale; -1 for the whole row.
     rank: of the part that is kept in floating point, 0 for none.
-    coded: scales are whole multiples, 1 to 255, of a number per row of w; zero points are multiples
-      of 1/256 of the grid.
+    coded: bits of a scale and of a zero point, 0 for float32 numbers: scales are whole multiples,
+      1 to 2^coded - 1, of a number per row of w, zero points of a part, 2^-coded, of the grid.
     """
 
     scale: str
@@ -44,7 +44,7 @@ class Rule:
     group_size: int = 32
     symmetric: bool = False
     rank: int = 0
-    coded: bool = False
+    coded: int = 0
 
 
 class Inputs:
@@ -101,8 +101,8 @@ def round_groups(w: torch.Tensor, rule: Rule) -> torch.Tensor:
         scale = as_coded((most - least) / high, rule)
         zero = -least / scale
         if rule.coded:
-            steps = 2 ** (8 - rule.bits)
-            zero = torch.round(zero * steps).clamp(0, 255) / steps
+            steps = 2.0 ** (rule.coded - rule.bits)
+            zero = torch.round(zero * steps).clamp(0, 2**rule.coded - 1) / steps
     rounded = (torch.round(g / scale + zero).clamp(low, high) - zero) * scale
     # A group of zeros has no scale.
     rounded = torch.where(scale > 0, rounded, 0.0)
@@ -113,8 +113,9 @@ def as_coded(scale: torch.Tensor, rule: Rule) -> torch.Tensor:
     """Scales [d_out, groups, 1] as they are stored."""
     if not rule.coded:
         return scale
-    unit = scale.amax(1, keepdim=True) / 255
-    return torch.where(unit > 0, torch.round(scale / unit).clamp(1, 255) * unit, scale)
+    most = 2**rule.coded - 1
+    unit = scale.amax(1, keepdim=True) / most
+    return torch.where(unit > 0, torch.round(scale / unit).clamp(1, most) * unit, scale)
 
 
 def power_law(inputs: Inputs) -> torch.Tensor:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import batching
 from pallas_kernels.choice import choose, current_target, module_of
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import CodedPairs, CodedScales, Scales
 from pallas_kernels.layout import check_packing, check_planes
 from pallas_kernels.problem import COLUMN_TYPES, FLOATS, Problem, matmul_problem, rounding_problem
 from pallas_kernels.reference import LowRank, Packed
@@ -44,9 +44,10 @@ def packed_matmul(
       x: ``[..., d_in]`` with ``k - group_size < d_in <= k``, float32, bfloat16 or float16.
       planes: From `quantize_pack` or `pack`: ``uint8[k * width // 8, n]`` for each width in
         ``PLANES[bits]``.
-      scales: ``[k // group_size, n]``, float32, bfloat16 or float16; or `CodedScales`.
-      zeros: As ``scales``, or uint8, in units of codes; beside coded scales uint8, in units of
-        ``2**(bits - 8)`` codes; None is symmetric.
+      scales: ``[k // group_size, n]``, float32, bfloat16 or float16; or `CodedScales` or
+        `CodedPairs`.
+      zeros: As ``scales``, or uint8, in units of codes; beside `CodedScales` uint8, in units of
+        ``2**(bits - 8)`` codes; None is symmetric, or beside `CodedPairs`.
       channel_scale: D, ``[d_in]``, positive, or None for 1.
       low_rank: ``(A[d_in, r], B[r, n])`` or None.
       bits: Width of a code: 2, 3, 4, 5 or 8.
@@ -122,8 +123,9 @@ def quantize_pack(
       group_size: Rows that share a scale, a multiple of 8.
       zero_point: ``"none"`` (symmetric), ``"float"`` or ``"integer"``; see `grid.ZERO_POINTS`.
       store_dtype: Of scales and float zero points: float32, bfloat16 or float16.
-      scales: ``"float"``, or ``"coded"`` for `CodedScales`, whose columns take ``store_dtype``,
-        float32 or bfloat16, and for zero points in eight bits.
+      scales: ``"float"``; ``"coded"`` for `CodedScales`, whose columns take ``store_dtype``,
+        float32 or bfloat16, and for zero points in eight bits; or ``"coded4"`` for `CodedPairs`,
+        which need the zero point ``"float"`` and at most 5 bits.
       shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
       layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
         are that layer's own. None: there is no such axis.
@@ -325,7 +327,11 @@ def _check(
 def _check_stored(
     scales: Any, zeros: jax.Array | None, lead: tuple[int, ...], shape: tuple[int, int]
 ) -> None:
-    """Checks scales and zero points of one layer's shape, under leading axes."""
+    """Checks scales and zero points of one layer's shape, under leading axes.
+
+    Raises:
+      ValueError: they do not fit each other, or the shape.
+    """
     if not isinstance(scales, CodedScales):
         _check("scales", scales, (*lead, *shape))
         if zeros is not None:
@@ -333,6 +339,11 @@ def _check_stored(
         return
     _check("scales.codes", scales.codes, (*lead, *shape), ("uint8",))
     _check("scales.columns", scales.columns, (*lead, shape[1]), COLUMN_TYPES)
+    if isinstance(scales, CodedPairs) and zeros is not None:
+        raise ValueError(
+            f"zeros: expected None beside CodedPairs, got {zeros.dtype}{list(zeros.shape)}; their "
+            "zero points are in scales.codes"
+        )
     if zeros is not None:
         _check("zeros", zeros, (*lead, *shape), ("uint8",))
 

@@ -5,7 +5,8 @@
 
 A scale is stored as a floating-point number, or *coded*: as ``u`` in 1 .. 255 times ``c``, the
 largest scale of its column over 255. A zero point beside coded scales takes eight bits too, in
-steps of ``2^(b−8)``.
+steps of ``2^(b−8)``. In four bits each, ``u`` is in 1 .. 15, a zero point counts in steps of
+``2^(b−4)``, and the two share a byte, ``16 u + z``.
 
 The range always contains 0, so that exact zeros (and padding) stay exact and a constant group is
 well defined. Scales and zero points are rounded to their storage type *before* the codes are
@@ -29,12 +30,15 @@ ZERO_POINTS = ("none", "float", "integer")
 """Symmetric; stored like a scale, so that both ends of the range are on the grid; whole, so that 0
 is on the grid (the convention of AutoAWQ and GPTQ)."""
 
-SCALES = ("float", "coded")
+SCALES = ("float", "coded", "coded4")
 """How scales are stored: each as a floating-point number; as eight bits, times one number per
-column."""
+column; as four bits, in a byte with the zero point."""
 
-_MOST = 255
-_SMALLEST = 2.0**-120
+_WIDTHS = {"coded": 8, "coded4": 4}
+"""Bits of a coded scale, and of the zero point beside it."""
+
+SMALLEST = 2.0**-120
+"""A scale up to this cannot be divided by: its group is exactly 0."""
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +54,18 @@ class CodedScales:
     codes: Any
     columns: Any
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedPairs(CodedScales):
+    """Scales and zero points in four bits each: ``codes = 16 u + z``, u from 1 to 15.
+
+    ``s[g, c] = columns[c] * u[g, c]``; ``z`` counts in ``2**(bits - 4)`` codes. Beside them there
+    is no array of zero points.
+    """
+
+
+_CODED = {"coded": CodedScales, "coded4": CodedPairs}
 
 Scales = jax.Array | CodedScales
 """``[..., n_group, n]``, positive: floating-point numbers, or coded."""
@@ -82,6 +98,7 @@ def column_scales(
     *,
     bits: int,
     zero_point: str,
+    scales: str,
     store_dtype: jax.typing.DTypeLike,
     stored: Stored = as_stored,
 ) -> jax.Array:
@@ -92,6 +109,7 @@ def column_scales(
       high: likewise, largest.
       bits: Width of a code.
       zero_point: One of `ZERO_POINTS`.
+      scales: One of `SCALES`, not "float".
       store_dtype: See `CodedScales.columns`.
       stored: See `fit`.
 
@@ -99,8 +117,13 @@ def column_scales(
       ``float32[1, n]``, exactly representable in ``store_dtype``.
     """
     span, part = _span(low, high, bits, zero_point)
-    columns = stored(jnp.max(span, axis=0, keepdims=True) * (part / _MOST), store_dtype)
-    return jnp.where(columns > _SMALLEST, columns, 1.0)
+    columns = stored(jnp.max(span, axis=0, keepdims=True) * (part / most(scales)), store_dtype)
+    return jnp.where(columns > SMALLEST, columns, 1.0)
+
+
+def most(scales: str) -> int:
+    """The largest code of a coded scale."""
+    return 2 ** _WIDTHS[scales] - 1
 
 
 def _span(low: jax.Array, high: jax.Array, bits: int, zero_point: str) -> tuple[jax.Array, float]:
@@ -124,6 +147,7 @@ def fit(
     bits: int,
     zero_point: str,
     store_dtype: jax.typing.DTypeLike,
+    scales: str = "float",
     nearest: Nearest = jnp.round,
     stored: Stored = as_stored,
 ) -> tuple[jax.Array, jax.Array]:
@@ -132,9 +156,10 @@ def fit(
     Args:
       low: float32, smallest weight of each group; taken as 0 where positive.
       high: float32, largest weight of each group; taken as 0 where negative.
-      columns: From `column_scales`: the scales are coded. None: they are not.
+      columns: From `column_scales`; None where scales are not coded.
       bits: Width of a code.
       zero_point: One of `ZERO_POINTS`.
+      scales: One of `SCALES`.
       store_dtype: Floating type that scales, and float zero points, are stored in.
       nearest: Rounds to the nearest whole number, ties to even; for compilers that cannot
         translate `jnp.round`.
@@ -145,44 +170,17 @@ def fit(
     """
     span, part = _span(low, high, bits, zero_point)
     if columns is None:
-        scales = stored(span * part, store_dtype)
+        s = stored(span * part, store_dtype)
         # An all-zero group, or one too small to be divided by, is exactly 0.
-        scales = jnp.where(scales > _SMALLEST, scales, 1.0)
+        s = jnp.where(s > SMALLEST, s, 1.0)
     else:
-        scales = jnp.clip(nearest(span * (part / columns)), 1.0, _MOST) * columns
+        s = jnp.clip(nearest(span * (part / columns)), 1.0, most(scales)) * columns
     if zero_point == "none":
-        return scales, jnp.full_like(scales, 2 ** (bits - 1))
-    zeros = -jnp.minimum(low, 0.0) / scales
-    return scales, fit_zeros(
-        zeros, bits=bits, zero_point=zero_point, coded=columns is not None,
+        return s, jnp.full_like(s, 2 ** (bits - 1))
+    return s, fit_zeros(
+        -jnp.minimum(low, 0.0) / s, bits=bits, zero_point=zero_point, scales=scales,
         store_dtype=store_dtype, nearest=nearest, stored=stored,
     )  # fmt: skip
-
-
-def fit_scales(
-    scales: jax.Array,
-    columns: jax.Array | None = None,
-    *,
-    store_dtype: jax.typing.DTypeLike,
-    nearest: Nearest = jnp.round,
-    stored: Stored = as_stored,
-) -> jax.Array:
-    """Scales as they are stored.
-
-    Args:
-      scales: float32, positive.
-      columns: See `fit`.
-      store_dtype: See `fit`.
-      nearest: See `fit`.
-      stored: See `fit`.
-
-    Returns:
-      float32, the nearest of the values that can be stored.
-    """
-    if columns is None:
-        found = stored(scales, store_dtype)
-        return jnp.where(found > _SMALLEST, found, 1.0)
-    return jnp.clip(nearest(scales / columns), 1.0, _MOST) * columns
 
 
 def fit_zeros(
@@ -190,7 +188,7 @@ def fit_zeros(
     *,
     bits: int,
     zero_point: str,
-    coded: bool,
+    scales: str,
     store_dtype: jax.typing.DTypeLike,
     nearest: Nearest = jnp.round,
     stored: Stored = as_stored,
@@ -201,7 +199,7 @@ def fit_zeros(
       zeros: float32, in units of codes.
       bits: See `fit`.
       zero_point: "float" or "integer".
-      coded: Whether scales are.
+      scales: See `fit`.
       store_dtype: See `fit`.
       nearest: See `fit`.
       stored: See `fit`.
@@ -211,44 +209,119 @@ def fit_zeros(
     """
     if zero_point == "integer":
         return jnp.clip(nearest(zeros), 0, 2**bits - 1)
-    if coded:
-        return jnp.clip(nearest(zeros * 2.0 ** (8 - bits)), 0, _MOST) * 2.0 ** (bits - 8)
-    return stored(zeros, store_dtype)
+    if scales == "float":
+        return stored(zeros, store_dtype)
+    unit = zero_unit(bits, scales)
+    return jnp.clip(nearest(zeros * (1.0 / unit)), 0, most(scales)) * unit
 
 
-def write(
-    scales: jax.Array,
-    zeros: jax.Array | None,
-    columns: jax.Array | None = None,
+def zero_unit(bits: int, scales: str) -> float:
+    """What a stored zero point counts in: codes, or the parts of them that its bits hold."""
+    return 1.0 if scales == "float" else 2.0 ** (bits - _WIDTHS[scales])
+
+
+def closed(
+    s: jax.Array,
+    z: jax.Array,
+    columns: jax.Array | None,
+    /,
     *,
     bits: int,
     zero_point: str,
+    scales: str,
+    store_dtype: jax.typing.DTypeLike,
+) -> tuple[jax.Array, ...]:
+    """What is kept of each group, inside a kernel and outside; `opened` is the way back.
+
+    Args:
+      s: Scales from `fit`.
+      z: Zero points from `fit`.
+      columns: See `fit`.
+      bits: See `fit`.
+      zero_point: See `fit`.
+      scales: See `fit`.
+      store_dtype: See `fit`.
+
+    Returns:
+      Scales, and zero points where there is an array of them.
+    """
+
+    def whole(a: jax.Array) -> jax.Array:
+        # But for what a product with a reciprocal leaves.
+        return (a + 0.5).astype(jnp.int32)
+
+    z = z * (1.0 / zero_unit(bits, scales))
+    if columns is None:
+        first = s.astype(store_dtype)
+        second = whole(z).astype(jnp.uint8) if zero_point == "integer" else z.astype(store_dtype)
+        return (first,) if zero_point == "none" else (first, second)
+    u = whole(s * (1.0 / columns))
+    if scales == "coded4":
+        return ((u * 16 + whole(z)).astype(jnp.uint8),)
+    kept = (u,) if zero_point == "none" else (u, whole(z))
+    return tuple(a.astype(jnp.uint8) for a in kept)
+
+
+def opened(
+    scales: jax.Array, zeros: jax.Array | None, kind: str
+) -> tuple[jax.Array, jax.Array | None]:
+    """The numbers in what is kept of each group, inside a kernel and outside.
+
+    Args:
+      scales: Any block of what `closed` makes.
+      zeros: Likewise; None where there is none.
+      kind: One of `SCALES`.
+
+    Returns:
+      ``(s, z)``, float32: scales, in what the columns' numbers count if they are coded; and zero
+      points in `zero_unit`, None if symmetric.
+    """
+    if kind == "coded4":
+        scales, zeros = halves(scales.astype(jnp.int32))
+
+    def wide(a: jax.Array) -> jax.Array:
+        # Mosaic and Triton make floats of bytes fastest by way of int32.
+        return (a.astype(jnp.int32) if a.dtype == jnp.uint8 else a).astype(jnp.float32)
+
+    return wide(scales), None if zeros is None else wide(zeros)
+
+
+def halves(both: jax.Array, bit: Any = 0) -> tuple[jax.Array, jax.Array]:
+    """Scales and zero points of bytes of `CodedPairs`; `bit` is 0, known to a compiler or not."""
+    return both >> (4 | bit), both & (15 | bit)
+
+
+def write(
+    s: jax.Array,
+    z: jax.Array,
+    columns: jax.Array | None = None,
+    /,
+    *,
+    bits: int,
+    zero_point: str,
+    scales: str,
     store_dtype: jax.typing.DTypeLike,
 ) -> tuple[Scales, jax.Array | None]:
     """What is stored of scales and zero points; `read` gives them back.
 
     Args:
-      scales: ``float32[n_group, n]`` from `fit`.
-      zeros: Likewise.
+      s: ``float32[n_group, n]`` from `fit`.
+      z: Likewise.
       columns: See `fit`.
       bits: See `fit`.
       zero_point: See `fit`.
+      scales: See `fit`.
       store_dtype: See `fit`.
 
     Returns:
-      Scales; and zero points, None if symmetric, else uint8 if coded or whole.
+      Scales; and zero points, None if symmetric or in the scales' bytes, else uint8 if coded or
+      whole.
     """
-    whole = zeros
-    if columns is None:
-        out: Scales = scales.astype(store_dtype)
-    else:
-        codes = jnp.round(scales / columns).astype(jnp.uint8)
-        out = CodedScales(codes, columns[0].astype(store_dtype))
-        whole = None if zeros is None else zeros * 2.0 ** (8 - bits)
-    if zero_point == "none" or whole is None:
-        return out, None
-    coded = columns is not None or zero_point == "integer"
-    return out, whole.astype(jnp.uint8 if coded else store_dtype)
+    first, *rest = closed(
+        s, z, columns, bits=bits, zero_point=zero_point, scales=scales, store_dtype=store_dtype
+    )
+    of_columns = None if columns is None else columns[0].astype(store_dtype)
+    return put_together(first, of_columns, scales), rest[0] if rest else None
 
 
 def read(
@@ -258,19 +331,22 @@ def read(
 
     Args:
       scales: See `Scales`.
-      zeros: ``[..., n_group, n]`` in what `write` stores; None is symmetric.
+      zeros: ``[..., n_group, n]`` in what `write` stores; None where it stores none.
       bits: Width of a code.
 
     Returns:
-      ``(scales, zeros)``, float32 and in units of codes.
+      ``(scales, zeros)``, float32 and in units of codes; one number of zeros if symmetric.
     """
-    coded = isinstance(scales, CodedScales)
-    middle = 2.0 ** (bits - 1)
-    z = middle if zeros is None else zeros.astype(jnp.float32) * zero_unit(bits, coded=coded)
-    if not isinstance(scales, CodedScales):
-        return scales.astype(jnp.float32), z
-    columns = scales.columns.astype(jnp.float32)[..., None, :]
-    return scales.codes.astype(jnp.float32) * columns, z
+    kept, columns = taken_apart(scales)
+    s, z = opened(kept, zeros, kind_of(scales))
+    if columns is not None:
+        s = s * columns.astype(jnp.float32)[..., None, :]
+    return s, 2.0 ** (bits - 1) if z is None else z * zero_unit(bits, kind_of(scales))
+
+
+def kind_of(scales: Any) -> str:
+    """How scales are stored, one of `SCALES`."""
+    return next((kind for kind, form in _CODED.items() if type(scales) is form), "float")
 
 
 def taken_apart(scales: Scales) -> tuple[jax.Array, jax.Array | None]:
@@ -280,9 +356,9 @@ def taken_apart(scales: Scales) -> tuple[jax.Array, jax.Array | None]:
     return scales, None
 
 
-def zero_unit(bits: int, *, coded: bool) -> float:
-    """What a stored zero point counts in: codes, or the fractions of them that eight bits hold."""
-    return 2.0 ** (bits - 8) if coded else 1.0
+def put_together(per_group: Any, columns: Any, kind: str) -> Any:
+    """Scales of that kind from what `taken_apart` gives."""
+    return per_group if columns is None else _CODED[kind](per_group, columns)
 
 
 def encode(

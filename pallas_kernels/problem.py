@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grid import SCALES, ZERO_POINTS, CodedScales, zero_unit
+from pallas_kernels.grid import SCALES, ZERO_POINTS, kind_of, zero_unit
 from pallas_kernels.layout import check_packing
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -68,7 +68,7 @@ class Problem:
         # Any row count serves, it is padded to whole groups: the check is of the two numbers.
         whole = 8 * max(self.group_size, 1)
         check_packing(bits=self.bits, k=whole, group_size=self.group_size)
-        types = COLUMN_TYPES if self.scales == "coded" else FLOATS
+        types = COLUMN_TYPES if self.coded else FLOATS
         options = (
             ("scales", SCALES), ("zero_point", ZERO_POINTS), ("store_dtype", types),
             ("out_dtype", (None, *FLOATS)),
@@ -77,6 +77,11 @@ class Problem:
             if getattr(self, name) not in known:
                 among = ", ".join(map(str, known))
                 raise ValueError(f"{name}: expected one of {among}, got {getattr(self, name)!r}")
+        if self.scales == "coded4" and (self.zero_point != "float" or self.bits == 8):
+            raise ValueError(
+                "scales 'coded4': expected zero_point 'float' and bits of 2 to 5, got "
+                f"{self.zero_point!r} and {self.bits}; 'coded' has the others"
+            )
         packs = self.kernel != "packed_matmul"
         if (packs and not self.shrinks) or not all(0 < s <= 1 for s in self.shrinks):
             raise ValueError(
@@ -89,21 +94,32 @@ class Problem:
         return -(-self.d_in // self.group_size) * self.group_size
 
     @property
+    def coded(self) -> bool:
+        """Whether scales are multiples of a number of their column."""
+        return self.scales != "float"
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        """How scales and zero points are stored, as the functions of `grid` take it."""
+        names = ("bits", "zero_point", "scales", "store_dtype")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def zero_dtype(self) -> str | None:
-        """What zero points are stored in; None where there are none."""
-        if self.scales == "coded" and self.zero_point != "none":
-            return "uint8"
-        return {"none": None, "float": self.store_dtype, "integer": "uint8"}[self.zero_point]
+        """What an array of zero points is stored in; None where there is none."""
+        if self.zero_point == "none" or self.scales == "coded4":
+            return None
+        return "uint8" if self.coded or self.zero_point == "integer" else self.store_dtype
 
     @property
     def scale_dtype(self) -> str:
         """What a group's scale is stored in."""
-        return "uint8" if self.scales == "coded" else self.store_dtype
+        return "uint8" if self.coded else self.store_dtype
 
     @property
     def zero_unit(self) -> float:
         """What a stored zero point counts in, see `grid.zero_unit`."""
-        return zero_unit(self.bits, coded=self.scales == "coded")
+        return zero_unit(self.bits, self.scales)
 
     @property
     def y_dtype(self) -> str:
@@ -143,14 +159,16 @@ def matmul_problem(
     Returns:
       The problem; `store_dtype` is float16 if anything stored is.
     """
-    coded = isinstance(scales, CodedScales)
-    kept = scales.columns if coded else scales
+    kind = kind_of(scales)
+    kept = scales if kind == "float" else scales.columns
     stored = {a.dtype.name for a in (kept, zeros) if a is not None}
-    whole = "integer" if "uint8" in stored and not coded else "float"
+    zero_point = "integer" if "uint8" in stored and kind == "float" else "float"
+    if zeros is None and kind != "coded4":
+        zero_point = "none"
     return Problem(
         kernel="packed_matmul", m=math.prod(x.shape[:-1]), d_in=x.shape[-1], n=kept.shape[-1],
-        bits=bits, group_size=group_size, zero_point="none" if zeros is None else whole,
-        dtype=x.dtype.name, rank=_rank(low_rank), scales="coded" if coded else "float",
+        bits=bits, group_size=group_size, zero_point=zero_point,
+        dtype=x.dtype.name, rank=_rank(low_rank), scales=kind,
         store_dtype="float16" if "float16" in stored else kept.dtype.name,
         out_dtype=None if out_dtype is None else jnp.dtype(out_dtype).name,
     )  # fmt: skip

@@ -5,9 +5,9 @@ stand for is, exactly,
 
     W[i, c] = s[i // g, c] * (q[i, c] - z[i // g, c]) / D[i] + (A B)[i, c]
 
-with s and z as `grid.read` reads them: floating-point numbers, or eight bits each. A prompt's
-activations are divided by ``D`` instead of the weight (arXiv:2603.19296): ``y = (x / D) Q + (x A)
-B``. Nothing here is tuned; `pallas_kernels.xla` is what runs.
+with s and z as `grid.read` reads them: floating-point numbers, or eight or four bits each. A
+prompt's activations are divided by ``D`` instead of the weight (arXiv:2603.19296): ``y = (x / D) Q
++ (x A) B``. Nothing here is tuned; `pallas_kernels.xla` is what runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import grid
-from pallas_kernels.grid import CodedScales, Scales
+from pallas_kernels.grid import Scales
 from pallas_kernels.layout import pack, unpack
 from pallas_kernels.problem import Problem
 
@@ -28,7 +28,7 @@ _EXACT = jax.lax.Precision.HIGHEST
 
 Packed = tuple[tuple[jax.Array, ...], Scales, jax.Array | None]
 """``(planes, scales, zeros)``: planes as `pack` returns them, scales ``[k // group_size, n]`` and
-zero points of the same shape, None if symmetric."""
+zero points of the same shape, None if symmetric or in the scales' bytes."""
 
 LowRank = tuple[jax.Array, jax.Array]
 """``(A[d_in, r], B[r, n])``; in the paper's orientation these are Aᵀ and Bᵀ."""
@@ -48,7 +48,8 @@ def dequantize(
     Args:
       planes: One ``uint8[..., k * width // 8, n]`` for each width in ``PLANES[bits]``, from `pack`.
       scales: ``[..., k // group_size, n]``; float32, bfloat16 or float16, or coded.
-      zeros: As ``scales``, or uint8, see `grid.read`; None is symmetric, ``z = 2**(bits - 1)``.
+      zeros: As ``scales``, or uint8, see `grid.read`; None is symmetric, ``z = 2**(bits - 1)``, or
+        beside `CodedPairs`.
       bits: Width of a code: 2, 3, 4, 5 or 8.
       group_size: Rows that share a scale: a multiple of 8 that divides ``k``.
       dtype: Of the result; the arithmetic is float32 whatever it is.
@@ -60,7 +61,7 @@ def dequantize(
     *lead, k, n = codes.shape
     groups = codes.reshape(*lead, k // group_size, group_size, n).astype(jnp.float32)
     s, z = (jnp.asarray(a, jnp.float32) for a in grid.read(scales, zeros, bits=bits))
-    weight = grid.decode(groups, s[..., None, :], z if zeros is None else z[..., None, :])
+    weight = grid.decode(groups, s[..., None, :], z[..., None, :] if z.ndim else z)
     return weight.reshape(*lead, k, n).astype(dtype)
 
 
@@ -128,13 +129,10 @@ def quantize_pack(
     bits, shrinks = problem.bits, problem.shrinks
     groups = _groups(w, channel_scale, low_rank, problem)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    stored: Any = {
-        "bits": bits, "zero_point": problem.zero_point, "store_dtype": problem.store_dtype
-    }  # fmt: skip
-    columns = grid.column_scales(low, high, **stored) if problem.scales == "coded" else None
+    columns = grid.column_scales(low, high, **problem.grid) if problem.coded else None
 
     def fit(shrink: Any) -> tuple[jax.Array, jax.Array]:
-        return grid.fit(low * shrink, high * shrink, columns, **stored)
+        return grid.fit(low * shrink, high * shrink, columns, **problem.grid)
 
     shrink: Any = shrinks[0]
     if problem.searched:
@@ -157,7 +155,7 @@ def quantize_pack(
     scales, zeros = fit(shrink)
     codes = grid.encode(groups, scales[:, None], zeros[:, None], bits=bits)
     planes = pack(codes.reshape(-1, n).astype(jnp.uint8), bits=bits)
-    return planes, *grid.write(scales, zeros, columns, **stored)
+    return planes, *grid.write(scales, zeros, columns, **problem.grid)
 
 
 def _groups(
@@ -193,14 +191,11 @@ def column_scales(
     Returns:
       ``float32[1, n]``, see `grid.column_scales`; None where scales are not coded.
     """
-    if problem.scales != "coded":
+    if not problem.coded:
         return None
     one = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False, allow_negative_indices=False)
     groups = _groups(one, channel_scale, low_rank, problem)
-    return grid.column_scales(
-        jnp.min(groups, axis=1), jnp.max(groups, axis=1), bits=problem.bits,
-        zero_point=problem.zero_point, store_dtype=problem.store_dtype,
-    )  # fmt: skip
+    return grid.column_scales(jnp.min(groups, axis=1), jnp.max(groups, axis=1), **problem.grid)
 
 
 def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Problem) -> Scales:
@@ -214,9 +209,9 @@ def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Probl
     Returns:
       The same; coded if there are columns.
     """
-    if of_columns is None:
-        return scales
-    return CodedScales(scales, of_columns.reshape(-1).astype(problem.store_dtype))
+    if of_columns is not None:
+        of_columns = of_columns.reshape(-1).astype(problem.store_dtype)
+    return grid.put_together(scales, of_columns, problem.scales)
 
 
 def prefill_quantize(

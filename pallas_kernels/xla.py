@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
-from pallas_kernels.grid import Scales, taken_apart
+from pallas_kernels.grid import Scales, halves, taken_apart, zero_unit
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.reference import LowRank, Packed
@@ -133,6 +133,23 @@ def _field(carriers: list[jax.Array], bits: int, octet: int) -> tuple[jax.Array,
     return code.astype(jnp.float32), up
 
 
+class _Grid:
+    """Stacks of scales and zero points, to be read together."""
+
+    def __init__(self, scales: Any, zeros: Any, tie: Any, part: int, group_size: int, kind: str):
+        # Bytes are taken apart before they are cut: XLA writes down what is cut 16 times.
+        both = halves(scales, tie) if kind == "coded4" else (scales, zeros)
+        self.kept = [_PerGroup(a, part, group_size) for a in both if a is not None]
+        self.kind = kind
+
+    def read(self, bits: int, *at: Any) -> tuple[jax.Array, jax.Array]:
+        """Scales, and zero points in codes; see `_PerGroup.read`."""
+        scales, *zeros = (a.read(*at) for a in self.kept)
+        if not zeros:
+            return scales, jnp.float32(2 ** (bits - 1))
+        return scales, zeros[0] * jnp.float32(zero_unit(bits, self.kind))
+
+
 def _by_columns(some: Any, lead: tuple[int, ...], n: int, width: int) -> jax.Array:
     """``[*lead, n]``, of which ``some(start, width)`` makes ``[*lead, width]``."""
     if width >= n:
@@ -148,10 +165,10 @@ def _by_columns(some: Any, lead: tuple[int, ...], n: int, width: int) -> jax.Arr
 
 
 # A jit of its own: a long program to trace, and a model asks for it again and again.
-@functools.partial(jax.jit, static_argnames=("bits", "group_size", "zero_unit"))
+@functools.partial(jax.jit, static_argnames=("bits", "group_size", "kind"))
 def _one_row(
     x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
-    layer: jax.Array, *, bits: int, group_size: int, zero_unit: float,
+    layer: jax.Array, *, bits: int, group_size: int, kind: str,
 ) -> jax.Array:  # fmt: skip
     """``float32[k] -> float32[n]`` without ever storing a weight."""
     layers, _, n = planes[0].shape
@@ -166,8 +183,7 @@ def _one_row(
     x = x.reshape(8 // apart, apart, n_part, sums, step)
     views = [p.reshape(layers, -1, n_part, sums, step, n) for p in planes]
     tie = _tie(x.reshape(-1))
-    scale = _PerGroup(scales, part, group_size)
-    zero = None if zeros is None else _PerGroup(zeros, part, group_size)
+    grid = _Grid(scales, zeros, tie, part, group_size, kind)
 
     def some(start: jax.Array, width: int) -> jax.Array:
         # Every row is cut out of the stack by itself: were a layer cut out first, its many readers
@@ -178,9 +194,6 @@ def _one_row(
             cut = _cut(view, at, (1, apart, n_part, sums, 1, width))
             return cut.reshape(apart, n_part, sums, width) | tie
 
-        def per_group(values: _PerGroup, octet: int) -> jax.Array:
-            return values.read(layer, (octet, apart), (0, n_part), (start, width))
-
         y = jnp.zeros((apart, n_part, sums, width), jnp.float32)
         # Fields of the same carriers one after another, so that these are loaded once.
         for field in range(8 // apart):
@@ -190,13 +203,10 @@ def _one_row(
                 code, up = _field([carriers(view, octet, j) for view in views], bits, octet)
                 partial = partial + (x[field, ..., j, None] * jnp.float32(2.0**-up)) * code
             x_sum = functools.reduce(jnp.add, [x[field, ..., j, None] for j in range(step)])
-            z = jnp.float32(2 ** (bits - 1))
-            if zero is not None:
-                z = per_group(zero, octet) * jnp.float32(zero_unit)
-            y = y + per_group(scale, octet) * (partial - z * x_sum)
-        # No reduction anywhere in here, a dot with ones instead: XLA:CPU hands a reduction with
-        # all that fuses into it to a library that wants every operand in memory. Two rows of ones,
-        # for which XLA calls a library: it would write and compile a program for a single one.
+            s, z = grid.read(bits, layer, (octet, apart), (0, n_part), (start, width))
+            y = y + s * (partial - z * x_sum)
+        # No reduction in here: XLA:CPU hands one, with all that fuses into it, to a library that
+        # wants every operand in memory. A dot with two rows of ones: one would be compiled.
         ones = jnp.ones((2, apart * n_part * sums), jnp.float32)
         return jnp.matmul(ones, y.reshape(-1, width), precision=_EXACT)[0]
 
@@ -213,7 +223,7 @@ def _block_octet_rows(rows: int, part: int, n: int) -> int:
 
 def _many_rows(
     x: jax.Array, planes: tuple[jax.Array, ...], scales: jax.Array, zeros: jax.Array | None,
-    layer: jax.Array, *, bits: int, group_size: int, zero_unit: float,
+    layer: jax.Array, *, bits: int, group_size: int, kind: str,
 ) -> jax.Array:  # fmt: skip
     """``float32[m, k] -> float32[m, n]``, some rows of every octet at a time."""
     layers, _, n = planes[0].shape
@@ -225,14 +235,10 @@ def _many_rows(
     n_part, n_block = max(block // part, 1), rows // block
     views = [p.reshape(layers, -1, rows, n) for p in planes]
     tie = _tie(x[0])
-    scale = _PerGroup(scales, part, group_size)
-    zero = None if zeros is None else _PerGroup(zeros, part, group_size)
+    grid = _Grid(scales, zeros, tie, part, group_size, kind)
     x_blocks = x.reshape(m, 8, n_block, block).transpose(2, 0, 1, 3).reshape(n_block, m, -1)
 
     def some(start: jax.Array, width: int) -> jax.Array:
-        def per_group(values: _PerGroup, i: jax.Array) -> jax.Array:
-            return values.read(layer, (0, 8), (i * block // part, n_part), (start, width))
-
         def unpacked(i: jax.Array) -> jax.Array:
             code = jnp.zeros((8, block, width), jnp.uint8)
             base = 0
@@ -248,10 +254,8 @@ def _many_rows(
 
         def add_block(y: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             i, x_block = at
-            z = jnp.float32(2 ** (bits - 1))
-            if zero is not None:
-                z = per_group(zero, i) * jnp.float32(zero_unit)
-            w = per_group(scale, i) * (unpacked(i) - z)
+            s, z = grid.read(bits, layer, (0, 8), (i * block // part, n_part), (start, width))
+            w = s * (unpacked(i) - z)
             return y + jnp.matmul(x_block, w.reshape(-1, width), precision=_EXACT), None
 
         zeros_y = jnp.zeros((m, width), jnp.float32)
@@ -286,7 +290,7 @@ def packed_matmul(
       ``y[m, n]`` in ``problem.y_dtype``.
     """
     grouping: Any = {
-        "bits": problem.bits, "group_size": problem.group_size, "zero_unit": problem.zero_unit
+        "bits": problem.bits, "group_size": problem.group_size, "kind": problem.scales
     }  # fmt: skip
     m, n = x.shape[0], planes[0].shape[-1]
     codes, columns = taken_apart(scales)

@@ -103,6 +103,10 @@ CASES = {
     "packed int8 factors": dataclasses.replace(RTN, low_rank=INT8),
     "everything, symmetric": preset("rtn", bits=5, group_size=16, symmetric=True),
     "integer zero points": preset("rtn", zero_point="integer", select=FEW),
+    "coded in four bits": preset(
+        "rtn", scales="coded4", group_size=16, select=FEW,
+        widths=(Width(select="layers/1/down", bits=2),),
+    ),
     "coded, symmetric": preset("rtn", scales="coded", symmetric=True, select=FEW),
 }  # fmt: skip
 DECODED = ("rtn", "gptq", "awq, widths", "factors", "prior, int8 factors")

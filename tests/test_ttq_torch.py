@@ -73,7 +73,8 @@ def check_same(model, reference, method, rule, window, protocol, calibration=Non
     theirs = pair.score(as_torch(window), prompt)
     recipe = ttq.preset(
         method, bits=rule.bits, group_size=rule.group_size, symmetric=rule.symmetric,
-        rank=rule.rank, store_dtype="float32", scales="coded" if rule.coded else "float",
+        rank=rule.rank, store_dtype="float32",
+        scales={0: "float", 8: "coded", 4: "coded4"}[rule.coded],
     )  # fmt: skip
     got, ours = jax_quantize_and_score(
         model.params, jnp.asarray(window), prepare(model, recipe, calibration),
@@ -120,10 +121,10 @@ def test_same_weights_and_same_perplexity(tiny, bits, symmetric, rank):
 # 96 input channels of one projection do not fill two groups of 64.
 METHODS = [
     ("rtn", "window", -1, {}),
-    ("rtn", "causal", 32, {"coded": True, "symmetric": True}),
-    ("awq", "causal", 64, {"coded": True}),
+    ("rtn", "causal", 32, {"coded": 8, "symmetric": True}),
+    ("awq", "causal", 64, {"coded": 8}),
     ("awq", "window", 32, {}),
-    ("ttq", "causal", 32, {"coded": True}),
+    ("ttq", "causal", 32, {"coded": 4}),
 ]
 
 

@@ -175,13 +175,13 @@ class QuantizedLinear:
 
     where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
     scale is 1 if None and the low-rank term 0 if None. Coded scales are columns[j] · codes[g, j]
-    of `pallas_kernels.CodedScales`; the zero points beside them count in 2^(bits−8). Rows from d_in
-    up to the padded width n_group · group_size are padding: their inputs are zeros.
+    of `pallas_kernels.CodedScales`, the zero points beside them count in 2^(bits−8); `CodedPairs`
+    have both. Rows from d_in up to n_group · group_size are padding: their inputs are zeros.
 
     Attributes:
       planes: uint8 bit planes of the codes, see `pallas_kernels.layout`.
-      scales: [n_group, d_out], positive; an array, or `CodedScales`.
-      zeros: [n_group, d_out], uint8 beside coded scales, or None for a symmetric grid.
+      scales: [n_group, d_out], positive; an array, `CodedScales` or `CodedPairs`.
+      zeros: [n_group, d_out], uint8 beside `CodedScales`; None if symmetric or in `CodedPairs`.
       channel_scale: D, [d_in], positive, or None.
       low_rank: the low-rank correction that is added, or None.
       layer: None for a single layer; else int32[], its index: planes, scales and zeros then have

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES, check_addressable
 from pallas_kernels.gpu.triton import pallas_call, plgpu
-from pallas_kernels.grid import Scales, taken_apart
+from pallas_kernels.grid import Scales, opened, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -211,11 +211,9 @@ def _scale_and_zero(
     refs: Any, row: Any, columns: Any, inside: Any, layer: Any, facts: _Facts
 ) -> Any:
     """Scales ``f32[c]`` of the group of a row and, if there are any, zero points."""
-    both = [_load(ref, row // facts.group_size, columns, inside, layer) for ref in refs]
-    # Triton has no conversion from uint8 to a float that is as fast as by way of int32.
-    wide = [a.astype(jnp.int32) if a.dtype == jnp.uint8 else a for a in both]
-    scales, *zeros = (a.astype(jnp.float32) for a in wide)
-    return [scales, *(z * facts.zero_unit for z in zeros)]
+    kept = [_load(ref, row // facts.group_size, columns, inside, layer) for ref in refs]
+    scales, zeros = opened(kept[0], kept[1] if facts.zero_dtype else None, facts.scales)
+    return [scales] if zeros is None else [scales, zeros * facts.zero_unit]
 
 
 def _by_columns(sums: jax.Array, ref: Any, columns: Any, inside: Any, axis: int) -> jax.Array:
@@ -231,7 +229,7 @@ def _few_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     *planes, y_ref = refs
     count = len(PLANES[facts.bits])
     planes, grid_refs = planes[:count], planes[count:]
-    of_columns = grid_refs.pop() if facts.scales == "coded" else None
+    of_columns = grid_refs.pop() if facts.coded else None
     tiles, layer = facts.tiles, layer_ref[0]
     columns, inside = _columns(facts)
     mask = None if inside is None else inside[None, :]
@@ -295,7 +293,7 @@ def _many_rows(layer_ref: Any, x_ref: Any, *refs: Any, facts: _Facts) -> None:
     *operands, y_ref = refs
     count = len(PLANES[facts.bits])
     planes, grid_refs = operands[:count], operands[count:]
-    of_columns = grid_refs.pop() if facts.scales == "coded" else None
+    of_columns = grid_refs.pop() if facts.coded else None
     sums_ref = None if facts.zero_point == "none" else grid_refs.pop()
     tiles, layer = facts.tiles, layer_ref[0]
     columns, inside = _columns(facts)
@@ -379,9 +377,9 @@ def packed_matmul(
     operands = [layer.reshape(1), x, *planes, codes]
     if zeros is not None:
         operands.append(zeros)
-        if not few:
-            runs = x.reshape(m, k // tiles.depth, tiles.depth)
-            operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
+    if problem.zero_point != "none" and not few:
+        runs = x.reshape(m, k // tiles.depth, tiles.depth)
+        operands.append(jnp.sum(runs, axis=2, dtype=jnp.float32).T)
     if of_columns is not None:
         row = lax.dynamic_index_in_dim(of_columns, layer, keepdims=False)
         operands.append(row.astype(jnp.float32))

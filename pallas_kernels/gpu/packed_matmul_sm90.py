@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu import unpack
 from pallas_kernels.gpu.limits import check_addressable
 from pallas_kernels.gpu.packed_matmul import granule, unservable
-from pallas_kernels.grid import Scales, taken_apart
+from pallas_kernels.grid import Scales, opened, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 
@@ -185,11 +185,11 @@ def _step(plane_smem: Any, *blocks: Any, problem: Problem, interpret: bool) -> j
         codes = _numbers(carriers, f, bits, x_smem.dtype)
         part = _product(codes, x_smem, shape, interpret)
         by_column = plgpu.Layout.WGMMA.reduce(1)
-        scale = _load(scale_smem.at[0], by_column, interpret).astype(jnp.float32)
+        kept = [_load(smem.at[0], by_column, interpret) for smem in (scale_smem, *zero_smem)]
+        scale, z = opened(kept[0], kept[1] if zero_smem else None, problem.scales)
         sums = _load(sums_smem.at[0], plgpu.Layout.WGMMA.reduce(0), interpret)
         offset = _offset(bits, x_smem.dtype)
-        if zero_smem:
-            z = _load(zero_smem[0].at[0], by_column, interpret).astype(jnp.float32)
+        if z is not None:
             z = z * problem.zero_unit
             part = part - _across(z + offset, 0, shape) * _across(sums, 1, shape)
         else:

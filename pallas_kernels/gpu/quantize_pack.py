@@ -207,9 +207,9 @@ def quantize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The codes of a group's residual, its scales and its zero points; all float32."""
     nearest = functools.partial(unpack.nearest, interpret=facts.interpret)
-    fit = functools.partial(
-        grid.fit, bits=facts.bits, zero_point=facts.zero_point, store_dtype=facts.store_dtype,
-        nearest=nearest, stored=functools.partial(unpack.as_stored, interpret=facts.interpret),
+    fit: Any = functools.partial(
+        grid.fit, **facts.grid, nearest=nearest,
+        stored=functools.partial(unpack.as_stored, interpret=facts.interpret),
     )  # fmt: skip
     if "of_columns" in refs:
         fit = functools.partial(fit, columns=load_row(refs["of_columns"], place))
@@ -251,13 +251,10 @@ def write_grid(
 ) -> None:  # fmt: skip
     """Stores the scales and zero points of the group that starts at `row`."""
     group = row // facts.group_size
-    if "of_columns" in refs:
-        scales = scales / load_row(refs["of_columns"], place)
-    for ref, value in zip(outputs, (scales, zeros / facts.zero_unit), strict=False):
-        # No float is converted to uint8 but by way of int32; a half for what the division leaves.
-        whole = (value + 0.5).astype(jnp.int32) if ref.dtype == jnp.uint8 else value
-        block = whole.astype(ref.dtype)[None, :]
-        plgpu.store(ref.at[pl.ds(group, 1), place.columns], block, mask=place.inside)
+    columns = load_row(refs["of_columns"], place) if "of_columns" in refs else None
+    for ref, kept in zip(outputs, grid.closed(scales, zeros, columns, **facts.grid), strict=True):
+        at = ref.at[pl.ds(group, 1), place.columns]
+        plgpu.store(at, kept[None, :], mask=place.inside)
 
 
 def put(codes: jax.Array, slab: int, carriers: list[Any], facts: Facts) -> list[Any]:

@@ -53,7 +53,7 @@ class Rounding(Problem):
         exact = self.store_dtype == "float32"
         return (
             self.shrinks != (1.0,)
-            or self.scales == "coded"
+            or self.coded
             or self.zero_point == "integer"
             or self.bits > (8 if exact else 5)
         )
@@ -61,7 +61,7 @@ class Rounding(Problem):
     @property
     def finds_columns(self) -> bool:
         """Whether coded scales' columns are found here: where a block has all of a column."""
-        return self.scales == "coded" and self.steps == 1
+        return self.coded and self.steps == 1
 
     @property
     def padded_groups(self) -> int:

@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grid import Scales, taken_apart
+from pallas_kernels.grid import Scales, opened, taken_apart
 from pallas_kernels.layout import PLANES
 from pallas_kernels.problem import Problem
 from pallas_kernels.tpu.activations import (
@@ -173,8 +173,8 @@ def _kernel(
     """One block of columns of y."""
     bits, group_size, left = problem.bits, problem.group_size, list(refs)
     planes = [left.pop(0) for _ in PLANES[bits]]
-    scales_ref, zeros_ref = left.pop(0), None if problem.zero_point == "none" else left.pop(0)
-    columns_ref = left.pop(0) if problem.scales == "coded" else None
+    scales_ref, zeros_ref = left.pop(0), left.pop(0) if problem.zero_dtype else None
+    columns_ref = left.pop(0) if problem.coded else None
     y_ref, sums_ref, rows_ref, *fetched = left
     left_ref = fetched.pop(0) if _arranged(bits, blocks) else x_ref
     k = x_ref.shape[1]
@@ -191,7 +191,7 @@ def _kernel(
 
     # A float32 row is broadcast while it is loaded, for nothing, though libtpu 0.0.42 keeps 4 KB of
     # fast memory for each.
-    rows_ref[...] = _as_float32(scales_ref[...])
+    rows_ref[...] = opened(scales_ref[...], None, problem.scales)[0]
     if arrive is not None:
         planes = arrive()
     for start in range(0, blocks.columns, blocks.width):
@@ -200,10 +200,11 @@ def _kernel(
         total = _scaled_sum(left_ref, load, rows_ref, lanes, bits, group_size, blocks)
         if integer:
             total = join_limbs(x_ref, total, m)
+        kept = None if zeros_ref is None else zeros_ref[:, lanes]
+        zeros: Any = opened(scales_ref[:, lanes], kept, problem.scales)[1]
         # In what zero points count in: exact, as that is a power of two.
-        zeros: Any = 2.0 ** (bits - 1) / unit
-        if zeros_ref is not None:
-            zeros = _as_float32(zeros_ref[:, lanes])
+        if zeros is None:
+            zeros = 2.0 ** (bits - 1) / unit
         zeros = rows_ref[:, lanes] * (zeros + offset(bits, integer=integer) / unit)
         rest = exact_dot(sums_ref[:, : zeros.shape[0]], zeros, m) * unit
         rows = min(total.shape[0], rest.shape[0])
@@ -283,10 +284,6 @@ def _row(rows_ref: Any, layer: Any, lanes: slice) -> jax.Array:
     rows = rows_ref[:, lanes].astype(jnp.float32)
     mine = lax.broadcasted_iota(jnp.int32, (rows.shape[0], 1), 0) == lax.rem(layer, rows.shape[0])
     return jnp.sum(jnp.where(mine, rows, 0.0), axis=0, keepdims=True)
-
-
-def _as_float32(a: jax.Array) -> jax.Array:
-    return (a.astype(jnp.int32) if a.dtype == jnp.uint8 else a).astype(jnp.float32)
 
 
 def packed_matmul(

@@ -78,7 +78,7 @@ def shapes(problem: Problem) -> Iterator[Rounding]:
         for columns in widths
         for most in (_ROWS, _ROWS // 2, _ROWS // 4, 1)
     ]
-    if p.scales == "coded":
+    if p.coded:
         sizes = [at for at in sizes if at[0] == p.k] + [(p.k, LANES)] + sizes
     for rows, columns in sizes:
         yield Rounding(**vars(p), weighed=p.searched, rows=rows, columns=columns)

@@ -52,7 +52,7 @@ class Rounder:
         all of a column, else read; None if scales are not coded.
       planes: the column's planes, written by `pack`.
       scales: the column's scales, written by `pack`.
-      zeros: the column's zero points, written by `pack`; None if symmetric.
+      zeros: the column's zero points, written by `pack`; None where there is no array of them.
       rounded: ``[rows, columns]``: what the codes stand for is left there; or None.
       scratch: as `Rounding.scratch` describes.
     """
@@ -177,19 +177,13 @@ class Rounder:
         """What the scales of each column are multiples of, once all its ranges are kept."""
         s = self.spec
         low, high = (self.scratch[i][0, : s.groups, :] for i in (3, 4))
-        self.of_columns[...] = grid.column_scales(
-            low, high, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
-            stored=as_stored,
-        )  # fmt: skip
+        self.of_columns[...] = grid.column_scales(low, high, **s.grid, stored=as_stored)
 
     def fit(self, batch: int) -> None:
         """The grids of a batch."""
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
-        fit = functools.partial(
-            grid.fit, bits=s.bits, zero_point=s.zero_point, store_dtype=s.store_dtype,
-            stored=as_stored,
-        )  # fmt: skip
+        fit: Any = functools.partial(grid.fit, **s.grid, stored=as_stored)
         for column, lanes in self._lanes():
             if s.finds_columns:
                 low, high = (self.scratch[i][0, self._places(batch), lanes] for i in (3, 4))
@@ -223,8 +217,12 @@ class Rounder:
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]
                 codes = grid.encode(kept, scale, zero, bits=s.bits)
                 error = jnp.square(kept - grid.decode(codes, scale, zero))
+                row = (batch * SUBLANES + t) * g
                 if s.weighed:
-                    error *= self._per_row(6, (batch * SUBLANES + t) * g)
+                    error *= self._per_row(6, row)
+                elif s.d_in < s.k:
+                    # Of padding, a zero point that is no whole number makes an error.
+                    error = jnp.where(self.present(row, g), error, 0.0)
                 total = jnp.sum(error.reshape(g // SUBLANES, SUBLANES, LANES), 0)
                 self.arena[column, self._at(t * SUBLANES, SUBLANES), :] = pltpu.bitcast(
                     total, jnp.int32
@@ -293,18 +291,14 @@ class Rounder:
     def put_grid(self) -> None:
         """Writes the column's scales and zero points."""
         s = self.spec
-        unit: Any = 1.0 if self.of_columns is None else 1.0 / self.of_columns[...]
-        for source, target, factor in (
-            (self.scratch[3], self.scales, unit), (self.scratch[4], self.zeros, 1.0 / s.zero_unit),
-        ):  # fmt: skip
-            if target is None:
-                continue
-            for step in range(s.steps):
-                value = source[step, : s.groups, :]
-                if target.dtype == jnp.uint8:
-                    # They are whole, but for what a product with a reciprocal leaves.
-                    value = (value * factor + 0.5).astype(jnp.int32)
-                target[step * s.groups : (step + 1) * s.groups, :] = value.astype(target.dtype)
+        columns = None if self.of_columns is None else self.of_columns[...]
+        targets = [self.scales, *([] if self.zeros is None else [self.zeros])]
+        for step in range(s.steps):
+            scales, zeros = (self.scratch[i][step, : s.groups, :] for i in (3, 4))
+            rows = slice(step * s.groups, (step + 1) * s.groups)
+            kept = grid.closed(scales, zeros, columns, **s.grid)
+            for target, one in zip(targets, kept, strict=True):
+                target[rows, :] = one
 
     def pieces(self) -> list[Piece]:
         """The rounding of this block, in an order that keeps the passes apart."""

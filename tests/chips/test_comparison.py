@@ -39,7 +39,9 @@ def test_the_floor_is_every_stored_byte_once(bits, symmetric):
 
 
 @pytest.mark.parametrize("kernel", comparison.KERNELS)
-@pytest.mark.parametrize(("bits", "scales"), [(3, "float"), (8, "float"), (4, "coded")])
+@pytest.mark.parametrize(
+    ("bits", "scales"), [(3, "float"), (8, "float"), (4, "coded"), (4, "coded4")]
+)
 def test_the_floor_is_of_the_arrays_that_the_call_takes_and_returns(kernel, bits, scales):
     m = 0 if kernel == "quantize_pack" else 8
     it = case(kernel, bits=bits, k=256, n=128, m=m, scales=scales)

@@ -93,7 +93,7 @@ def _():
     return [table, now], []
 
 
-@evidence("Four bits for a scale and a zero point would be worth more in narrower groups")
+@evidence("Four bits for a scale and a zero point are worth more in narrower groups")
 def _():
     found = gaps("scale_widths_smollm2.jsonl", 8)
     table = [["code", "scale", "zero point", "group", "bits", "gap"]]
@@ -101,7 +101,12 @@ def _():
         one = found["-".join(map(str, grid))]
         *widths, group = map(str, grid)
         table.append([*widths, group, f"{one['bits']:.2f}", quality.interval(one)])
-    return [table], []
+    built = gaps("built_in_widths_smollm2.jsonl", 8)
+    again = [["grid", "simulated", "built in"]] + [
+        [f"`{name}`", quality.interval(found[name]), quality.interval(built[name])]
+        for name in ("3-4-4-32", "4-4-4-32")
+    ]
+    return [table, again], []
 
 
 @evidence("Scales and zero points fitted to their codes: less gap at the same stored bits")

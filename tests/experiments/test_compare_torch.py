@@ -131,16 +131,18 @@ def test_what_the_other_side_does_not_have_is_refused_before_loading(method):
 
 def test_rules_say_what_recipes_say():
     recipes = compare_torch.recipes_of(["awq-g64-sym@c", "ttq-r4"], [2, 5])
-    recipes |= compare_torch.recipes_of(["rtn-coded"], [3])
+    recipes |= compare_torch.recipes_of(["rtn-coded", "rtn-coded4"], [3])
     assert list(recipes) == [
-        "none", "awq-g64-sym-2@c", "awq-g64-sym-5@c", "ttq-r4-2", "ttq-r4-5", "rtn-coded-3"
+        "none", "awq-g64-sym-2@c", "awq-g64-sym-5@c", "ttq-r4-2", "ttq-r4-5", "rtn-coded-3",
+        "rtn-coded4-3",
     ]  # fmt: skip
     rules = [compare_torch.rule_of(n, r) for n, r in recipes.items() if isinstance(r, Recipe)]
     assert rules[0] == torch_quantizers.Rule(
         scale="searched", bits=2, group_size=64, symmetric=True
     )
     assert rules[3] == torch_quantizers.Rule(scale="power_law", bits=5, rank=4)
-    assert rules[4] == torch_quantizers.Rule(scale="none", bits=3, coded=True)
+    assert rules[4] == torch_quantizers.Rule(scale="none", bits=3, coded=8)
+    assert rules[5] == torch_quantizers.Rule(scale="none", bits=3, coded=4)
     with pytest.raises(SystemExit, match="always measured"):
         compare_torch.recipes_of(["none"], [3])
 

@@ -74,7 +74,7 @@ def test_the_checks_of_a_device_cover_the_kernels():
         assert {c.bits for c in mine} == set(pallas_kernels.PLANES)
         assert {c.zero_point for c in mine} == set(kernel_checks.ZERO_POINTS)
         assert {c.group_size for c in mine} == {128, 32, 96}
-        assert {c.scales for c in mine} == {"float", "coded"}
+        assert {c.scales for c in mine} == {"float", "coded", "coded4"}
     matmuls = [c for c in every if c.kernel == "packed_matmul"]
     assert {c.m for c in matmuls if c.bits == 4} >= {1, 2, 3, 16, 33, 128, 512, 4096}
     assert {c.kind for c in every} == {"exact", "real", "search", "vmap x", "vmap w"}
@@ -87,7 +87,7 @@ def test_the_checks_of_a_device_cover_the_kernels():
 def one_of_each(every):
     kinds = ("exact", "real", "vmap x", "vmap w")
     products = [some(every, kernel="packed_matmul", kind=kind) for kind in kinds]
-    coded = [some(every, kernel=k, scales="coded") for k in KERNELS]
+    coded = [some(every, kernel=k, scales=s) for k in KERNELS for s in ("coded", "coded4")]
     coded.append(some(every, kernel="packed_matmul", kind="real", scales="coded"))
     return [
         *products, *(some(every, kernel=k) for k in KERNELS[1:]), some(every, kind="search"), *coded
@@ -107,6 +107,8 @@ def test_interpreted_kernels_pass_their_checks():
         some(every, kernel="prefill_quantize", bits=4, quantized=True),
         some(every, kernel="packed_matmul", kind="exact", scales="coded", bits=3),
         some(every, kernel="prefill_quantize", quantized=True, scales="coded"),
+        some(every, kernel="packed_matmul", kind="real", scales="coded4", bits=5),
+        some(every, kernel="prefill_quantize", quantized=True, scales="coded4"),
     ]
     records = kernel_checks.run_checks(chosen, interpreted)
     assert [r for r in records if not r["ok"]] == []

@@ -1,4 +1,4 @@
-"""The simulation of narrower scales: at eight bits it is the built-in grid."""
+"""The simulation of narrower scales: at eight and four bits it is the built-in grid."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid, decode
-from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.quant.scaling import NoScale
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -26,10 +26,12 @@ import scale_widths  # noqa: E402
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_at_eight_bits_it_is_the_built_in_grid(bits):
+@pytest.mark.parametrize(("bits", "width", "scales"), [
+    (2, 8, "coded"), (3, 8, "coded"), (4, 8, "coded"), (3, 4, "coded4"), (4, 4, "coded4"),
+])  # fmt: skip
+def test_at_eight_and_four_bits_it_is_the_built_in_grid(bits, width, scales):
     w = jnp.asarray(np.random.default_rng(0).standard_t(4, size=(256, 40)), jnp.float32)
-    grid = Grid(bits=bits, group_size=32, scales="coded")
+    grid = Grid(bits=bits, group_size=32, scales=scales)
     rule = ClipSearch(steps=5, smallest=0.6)
     recipe = Recipe(moments="none", scale=NoScale(), rounding=rule, grid=grid)
     built_in = np.asarray(dense_weight(quantize(w, None, recipe)))
@@ -43,7 +45,7 @@ def test_at_eight_bits_it_is_the_built_in_grid(bits):
         return np.asarray(decode(groups, scales, zeros)).reshape(256, 40)
 
     error = lambda made: float(np.square(made - w).mean())  # noqa: E731
-    same = simulated(scale_bits=8, zero_bits=8)
+    same = simulated(scale_bits=width, zero_bits=width)
     # Its units are float32 numbers, the built-in ones bfloat16.
     assert error(same) == pytest.approx(error(built_in), rel=0.005)
     assert np.square(same - built_in).mean() < 0.2 * error(built_in)
@@ -73,6 +75,14 @@ def test_rows_and_the_table_of_them(tmp_path):
     lines = [line.split() for line in run("--report", str(out)).stdout.splitlines()]
     assert lines[0][:3] == ["code", "scale", "zero"]
     assert [line[:4] for line in lines[1:]] == [["3", "4", "4", "16"]]
+
+
+def test_what_is_built_in_is_asked_for_by_name():
+    for n, scales in ((8, "coded"), (4, "coded4")):
+        made = scale_widths.recipe_of(3, n, n, 32, built_in=True)
+        assert made == preset("fast", bits=3, group_size=32, scales=scales)
+    with pytest.raises(SystemExit, match="expected 8 or 4 bits of each, got 6 and 6"):
+        scale_widths.recipe_of(3, 6, 6, 48, built_in=True)
 
 
 def test_a_grid_that_is_none(tmp_path):

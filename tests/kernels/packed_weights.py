@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grid import CodedScales
+from pallas_kernels.grid import CodedPairs, CodedScales
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -38,8 +38,18 @@ def coded_weight(seed, bits, group_size, n_group, n, columns_dtype="bfloat16", s
     )
 
 
+def paired_weight(seed, bits, group_size, n_group, n, columns_dtype="bfloat16"):
+    """As `coded_weight`, with both in the halves of a byte."""
+    codes, scales, zeros = coded_weight(seed, bits, group_size, n_group, n, columns_dtype)
+    u = 1 + np.asarray(scales.codes) % 15  # both ends, as there
+    return codes, CodedPairs(jnp.asarray(u * 16 + np.asarray(zeros) % 16), scales.columns), None
+
+
 def stored_grid(scales, zeros, bits):
     """Scales and zero points in float64, as the layout defines what is stored."""
+    if isinstance(scales, CodedPairs):
+        u, z = np.divmod(np.asarray(scales.codes, np.float64), 16)
+        return u * np.asarray(scales.columns, np.float64)[..., None, :], z * 2.0 ** (bits - 4)
     z = None if zeros is None else np.asarray(zeros, np.float64)
     if not isinstance(scales, CodedScales):
         return np.asarray(scales, np.float64), z

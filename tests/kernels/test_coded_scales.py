@@ -1,4 +1,4 @@
-"""Scales and zero points of eight bits: what is stored, what it stands for, and what is refused."""
+"""Scales and zero points of eight or four bits: what is stored, and what is refused."""
 
 import functools
 from dataclasses import replace
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_weights import EPS, coded_weight, oracle_weight, stored_grid
+from packed_weights import EPS, coded_weight, oracle_weight, paired_weight, stored_grid
 
 from pallas_kernels import (
+    CodedPairs,
     CodedScales,
     dequantize,
     grid,
@@ -26,6 +27,7 @@ ALL_BITS = sorted(PLANES)
 GROUP = 32
 WIDTHS = pytest.mark.parametrize("bits", ALL_BITS)
 KINDS = pytest.mark.parametrize("zero_point", grid.ZERO_POINTS)
+PAIRED = [bits for bits in ALL_BITS if bits < 8]
 
 
 @WIDTHS
@@ -46,12 +48,29 @@ def test_dequantize_is_the_stored_form(bits, symmetric, columns):
     np.testing.assert_array_equal(exact, oracle_weight(codes, scales, zeros, bits, GROUP)[0])
 
 
-@WIDTHS
+@pytest.mark.parametrize("bits", PAIRED)
+def test_dequantize_takes_bytes_apart(bits):
+    """``c u (q - z 2**(bits - 4))``, written out in float64, byte by byte."""
+    codes, scales, zeros = paired_weight(bits, bits, GROUP, 5, 7)
+    assert zeros is None
+    c = np.asarray(scales.columns, np.float64)
+    got = dequantize(pack(jnp.asarray(codes), bits=bits), scales, None, bits=bits, group_size=GROUP)
+    for (row, column), byte in np.ndenumerate(np.repeat(np.asarray(scales.codes), GROUP, 0)):
+        u, z = int(byte) // 16, int(byte) % 16
+        exact = c[column] * u * (int(codes[row, column]) - z * 2.0 ** (bits - 4))
+        assert abs(float(got[row, column]) - exact) <= 2 * EPS * abs(exact)
+
+
+@pytest.mark.parametrize(
+    ("bits", "weight"),
+    [(b, coded_weight) for b in ALL_BITS]
+    + [(b, functools.partial(coded_weight, symmetric=True)) for b in ALL_BITS]
+    + [(b, paired_weight) for b in PAIRED],
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 2, xla.FEW_ROWS + 1])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_product_of_every_layer_within_the_rounding_bound(bits, rows, symmetric):
+def test_product_of_every_layer_within_the_rounding_bound(bits, weight, rows):
     n_group, n, layers = 3, 9, 2
-    every = [coded_weight(s, bits, GROUP, n_group, n, symmetric=symmetric) for s in range(layers)]
+    every = [weight(s, bits, GROUP, n_group, n) for s in range(layers)]
     codes, scales, zeros = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(b) for b in a]), *every)
     k, d_in = n_group * GROUP, n_group * GROUP - 3
     rng = np.random.default_rng(bits)
@@ -59,12 +78,12 @@ def test_product_of_every_layer_within_the_rounding_bound(bits, rows, symmetric)
     call = functools.partial(packed_matmul, bits=bits, group_size=GROUP)
     planes = pack(codes, bits=bits)
     for layer in range(layers):
-        weight, size = (a[:d_in] for a in oracle_weight(*every[layer], bits, GROUP))
+        exact, size = (a[:d_in] for a in oracle_weight(*every[layer], bits, GROUP))
         bound = (k + 6) * EPS * (np.abs(np.asarray(x, np.float64)) @ size)
         one = jax.tree.map(lambda a, i=layer: a[i], (planes, scales, zeros))
         for y in (call(x, planes, scales, zeros, layer=layer), call(x, *one)):
             assert y.shape == (rows, n)
-            wrong = np.abs(np.asarray(y, np.float64) - np.asarray(x, np.float64) @ weight)
+            wrong = np.abs(np.asarray(y, np.float64) - np.asarray(x, np.float64) @ exact)
             assert np.all(wrong <= bound)
 
 
@@ -86,6 +105,8 @@ X, PLANES_OF = jnp.ones((2, 64)), pack(jnp.asarray(CODES), bits=4)
          ["scales.columns", "float32, bfloat16", "float16"]),
         ({"zeros": ZEROS.astype(jnp.bfloat16)}, ["zeros", "uint8", "bfloat16"]),
         ({"zeros": ZEROS[:1]}, ["zeros", "(2, 6)", "(1, 6)"]),
+        ({"scales": CodedPairs(SCALES.codes, SCALES.columns)},
+         ["zeros", "None beside CodedPairs", "uint8[2, 6]"]),
         # Codes without their columns are no scales.
         ({"scales": SCALES.codes}, ["scales", "float32", "uint8"]),
     ],
@@ -102,7 +123,10 @@ def test_what_does_not_fit_is_said(change, parts):
     ("change", "parts"),
     [
         ({"store_dtype": "float16"}, ["store_dtype", "float32, bfloat16", "float16"]),
-        ({"scales": "codes"}, ["scales", "float, coded", "'codes'"]),
+        ({"scales": "codes"}, ["scales", "float, coded, coded4", "'codes'"]),
+        ({"scales": "coded4", "zero_point": "none"}, ["coded4", "'float'", "'none'"]),
+        ({"scales": "coded4", "zero_point": "integer"}, ["coded4", "'float'", "'integer'"]),
+        ({"scales": "coded4", "bits": 8}, ["coded4", "2 to 5", "8"]),
     ],
 )
 def test_the_quantizers_say_what_does_not_fit(change, parts):
@@ -118,7 +142,7 @@ def test_the_quantizers_say_what_does_not_fit(change, parts):
 
 def fitted(groups, bits, zero_point, store_dtype):
     """Scales and zero points of ``[n_group, group, n]``, and the columns' numbers."""
-    kind = {"bits": bits, "zero_point": zero_point, "store_dtype": store_dtype}
+    kind = {"bits": bits, "zero_point": zero_point, "store_dtype": store_dtype, "scales": "coded"}
     low, high = groups.min(1), groups.max(1)
     columns = grid.column_scales(low, high, **kind)
     return grid.fit(low, high, columns, **kind), columns, kind
@@ -154,6 +178,30 @@ def test_the_range_is_covered_by_what_is_stored(bits, zero_point, store_dtype):
     step = {"none": 0.0, "float": 2.0 ** (bits - 9), "integer": 0.5}[zero_point]
     lost = columns / scales / 2 + float(jnp.finfo(store_dtype).eps)
     assert jnp.all(wrong <= scales * (0.5 + step + 2**bits * lost + 1e-4))
+
+
+@pytest.mark.parametrize("bits", PAIRED)
+def test_four_bits_cover_the_range_and_read_as_they_were_fitted(bits):
+    rng = np.random.default_rng(bits)
+    groups = rng.standard_t(4, (24, 16, 40)) * np.exp(rng.normal(size=(24, 1, 40)))
+    kind = {"bits": bits, "zero_point": "float", "store_dtype": "bfloat16", "scales": "coded4"}
+    low, high = (jnp.asarray(a, jnp.float32) for a in (groups.min(1), groups.max(1)))
+    columns = grid.column_scales(low, high, **kind)
+    scales, zeros = grid.fit(low, high, columns, **kind)
+    stored, apart = grid.write(scales, zeros, columns, **kind)
+    assert isinstance(stored, CodedPairs)
+    assert apart is None
+    for one, other in zip(grid.read(stored, None, bits=bits), (scales, zeros), strict=True):
+        np.testing.assert_array_equal(one, other)
+    u, z = np.divmod(np.asarray(stored.codes), 16)
+    # The nearest of each, as plain arithmetic has it.
+    c = np.asarray(stored.columns, np.float64)
+    low, high = np.minimum(np.asarray(low, np.float64), 0), np.maximum(high, 0.0)
+    wanted = np.clip((high - low) / (2**bits - 1) / c, 1, 15)
+    assert np.all(np.abs(u - wanted) <= 0.5 + 1e-4)
+    assert np.all(u.max(0) == 15)
+    wanted = np.clip(-low / (c * u) * 2.0 ** (4 - bits), 0, 15)
+    assert np.all(np.abs(z - wanted) <= 0.5 + 1e-4)
 
 
 @KINDS
@@ -197,14 +245,17 @@ def nearest_codes(packed, target, slack, bits):
     assert np.all(np.abs(codes - value) <= 0.5 + slack / s + 4 * EPS * (np.abs(target / s) + z))
 
 
-@WIDTHS
-@KINDS
-def test_the_quantizers_are_the_references_and_the_nearest(bits, zero_point):
+@pytest.mark.parametrize(
+    ("bits", "zero_point", "scales"),
+    [(b, zero_point, "coded") for b in ALL_BITS for zero_point in grid.ZERO_POINTS]
+    + [(b, "float", "coded4") for b in PAIRED],
+)
+def test_the_quantizers_are_the_references_and_the_nearest(bits, zero_point, scales):
     rng = np.random.default_rng(bits)
     d_in, n = 90, 12
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((5, d_in), (d_in, n)))
     d, h = (jnp.asarray(rng.uniform(0.5, 2, d_in), jnp.float32) for _ in range(2))
-    kind = {"bits": bits, "group_size": GROUP, "zero_point": zero_point, "scales": "coded",
+    kind = {"bits": bits, "group_size": GROUP, "zero_point": zero_point, "scales": scales,
             "store_dtype": "bfloat16", "shrinks": (1.0, 0.8) if bits % 2 else (1.0,)}  # fmt: skip
     problem = rounding_problem(w, d, None, **kind)
     want = jax.jit(functools.partial(reference.quantize_pack, problem=problem))(w, d, h)

@@ -32,6 +32,7 @@ KINDS = [
     for zero_point in grid.ZERO_POINTS
     for scales in grid.SCALES
     for shrinks in ((1.0,), (1.0, 0.9, 0.8))
+    if scales != "coded4" or zero_point == "float"
 ]
 
 
@@ -64,15 +65,16 @@ def check(got, bits, **kind):
 def check_xla():
     """All kinds of a width in one program: that is compiled once."""
     for bits in sorted(PLANES):
+        kinds = [kind for kind in KINDS if bits < 8 or kind["scales"] != "coded4"]
 
         @jax.jit
-        def every(w, d, bits=bits):
+        def every(w, d, bits=bits, kinds=kinds):
             call = functools.partial(
                 quantize_pack, bits=bits, group_size=GROUP, store_dtype="bfloat16"
             )
-            return [call(w, d, **kind) for kind in KINDS]
+            return [call(w, d, **kind) for kind in kinds]
 
-        for got, kind in zip(every(*operands()), KINDS, strict=True):
+        for got, kind in zip(every(*operands()), kinds, strict=True):
             check(got, bits, **kind)
 
 
@@ -84,7 +86,7 @@ def check_simulated():
     np.testing.assert_array_equal(sum(np.asarray(p, np.float64) for p in parts), np.asarray(w))
     tpu = functools.partial(mosaic.quantize_pack, interpret=pltpu.InterpretParams())
     gpu = functools.partial(triton.quantize_pack, interpret=True)
-    for bits, at in ((8, 4), (5, 6), (4, 0)):
+    for bits, at in ((8, 4), (5, 6), (4, 0), (3, 9)):
         kind = KINDS[at]
         problem = rounding_problem(
             w, d, bits=bits, group_size=GROUP, store_dtype="bfloat16", **kind

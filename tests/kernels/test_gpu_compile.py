@@ -14,8 +14,8 @@ import pytest
 from compilers import MODELS, needs_compilers
 
 import pallas_kernels
-from pallas_kernels import CodedScales
 from pallas_kernels.choice import KERNELS, Target
+from pallas_kernels.grid import put_together
 from pallas_kernels.layout import PLANES
 from ttq_jax.chips.absent import compile_for
 from ttq_jax.chips.released import projections, released_config
@@ -143,14 +143,22 @@ def test_compiles_to_one_kernel_that_copies_no_weight(design):
         assert not [kind for kind in touched if re.fullmatch(size, kind)]
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_coded_scales_compile(chip):
+@pytest.mark.parametrize(
+    ("chip", "coded"), [*((chip, "coded") for chip in CHIPS), ("h100", "coded4")]
+)
+def test_coded_scales_compile(chip, coded):
     """All three kernels; the quantizers round the columns' numbers as they are stored."""
     i, shape = CHIPS.index(chip), jax.ShapeDtypeStruct
-    bits, k, n, implementation = (4, 2, 8)[i], 512, 256, {"implementation": "triton"}
+    paired = coded == "coded4"
+    bits, k, n, implementation = (
+        3 if paired else (4, 2, 8)[i],
+        512,
+        256,
+        {"implementation": "triton"},
+    )
     x = shape(((1, 16, 64)[i], k), jnp.dtype(("bfloat16", "float16", "float32")[i]))
     codes = shape((LAYERS, k // 32, n), jnp.uint8)
-    scales = CodedScales(codes, shape((LAYERS, n), jnp.bfloat16))
+    scales = put_together(codes, shape((LAYERS, n), jnp.bfloat16), coded)
     planes = tuple(shape((LAYERS, k * w // 8, n), jnp.uint8) for w in PLANES[bits])
 
     def multiply(x, *stacks):
@@ -158,14 +166,15 @@ def test_coded_scales_compile(chip):
             x, *stacks, bits=bits, group_size=32, layer=1, **implementation
         )
 
-    kind = {"bits": bits, "group_size": 32, "zero_point": ZEROS[i], "store_dtype": "bfloat16",
-            "scales": "coded"}  # fmt: skip
+    kind = {"bits": bits, "group_size": 32, "zero_point": "float" if paired else ZEROS[i],
+            "store_dtype": "bfloat16", "scales": coded}  # fmt: skip
 
     def quantize(x, w, d):
         return pallas_kernels.prefill_quantize(x, w, d, **kind, quantized=i > 0, **implementation)
 
     w, d = shape((k, n), x.dtype), shape((k,), jnp.float32)
-    for call, operands in ((multiply, (x, planes, scales, codes)), (quantize, (x, w, d))):
+    packed = planes, scales, None if paired else codes
+    for call, operands in ((multiply, (x, *packed)), (quantize, (x, w, d))):
         assert compile_for(chip, call, *operands).as_text().count(TRITON) == 1
 
 

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
+from packed_weights import (
+    EPS,
+    coded_weight,
+    oracle_weight,
+    paired_weight,
+    random_weight,
+    stored_grid,
+)
 
 from pallas_kernels import reference
 from pallas_kernels.gpu import packed_matmul as gpu
@@ -54,12 +61,14 @@ CASES = [
     (2, 32, 8, 33, 2, "bfloat16", "coded", "uint8"),
     (3, 64, 2, 65, 1, "bfloat16", "bfloat16", "bfloat16"),
     (3, 96, 4, 140, 16, "float32", "float32", None),
+    (3, 32, 4, 40, 2, "bfloat16", "coded4", "uint8"),
     (3, 384, 1, 24, 3, "float16", "float32", "uint8"),
     (4, 96, 3, 129, 17, "bfloat16", "float32", "uint8"),
     (4, 64, 3, 16, 2, "float16", "float16", None),
     (4, 128, 2, 128, 70, "bfloat16", "bfloat16", None),
     (4, 224, 1, 300, 3, "float32", "bfloat16", "float32"),
     (4, 32, 4, 130, 17, "bfloat16", "coded", "uint8"),
+    (4, 32, 4, 130, 17, "bfloat16", "coded4", "uint8"),
     (5, 32, 4, 131, 2, "float16", "float16", None),
     (5, 48, 8, 30, 33, "bfloat16", "bfloat16", "float16"),
     (5, 256, 1, 16, 16, "float32", "float32", "uint8"),
@@ -98,6 +107,8 @@ def test_within_the_rounding_bound(bits, group_size, n_group, n, m, dtype, store
     shape = m + bits, bits, group_size, n_group, n
     if store == "coded":
         weight = coded_weight(*shape, symmetric=zero is None)
+    elif store == "coded4":
+        weight = paired_weight(*shape)
     else:
         weight = random_weight(*shape, store, zero)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((m, k)), dtype)

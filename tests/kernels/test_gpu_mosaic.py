@@ -11,7 +11,14 @@ import pytest
 from compilers import MODELS, needs_compilers
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
+from packed_weights import (
+    EPS,
+    coded_weight,
+    oracle_weight,
+    paired_weight,
+    random_weight,
+    stored_grid,
+)
 
 from pallas_kernels.gpu import packed_matmul_sm90 as gpu
 from pallas_kernels.layout import PLANES, pack
@@ -70,13 +77,12 @@ def test_integers_are_exact_in_a_later_layer(bits, group_size, n_group, n, m, ze
         np.testing.assert_array_equal(np.asarray(y), exact)
 
 
-@pytest.mark.parametrize("coded", [False, True])
-def test_real_operands_within_the_rounding_bound(coded):
+@pytest.mark.parametrize("weight", [random_weight, coded_weight, paired_weight])
+def test_real_operands_within_the_rounding_bound(weight):
     bits, group_size = 4, 32
     shape = 1, bits, group_size, 8, 128
-    codes, scales, zeros = (
-        coded_weight(*shape) if coded else random_weight(*shape, "bfloat16", "bfloat16")
-    )
+    types = ("bfloat16", "bfloat16") if weight is random_weight else ()
+    codes, scales, zeros = weight(*shape, *types)
     x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 256)), jnp.bfloat16)
     weight = jax.tree.map(lambda a: a[None], (pack(jnp.asarray(codes), bits=bits), scales, zeros))
     y = simulate(x, *weight, 0, bits=bits, group_size=group_size)

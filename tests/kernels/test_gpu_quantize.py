@@ -286,20 +286,21 @@ def test_prefill_of_real_operands_within_the_bound(
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "d_in", "n", "zero_point", "dtype", "shrinks"),
+    ("bits", "group_size", "d_in", "n", "zero_point", "dtype", "shrinks", "scales"),
     [
-        (2, 32, 128, 33, "float", "bfloat16", (1.0, 0.8)),
-        (4, 48, 150, 20, "none", "float32", (1.0,)),
-        (5, 64, 100, 17, "integer", "bfloat16", (1.0,)),
-        (8, 32, 70, 40, "float", "float16", (1.0,)),
+        (2, 32, 128, 33, "float", "bfloat16", (1.0, 0.8), "coded"),
+        (4, 48, 150, 20, "none", "float32", (1.0,), "coded"),
+        (5, 64, 100, 17, "integer", "bfloat16", (1.0,), "coded"),
+        (8, 32, 70, 40, "float", "float16", (1.0,), "coded"),
+        (3, 16, 70, 40, "float", "bfloat16", (1.0, 0.8), "coded4"),
     ],
 )
-def test_coded_scales(bits, group_size, d_in, n, zero_point, dtype, shrinks):
+def test_coded_scales(bits, group_size, d_in, n, zero_point, dtype, shrinks, scales):
     """Scales and zero points are the oracle's, codes the nearest; so is the product with them."""
     rng = np.random.default_rng(bits)
     x, w = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((5, d_in), (1, d_in, n)))
     d = jnp.asarray(rng.uniform(0.5, 2, d_in), jnp.float32)
-    kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scales": "coded",
+    kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scales": scales,
             "store_dtype": "bfloat16", "shrinks": shrinks}  # fmt: skip
     want = oracle(w[0], d, None, **kind)
     problem = rounding_problem(w, d, None, x, **kind, quantized=True)

@@ -9,8 +9,8 @@ import pytest
 from compilers import MODELS, needs_compilers
 
 import pallas_kernels
-from pallas_kernels import CodedScales
 from pallas_kernels.choice import Problem, choose, current_target
+from pallas_kernels.grid import put_together
 from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
 from ttq_jax.chips.released import projections, released_config
 
@@ -32,11 +32,11 @@ def packed_shapes(k, n, *, bits, group_size, zero_point, store="bfloat16", layer
     planes = tuple(
         shape((*layers, k * width // 8, n), "uint8") for width in pallas_kernels.PLANES[bits]
     )
-    codes = shape((*layers, k // group_size, n), "uint8" if scales == "coded" else store)
+    codes = shape((*layers, k // group_size, n), store if scales == "float" else "uint8")
     zeros = {"none": None, "float": codes, "integer": shape(codes.shape, "uint8")}[zero_point]
-    if scales == "coded":
-        return planes, CodedScales(codes, shape((*layers, n), store)), zeros
-    return planes, codes, zeros
+    columns = None if scales == "float" else shape((*layers, n), store)
+    zeros = None if scales == "coded4" else zeros
+    return planes, put_together(codes, columns, scales), zeros
 
 
 def calls(text):
@@ -152,19 +152,23 @@ def test_small_groups_of_a_large_weight():
     assert calls(compiled.as_text())["prefill_quantize"] == 1
 
 
-@pytest.mark.parametrize("chip", TPUS)
-def test_coded_scales(chip):
+@pytest.mark.parametrize(
+    ("chip", "scales"), [*((chip, "coded") for chip in TPUS), ("v6e", "coded4")]
+)
+def test_coded_scales(chip, scales):
     """A small weight, from the same operands as models have: stacks, and a layer of them."""
     i = TPUS.index(chip)
     kind = {"bits": BITS[i], "group_size": 32, "zero_point": ZERO_POINTS[i % 3]}
+    if scales == "coded4":
+        kind |= {"bits": 3, "zero_point": "float"}
     k, n, common = 512, 256, {"layer": 1, "implementation": "tpu"}
-    packed = packed_shapes(k, n, **kind, scales="coded", layers=(2,))
+    packed = packed_shapes(k, n, **kind, scales=scales, layers=(2,))
     call = functools.partial(
         pallas_kernels.packed_matmul, bits=kind["bits"], group_size=32, **common
     )
     text = compile_for(chip, call, shape((1 + 16 * i, k), "bfloat16"), *packed).as_text()
     assert calls(text)["packed_matmul"] == 1
-    kind |= {"scales": "coded", "store_dtype": "bfloat16", "shrinks": (1.0, 0.8)[: 1 + i % 2]}
+    kind |= {"scales": scales, "store_dtype": "bfloat16", "shrinks": (1.0, 0.8)[: 1 + i % 2]}
     weight = shape((2, k - 7, n), "bfloat16"), shape((k - 7,), "float32")
     call = functools.partial(pallas_kernels.quantize_pack, **kind, **common)
     text = compile_for(chip, call, *weight).as_text()

@@ -85,6 +85,11 @@ def test_coded_scales(m, bits, group, zeros, blocks):
     run(m, bits, group, ROWS[bits][group], 256, zeros, "coded", **blocks)
 
 
+@pytest.mark.parametrize(("m", "bits", "group"), [(17, 3, 64), (3, 4, 32)])
+def test_pairs_of_scales_and_zero_points(m, bits, group):
+    run(m, bits, group, ROWS[bits][group], 256, None, "coded4")
+
+
 def test_a_layer_of_more_than_a_block_has():
     """The columns' numbers of 19 layers come in blocks of 16: which row, and what is beyond."""
     bits, group, k, n, layers = 4, 32, 64, 128, 19

@@ -78,15 +78,16 @@ def test_search_and_low_rank(bits, zero_point, group, d_in, quantized, options):
 
 
 @pytest.mark.parametrize(
-    ("bits", "zero_point", "group", "d_in", "quantized", "blocks"),
+    ("bits", "zero_point", "group", "d_in", "quantized", "blocks", "scales"),
     [
-        (3, "float", 32, 285, False, None),
-        (4, "none", 64, 192, True, None),
-        (4, "float", 64, 384, True, {"rows": 128, "columns": 128}),
+        (3, "float", 32, 285, False, None, "coded"),
+        (4, "none", 64, 192, True, None, "coded"),
+        (4, "float", 64, 384, True, {"rows": 128, "columns": 128}, "coded"),
+        (3, "float", 32, 285, True, None, "coded4"),
     ],
 )
-def test_coded_scales(bits, zero_point, group, d_in, quantized, blocks):
-    run(17, bits, zero_point, group, d_in, 200, quantized=quantized, scales="coded", blocks=blocks,
+def test_coded_scales(bits, zero_point, group, d_in, quantized, blocks, scales):
+    run(17, bits, zero_point, group, d_in, 200, quantized=quantized, scales=scales, blocks=blocks,
         real=True)  # fmt: skip
 
 

@@ -116,10 +116,13 @@ def test_blocks(bits, zero_point, group, d_in, n, cores, blocks, options):
         (8, "float", 96, 288, None, {}),
         # Of a column in several blocks, XLA finds the numbers.
         (5, "float", 64, 384, {"rows": 128, "columns": 128}, {}),
+        (3, "float", 32, 285, None, {"scales": "coded4", "shrinks": SEARCH}),
+        (4, "float", 64, 384, {"rows": 128, "columns": 128}, {"scales": "coded4"}),
     ],
 )
 def test_coded_scales(bits, zero_point, group, d_in, blocks, options):
-    run(bits, zero_point, group, d_in, 200, scales="coded", blocks=blocks, real=True, **options)
+    options = {"scales": "coded"} | options
+    run(bits, zero_point, group, d_in, 200, blocks=blocks, real=True, **options)
 
 
 def test_nothing_and_constants_stay_what_they_are():

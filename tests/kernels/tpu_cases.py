@@ -13,10 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
-from packed_weights import EPS, coded_weight, oracle_weight, random_weight, stored_grid
+from packed_weights import (
+    EPS,
+    coded_weight,
+    oracle_weight,
+    paired_weight,
+    random_weight,
+    stored_grid,
+)
 
 from pallas_kernels import reference
-from pallas_kernels.grid import CodedScales
+from pallas_kernels.grid import CodedPairs, CodedScales
 from pallas_kernels.layout import pack, unpack
 from pallas_kernels.problem import rounding_problem
 
@@ -79,7 +86,7 @@ def mixed_rows(seed, m, k, dtype="bfloat16"):
 def mixed_packed(seed, bits, group_size, k, n, scale_dtype="bfloat16", zero_dtype="bfloat16"):
     """(codes of one layer, (planes, scales, zeros) of `LAYERS`).
 
-    A scale type of "coded" has zero points of eight bits, or none.
+    A scale type of "coded" has zero points of eight bits, or none; "coded4" has them in its bytes.
     """
     rng = np.random.default_rng(seed)
     every = []
@@ -87,6 +94,9 @@ def mixed_packed(seed, bits, group_size, k, n, scale_dtype="bfloat16", zero_dtyp
         shape = [seed, layer], bits, group_size, k // group_size, n
         if scale_dtype == "coded":
             every.append(_whole_coded(rng, bits, *coded_weight(*shape, symmetric=not zero_dtype)))
+            continue
+        if scale_dtype == "coded4":
+            every.append(_whole_pairs(rng, bits, *paired_weight(*shape)[:2]))
             continue
         codes, scales, zeros = random_weight(*shape, scale_dtype, zero_dtype)
         scales = np.array(scales)
@@ -108,6 +118,15 @@ def _whole_coded(rng, bits, codes, scales, zeros):
         zeros = np.array(zeros)
         zeros[:, ::2] = zeros[:, ::2] >> (8 - bits) << (8 - bits)
     return codes, CodedScales(u, columns), zeros
+
+
+def _whole_pairs(rng, bits, codes, scales):
+    """The same of pairs."""
+    (u, z), columns = np.divmod(np.array(scales.codes), 16), np.array(scales.columns)
+    u[:, ::2] = 2 ** rng.integers(0, 3, u[:, ::2].shape)
+    columns[::2] = 0.5
+    z[:, ::2] -= z[:, ::2] % 2 ** max(4 - bits, 0)
+    return codes, CodedPairs((16 * u + z).astype(np.uint8), columns), None
 
 
 def one_layer(stacks):

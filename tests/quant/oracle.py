@@ -32,23 +32,24 @@ def fit_group(g, bits, symmetric, zero_point="integer", dtype="float32", shrink=
     return s, stored(z, dtype)
 
 
-def round_coded(w, bits, rows, symmetric, zero_point="float", dtype="float32", shrink=1.0):
-    """As `round_groups`, scales as c[j] u[g, j] and zero points in units of 2^(bits-8), u and they
-    in eight bits."""
+def round_coded(w, bits, rows, symmetric, zero_point="float", dtype="float32", width=8):
+    """As `round_groups`, scales as c[j] u[g, j] and zero points in units of 2^(bits-width), u and
+    they in `width` bits."""
+    most = 2**width - 1
     groups = [np.asarray(w[i : i + rows], np.float64) for i in range(0, w.shape[0], rows)]
     exact = {"bits": bits, "symmetric": symmetric, "zero_point": "float", "dtype": "float64"}
     full = [fit_group(g, **exact)[0] * np.any(g, 0) for g in groups]
-    c = stored(np.max(full, 0) / 255, dtype)
+    c = stored(np.max(full, 0) / most, dtype)
     c = np.where(c > 0, c, 1)
     out = []
     for g in groups:
-        u = np.clip(np.round(fit_group(g, **exact, shrink=shrink)[0] / c), 1, 255)
+        u = np.clip(np.round(fit_group(g, **exact)[0] / c), 1, most)
         z = np.full(u.shape, 2.0 ** (bits - 1))
         if not symmetric:
-            z = -np.minimum(np.min(g, 0), 0) * shrink / (c * u)
+            z = -np.minimum(np.min(g, 0), 0) / (c * u)
             whole = np.clip(np.round(z), 0, 2**bits - 1)
-            eighth = np.clip(np.round(z * 2 ** (8 - bits)), 0, 255) * 2.0 ** (bits - 8)
-            z = whole if zero_point == "integer" else eighth
+            part = np.clip(np.round(z * 2.0 ** (width - bits)), 0, most) * 2.0 ** (bits - width)
+            z = whole if zero_point == "integer" else part
         q = np.clip(np.round(g / (c * u) + z), 0, 2**bits - 1)
         out.append(c * u * (q - z))
     return np.concatenate(out)

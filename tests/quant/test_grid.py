@@ -71,21 +71,50 @@ def test_coded_scales_are_the_oracles(bits, symmetric, zero_point, dtype):
     assert off.mean() < 0.003
 
 
-@pytest.mark.parametrize("rounding", [Nearest(), ClipSearch(), HalfQuadratic(), SecondOrder()])
-@pytest.mark.parametrize("bits", [3, 4])
-def test_coded_scales_cost_half_a_bit_less_and_nearly_nothing(bits, rounding):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_scales_in_four_bits_are_the_oracles(bits, dtype):
+    sizes = np.exp(np.random.default_rng(1).normal(size=(4, 1, 9)))
+    w = (weight(128).reshape(4, 32, 9) * sizes).reshape(128, 9)[:100]
+    packed = quantize(jnp.asarray(w), None, rtn(bits=bits, scales="coded4", store_dtype=dtype))
+    assert packed.scales.codes.dtype == jnp.uint8
+    assert packed.zeros is None
+    # A byte for each of four groups, and a number for the column.
+    size = packed.scales.columns.dtype.itemsize
+    assert leaf_bits(packed) == pytest.approx(8 * (4 * (32 * bits / 8 + 1) + size) / 100)
+    want = round_coded(w, bits, 32, False, dtype=dtype, width=4)
+    off = np.abs(dense_weight(packed) - want) > 1e-5 * np.abs(w).max()
+    assert off.mean() < 0.003
+
+
+ROUNDINGS = [Nearest(), ClipSearch(), HalfQuadratic(), SecondOrder()]
+
+
+def error_and_bits(rounding, **grid):
+    """The squared output error of a grid, and its bits per weight."""
     x = np.random.default_rng(2).normal(size=(64, 128)) * np.exp(np.arange(128) / 64)
     w, seen = jnp.asarray(weight(128, 32)), moments_of(x.astype(np.float32))
     seen = dataclasses.replace(seen, gram=jnp.asarray(x.T @ x, jnp.float32)[None])
+    packed = quantize(w, seen, Recipe(scale=NoScale(), rounding=rounding, grid=Grid(**grid)))
+    wrong = np.asarray(dense_weight(packed), np.float64) - weight(128, 32)
+    return np.sum((x @ wrong) ** 2), leaf_bits(packed)
 
-    def error(scales):
-        grid = Grid(bits=bits, group_size=32, scales=scales)
-        recipe = Recipe(scale=NoScale(), rounding=rounding, grid=grid)
-        packed = quantize(w, seen, recipe)
-        wrong = np.asarray(dense_weight(packed), np.float64) - weight(128, 32)
-        return np.sum((x @ wrong) ** 2), leaf_bits(packed)
 
-    (coded, few), (stored, many) = error("coded"), error("float")
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scales_in_four_bits_win_in_groups_half_as_wide(bits, rounding):
+    wide, many = error_and_bits(rounding, bits=bits, group_size=64, scales="coded")
+    narrow, few = error_and_bits(rounding, bits=bits, group_size=32, scales="coded4")
+    assert few == many
+    assert narrow < wide
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_coded_scales_cost_half_a_bit_less_and_nearly_nothing(bits, rounding):
+    (coded, few), (stored, many) = (
+        error_and_bits(rounding, bits=bits, group_size=32, scales=s) for s in ("coded", "float")
+    )
     assert few == bits + 16 / 32 + 16 / 128
     assert many == bits + 32 / 32
     assert coded < 1.05 * stored
@@ -245,6 +274,10 @@ def test_dead_channels_and_silent_prompts_stay_finite(name):
         ({"group_size": 0}, "positive multiple of 8, or -1 for all input channels, got 0"),
         ({"group_size": 20}, "got 20"),
         ({"zero_point": "half"}, "zero point"),
+        ({"scales": "coded4", "symmetric": True}, "scales 'coded4': .* not symmetric, .* got symm"),
+        ({"scales": "coded4", "zero_point": "integer"}, "'float', .* got 'integer' and 4 bits"),
+        ({"scales": "coded4", "bits": 8}, "at most 5 bits, got 'float' and 8 bits"),
+        ({"scales": "coded4", "store_dtype": "float16"}, "coded scales: expected store_dtype"),
         ({"store_dtype": "int4"}, "store dtype"),
         ({"rank": -1}, "low_rank: expected rank >= 0, error_rank >= 0"),
         ({"moments": "mine"}, "moments.of: expected one of none, corpus, prompt"),

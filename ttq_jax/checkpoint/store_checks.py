@@ -15,7 +15,7 @@ from ttq_jax.checkpoint.errors import StoreError
 from ttq_jax.errors import shown
 from ttq_jax.foreign import is_file, is_inside, why
 from ttq_jax.linear import dense_weight
-from ttq_jax.quant.grid import CodedScales, Grid
+from ttq_jax.quant.grid import Grid, kind_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import MixedLinear, Params, QuantizedLinear, kernels
 
@@ -122,8 +122,8 @@ def _stands_for(kernel: Any, shape: tuple[int, ...], grids: tuple[Grid, ...]) ->
         return False
     dense = jax.vmap(jax.vmap(dense_weight) if experts else dense_weight)
     return len(stacks) == len(used) and all(
-        (one.bits, one.group_size, one.d_in, one.d_out, isinstance(one.scales, CodedScales))
-        == (grid.bits, grid.rows_per_group(d_in), d_in, d_out, grid.scales == "coded")
+        (one.bits, one.group_size, one.d_in, one.d_out, kind_of(one.scales))
+        == (grid.bits, grid.rows_per_group(d_in), d_in, d_out, grid.scales)
         and jax.eval_shape(dense, one).shape == (grids.count(grid), *experts, d_in, d_out)
         for one, grid in zip(stacks, used, strict=True)
     )

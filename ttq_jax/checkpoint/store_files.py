@@ -25,7 +25,7 @@ from ttq_jax.checkpoint.store_schema import HEADER, TREES
 from ttq_jax.errors import shown
 from ttq_jax.files import clear, draft, replace_folder, reserve
 from ttq_jax.foreign import check, parse_json, read_bytes
-from ttq_jax.quant.grid import CodedScales
+from ttq_jax.quant.grid import CodedPairs, CodedScales
 from ttq_jax.types import LowRank, MixedLinear, Moments, Offline, QuantizedLinear
 
 VERSION = 1
@@ -38,7 +38,7 @@ _MARK = "ttq-jax store"
 _HEADER, _ARRAYS = "ttq.json", "arrays"
 _NODES: dict[str, type] = {
     node.__name__: node
-    for node in (CodedScales, LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
+    for node in (CodedPairs, CodedScales, LowRank, MixedLinear, Moments, Offline, QuantizedLinear)
 }
 
 

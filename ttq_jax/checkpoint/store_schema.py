@@ -22,10 +22,11 @@ _LOW_RANK = _node(
     "LowRank", {"down": _ARRAY, "up": _ARRAY, "down_scale": _MAYBE, "up_scale": _MAYBE}, {}
 )
 _CODED = _node("CodedScales", {"codes": _ARRAY, "columns": _ARRAY}, {})
+_PAIRS = _CODED | {"node": frozenset({"CodedPairs"})}
 _QUANTIZED = _node(
     "QuantizedLinear",
     {
-        "planes": {"tuple": [_ARRAY]}, "scales": (_ARRAY, _CODED), "zeros": _MAYBE,
+        "planes": {"tuple": [_ARRAY]}, "scales": (_ARRAY, _CODED, _PAIRS), "zeros": _MAYBE,
         "channel_scale": _MAYBE, "low_rank": (None, _LOW_RANK), "layer": None,
     },
     dict.fromkeys(("bits", "group_size", "d_in", "d_out"), COUNT),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import PLANES, Problem, Target, packed_matmul, prefill_quantize, quantize_pack
 from pallas_kernels.choice import module_of, refusal
-from pallas_kernels.grid import CodedScales
+from pallas_kernels.grid import put_together
 from ttq_jax.chips.absent import chip as find_chip
 from ttq_jax.chips.cycles import CompileError
 from ttq_jax.chips.cycles import estimate as estimate_program
@@ -82,13 +82,10 @@ class Case:
     def packed_shapes(self) -> tuple[Any, Any, Any]:
         """Planes, scales and zero points."""
         planes = tuple(Shape((self.k * w // 8, self.n), jnp.uint8) for w in PLANES[self.bits])
-        scales: Any = Shape(
-            (self.k // self.group_size, self.n), jnp.dtype(self.problem.scale_dtype)
-        )
-        zeros = None if self.symmetric else scales
-        if self.scales == "coded":
-            scales = CodedScales(scales, Shape((self.n,), jnp.bfloat16))
-        return planes, scales, zeros
+        p = self.problem
+        kept: Any = Shape((self.k // self.group_size, self.n), jnp.dtype(p.scale_dtype))
+        columns: Any = Shape((self.n,), jnp.bfloat16) if p.coded else None
+        return planes, put_together(kept, columns, p.scales), kept if p.zero_dtype else None
 
     def operands(self) -> tuple[tuple[Any, ...], Any]:
         """``(activations, weight)``: a tuple of none or one, and a tree of shapes."""

@@ -67,7 +67,7 @@ def _text(records: list[dict[str, Any]], measured: bool) -> str:
     notes: list[str] = []
     for r in records:
         group = f"{r['group_size']}{' sym' if r['symmetric'] else ''}"
-        group += " coded" if r["scales"] == "coded" else ""
+        group += "" if r["scales"] == "float" else f" {r['scales']}"
         mark = ""
         if "note" in r:
             if r["note"] not in notes:

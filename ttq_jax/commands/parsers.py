@@ -140,8 +140,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--select", metavar="REGEX",
         help="projections to quantize, by path, as in layers/(q|down)")  # fmt: skip
     add("--zero-point", choices=("integer", "float"), help="how zero points are stored")
-    add("--scales", choices=("float", "coded"),
-        help="how scales are stored: as floating-point numbers, or in eight bits each")  # fmt: skip
+    add("--scales", choices=("float", "coded", "coded4"),
+        help="scales as numbers, in eight bits, or in four beside the zero point's")  # fmt: skip
     add("--store-dtype", choices=("bfloat16", "float16", "float32"),
         help="dtype of stored scales, zero points and low-rank factors")  # fmt: skip
     _add_set(group)
@@ -338,8 +338,8 @@ def _bench_parser(commands: Any) -> None:
     add("--m", type=int, nargs="+", metavar="M", help="rows of activations")
     add("--shape", nargs="+", metavar="KxN", help="shape of the weight (default: 4096x4096)")
     add("--symmetric", action="store_true", help="quantize without zero points")
-    add("--scales", choices=("float", "coded"), default="float",
-        help="a bfloat16 number each, or eight bits and a number per column (default: float)"
+    add("--scales", choices=("float", "coded", "coded4"), default="float",
+        help="bfloat16 scales, or of eight or four bits and a number per column (default: float)"
         )  # fmt: skip
     _add_common(parser)
 

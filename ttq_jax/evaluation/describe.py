@@ -134,7 +134,7 @@ def describe_grid(recipe: Recipe) -> str:
         f"{grid.bits} bits" + (" and width rules" if recipe.widths else ""),
         "whole rows" if grid.group_size == -1 else f"group {grid.group_size}",
         *(["symmetric"] if grid.symmetric else []),
-        *(["coded scales"] if grid.scales == "coded" else []),
+        *{"coded": ["coded scales"], "coded4": ["scales coded in 4 bits"]}.get(grid.scales, []),
     ]
     return ", ".join(parts)
 

@@ -13,7 +13,9 @@ from ttq_jax.errors import check_fields, shown
 BITS = (2, 3, 4, 5, 8)
 STORE_DTYPES = ("bfloat16", "float16", "float32")
 SCALES = formula.SCALES
+CodedPairs = formula.CodedPairs
 CodedScales = formula.CodedScales
+kind_of = formula.kind_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,9 @@ class Grid:
       symmetric: whether no zero point is stored.
       zero_point: "float" (stored like a scale: both ends of a group's range are on the grid) or
         "integer" (whole: 0 is on the grid; AutoAWQ's and GPTQ's convention).
-      scales: "float", or "coded": scales and zero points take eight bits each, and every column one
-        number that its scales are multiples of.
+      scales: "float"; "coded": scales and zero points take eight bits each, and every column one
+        number that its scales are multiples of; or "coded4": four bits each, together in a byte.
+        That needs a zero point of "float" and at most 5 bits.
       store_dtype: type of scales, float zero points, channel scales and low-rank factors; of the
         columns' numbers where scales are coded.
     """
@@ -57,7 +60,13 @@ class Grid:
             raise ConfigError(
                 f"scales: expected one of {', '.join(SCALES)}, got {shown(self.scales)}"
             )
-        if self.scales == "coded" and self.store_dtype == "float16":
+        if self.scales == "coded4" and (self.kind != "float" or self.bits == 8):
+            raise ConfigError(
+                "scales 'coded4': expected a zero point of 'float', not symmetric, and at most 5 "
+                f"bits, got {'symmetric' if self.symmetric else shown(self.zero_point)} and "
+                f"{self.bits} bits; set scales to 'coded' for other grids"
+            )
+        if self.scales != "float" and self.store_dtype == "float16":
             raise ConfigError(
                 "coded scales: expected store_dtype bfloat16 or float32, got 'float16', in which "
                 "the columns' numbers would lose their last bits; or set scales to 'float'"
@@ -120,7 +129,9 @@ def store(x: Array, dtype: str) -> Array:
 
 
 def _stored(grid: Grid) -> dict[str, Any]:
-    return {"bits": grid.bits, "zero_point": grid.kind, "store_dtype": grid.store_dtype}
+    packing = grid.packing(8)
+    del packing["group_size"]
+    return packing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,7 +162,7 @@ def for_weight(grid: Grid, groups: Float[Array, "n_group rows d_out"]) -> Column
       The same grid with the weight's columns.
     """
     columns = None
-    if grid.scales == "coded":
+    if grid.scales != "float":
         low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
         columns = formula.column_scales(low, high, **_stored(grid))
     fields = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Grid)}
@@ -190,12 +201,16 @@ def fit(
 
 def fit_scales(scales: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
     """Positive scales as the grid stores them; float32. Coded: the grid is from `for_weight`."""
-    return formula.fit_scales(scales, _columns(grid), store_dtype=grid.store_dtype)
+    columns = _columns(grid)
+    if columns is None:
+        found = formula.as_stored(scales, grid.store_dtype)
+        return jnp.where(found > formula.SMALLEST, found, 1.0)
+    return jnp.clip(jnp.round(scales / columns), 1.0, formula.most(grid.scales)) * columns
 
 
 def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
     """Zero points, in units of codes, as a grid with zero points stores them; float32."""
-    return formula.fit_zeros(zeros, coded=grid.scales == "coded", **_stored(grid))
+    return formula.fit_zeros(zeros, **_stored(grid))
 
 
 def write(

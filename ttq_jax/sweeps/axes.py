@@ -38,7 +38,7 @@ AXES: dict[str, Any] = {
     "bits": int, "group_size": int, "rank": int, "symmetric": bool, "clip": bool,
     "alpha": float, "lam": float, "p": float, "select": str, "prefill": ("full", "quantized"),
     "zero_point": ("integer", "float"), "store_dtype": ("bfloat16", "float16", "float32"),
-    "scales": ("float", "coded"), "head": ("2", "3", "4", "5", "8", "none"),
+    "scales": ("float", "coded", "coded4"), "head": ("2", "3", "4", "5", "8", "none"),
 }  # fmt: skip
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false"}

@@ -25,6 +25,7 @@ _SPECIAL = {
     ("group_size", -1): "whole rows", ("symmetric", True): "symmetric",
     ("symmetric", False): "with zero points", ("clip", True): "clip search",
     ("scales", "float"): "floating-point scales", ("scales", "coded"): "coded scales",
+    ("scales", "coded4"): "scales coded in 4 bits",
     ("clip", False): "no clip search", ("rank", 0): "no ranks",
     ("head", "none"): "unquantized head",
 }  # fmt: skip
