@@ -1,6 +1,6 @@
 """The frontier: perplexity gap against stored bits, every method on the same windows.
 
-Claim     none yet: its rows are still being measured.
+Claim     none of its own yet: of its lines only llama.cpp's are measured, see `compare_gguf.py`.
 Command   pip install llama-cpp-python
           python experiments/frontier.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus ptb=FILE … --calibration c4=FILE --windows 16

@@ -125,6 +125,22 @@ def _():
     return [table], []
 
 
+@evidence("With an importance matrix, llama.cpp's 4-bit formats are ahead of `fast`")
+def _():
+    file, ours = "frontier_smollm2.jsonl", "fast-asym-coded-h0"
+    found = gaps(file, 16)
+    found[ours] = gaps("default_smollm2.jsonl", 16)[ours]
+    table = [["codes", "importance", "bits", "gap"]]
+    for name, one in sorted(found.items(), key=lambda kv: kv[1]["bits"]):
+        if name == "none":
+            continue
+        kind, _, source = name.partition("@")
+        weighs = {"c4": "C4", "prompt": "prompt", "": "none"}[source]
+        label = [f"`{ours}`", "prompt"] if name == ours else [kind, weighs]
+        table.append([*label, f"{one['bits']:.2f}", quality.interval(one)])
+    return [table], []
+
+
 @evidence("Second order gains from refits, damping and descents together, on three texts")
 def _():
     file, base = "better_codes_second_smollm2.jsonl", "best-3-g32-asym-coded-h0"

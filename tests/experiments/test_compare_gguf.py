@@ -43,6 +43,7 @@ def asked(monkeypatch):
         ggml_quantize_chunk=quantize, ggml_quantize_requires_imatrix=lambda kind: kind == 16
     )
     monkeypatch.setattr(compare_gguf, "library", lambda: library)
+    monkeypatch.setattr(compare_gguf, "versions", lambda *names: dict.fromkeys(names, "0"))
     return calls
 
 
@@ -104,6 +105,8 @@ def test_rows_are_kept_for_every_source_of_importance(asked, tmp_path, capsys):
     rows = {row["recipe_name"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert list(rows) == ["none", "Q8_0", "Q8_0@same", "Q4_0@prompt"]
     assert [row["effective_bits"] for row in rows.values()] == [32.0, 8.5, 8.5, 4.5]
+    assert [*rows["none"]["versions"]] == []
+    assert [*rows["Q8_0"]["versions"]] == ["llama-cpp-python"]
     plain = rows["none"]["nll"]
     assert rows["Q8_0"]["nll"] == rows["Q8_0@same"]["nll"], "Q8_0 weighs nothing"
     np.testing.assert_allclose(rows["Q8_0"]["nll"], plain, rtol=0.01)
