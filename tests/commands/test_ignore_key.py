@@ -65,6 +65,7 @@ def test_every_command_that_takes_a_model_takes_it():
 # What each command asks for besides a model.
 NEEDS = {
     "generate": ["--prompt", "x"], "chat": [], "perplexity": ["--corpus", "builtin:prose"],
+    "acceptance": ["--corpus", "builtin:prose"],
     "prepare": ["--recipe", "rtn", "--out", "prepared"], "inspect": [], "kernels": [],
     "allocate": ["--corpus", "builtin:prose", "--budget", "4", "--out", "mine.toml"],
 }  # fmt: skip
