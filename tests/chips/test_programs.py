@@ -53,7 +53,7 @@ def types_of(array):
 @pytest.mark.parametrize(
     ("model", "chip", "group_size"),
     [
-        ("llama-3-8b", "v6e", 32),
+        ("llama-3-8b", "v6e", 128),
         ("llama-3-8b", "h100", 32),
     ],
 )

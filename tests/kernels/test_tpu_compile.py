@@ -81,10 +81,18 @@ CASES = [
     for j, chip in enumerate(TPUS)
     if k * n <= SMALL or (i - j) % len(TPUS) == 3
 ]
-every = pytest.mark.parametrize(
-    ("chip", "k", "n"),
-    [pytest.param(*c, marks=[pytest.mark.slow] * (c[1] * c[2] > SMALL)) for c in CASES],
-)
+
+
+def of(cases):
+    return pytest.mark.parametrize(
+        ("chip", "k", "n"),
+        [pytest.param(*c, marks=[pytest.mark.slow] * (c[1] * c[2] > SMALL)) for c in cases],
+    )
+
+
+def quantized_by(turn):
+    """Small weights, and of the large ones every second: each is compiled by one quantizer."""
+    return [c for c in CASES if c[1] * c[2] <= SMALL or SHAPES.index(c[1:]) % 2 == turn]
 
 
 def test_every_width_is_compiled_for_every_chip():
@@ -92,9 +100,14 @@ def test_every_width_is_compiled_for_every_chip():
         (chip, bits) for chip in TPUS for bits in BITS
     }
     assert {(k, n) for _, k, n in CASES} == set(SHAPES)
+    assert {*quantized_by(0), *quantized_by(1)} == set(CASES)
+    for turn in (0, 1):
+        some = [(chip, design(chip, k, n)[1]["bits"]) for chip, k, n in quantized_by(turn)]
+        assert {bits for _, bits in some} == set(BITS)
+        assert {chip for chip, _ in some} == set(TPUS)
 
 
-@every
+@of(CASES)
 def test_packed_matmul(chip, k, n):
     i, kind = design(chip, k, n)
     # Many rows of x take the compiler long on long columns; the chip with the least fast memory has
@@ -104,14 +117,14 @@ def test_packed_matmul(chip, k, n):
     assert calls(compiled.as_text())["packed_matmul"] == 1
 
 
-@every
+@of(quantized_by(0))
 def test_quantize_pack(chip, k, n):
     i, kind = design(chip, k, n)
     compiled = compile_quantize(chip, 0, k, n, **kind, scaled=i % 3 > 0)
     assert calls(compiled.as_text())["quantize_pack"] == 1
 
 
-@every
+@of(quantized_by(1))
 def test_prefill_quantize(chip, k, n):
     i, kind = design(chip, k, n)
     m = (512, 16, 2048, 1)[i % 4]
