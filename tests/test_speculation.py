@@ -10,6 +10,7 @@ from scipy import stats
 from small import OPT, prompts_of, random_rows, small_config, small_params
 
 from ttq_jax import speculation
+from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, Rope
 from ttq_jax.errors import Error
 from ttq_jax.generate import generate_tokens
@@ -246,7 +247,7 @@ def test_another_prompt_of_the_bucket_compiles_nothing():
 
 
 def model_of(config=CONFIG, params=PARAMS):
-    return type("Model", (), {"config": config, "params": params})()
+    return Model(config=config, params=params, tokenizer=None, name="tiny", eos_ids=())
 
 
 @pytest.mark.parametrize(
