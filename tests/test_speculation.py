@@ -1,6 +1,7 @@
 """Packed weights draft, unquantized ones verify: the answer is the unquantized model's."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ from small import OPT, prompts_of, random_rows, small_config, small_params
 from ttq_jax import speculation
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, Rope
-from ttq_jax.errors import Error
 from ttq_jax.generate import generate_tokens
 from ttq_jax.generation import Drafts
 from ttq_jax.models.cache import empty_cache
@@ -64,14 +64,12 @@ def of(**changes):
 
 FAST = preset("fast", bits=2, group_size=32, moments="prompt")
 CASES = {
-    "one": ([13], 1, {}),
     "two": ([13, 29], 3, {}),
     "five": ([3, 30, 9, 21, 14], 5, {}),
     "most": ([7, 8], 16, {}),
     "quantized prefill": ([13, 6], 4, {"recipe": preset("paper", bits=3)}),
     "packed head": ([13, 6], 4, {"recipe": FAST, "offline": Offline(head=head_of(PARAMS, FAST))}),
     "per prompt": ([13, 6], 4, {"recipe": preset("ttq", bits=3, batch="per_prompt")}),
-    "some layers": ([13, 6], 4, {"recipe": preset("ttq", bits=2, select="layers/(q|down)")}),
     "sliding window": ([13, 27], 4, of(sliding_window=8, sliding_layers=(True, False))),
     "opt": ([13, 6], 4, of(**OPT)),
     "mixture": ([13, 6], 4, mixture()),
@@ -216,15 +214,14 @@ def test_the_test_sees_drafts_that_are_always_accepted(monkeypatch):
 
 
 def test_a_seed_gives_the_same_answer_whoever_is_beside_it():
+    # A tree that every batch shares: one from the prompts would be pooled over the batch.
     rows = random_rows([13, 9, 20])
-    both = run(prompts_of(rows, 32), drafts=3, sampling=SAMPLED, seed=5)[0]
-    assert both == run(prompts_of(rows, 32), drafts=3, sampling=SAMPLED, seed=5)[0]
-    assert both != run(prompts_of(rows, 32), drafts=3, sampling=SAMPLED, seed=6)[0]
-    # The quantized tree is pooled over a batch: only one that every batch shares shows it.
     packed = quantized_for(prompts_of(rows, 32))
-    given = {"drafts": 3, "sampling": SAMPLED, "offline": Offline(packed=packed), "seed": 5}
-    together = run(prompts_of(rows, 32), **given)[0]
-    assert together[0] == run(prompts_of(rows[:1], 32), **given)[0][0]
+    how = {"drafts": 3, "sampling": SAMPLED, "offline": Offline(packed=packed)}
+    together = run(prompts_of(rows, 32), seed=5, **how)[0]
+    assert together == run(prompts_of(rows, 32), seed=5, **how)[0]
+    assert together != run(prompts_of(rows, 32), seed=6, **how)[0]
+    assert together[0] == run(prompts_of(rows[:1], 32), seed=5, **how)[0][0]
 
 
 def test_a_stream_gives_the_same_tokens():
@@ -240,14 +237,15 @@ def test_a_stream_gives_the_same_tokens():
 
 
 def test_another_prompt_of_the_bucket_compiles_nothing():
-    run(prompts_of(random_rows([13]), 32), drafts=2)
+    run(prompts_of(random_rows([13]), 32), drafts=3)
     before = generate_tokens._cache_size()
-    run(prompts_of(random_rows([22], seed=1), 32), drafts=2, limit=5)
+    run(prompts_of(random_rows([22], seed=1), 32), drafts=3, limit=5)
     assert generate_tokens._cache_size() == before
 
 
 def model_of(config=CONFIG, params=PARAMS):
-    return Model(config=config, params=params, tokenizer=None, name="tiny", eos_ids=())
+    tokenizer = SimpleNamespace(vocab_size=97, bos_id=None)
+    return Model(config=config, params=params, tokenizer=tokenizer, name="tiny", eos_ids=())
 
 
 @pytest.mark.parametrize(
@@ -267,8 +265,6 @@ def test_what_cannot_be_drafted_or_verified_is_refused(drafts, recipe, model, me
 
 
 def test_more_is_refused(monkeypatch):
-    with pytest.raises(Error, match="a whole number"):
-        speculation.check(2.5, TTQ)
     speculation.check(0, None)
     speculation.check(16, TTQ, model_of())
     monkeypatch.setattr(Rope, "grows", True)

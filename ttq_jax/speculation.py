@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -79,7 +80,7 @@ def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> Non
       ConfigError: K out of range, or with a recipe or a model that it does not go with.
       Error: K is no whole number.
     """
-    expect("speculate", drafts, int, "a whole number")
+    expect("speculate", drafts, (int, np.integer), "a whole number")
     if not 0 <= drafts <= MOST:
         raise ConfigError(f"speculate: expected 0 to {MOST} drafts per cycle, got {drafts}")
     if not drafts:
