@@ -1,0 +1,55 @@
+"""The measurement of speculative decoding, on a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_files import write_model
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import speculative  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    place = tmp_path_factory.mktemp("speculative") / "model"
+    return str(write_model(place, max_position_embeddings=512))
+
+
+def test_answers_are_compared_and_drafts_counted(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speculative, "CASES", ((3, 2),))
+    text, out = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(900)))
+    speculative.main([
+        "check", "--model", model, "--corpus", f"numbers={text}", "--prompts", "2", "--tokens",
+        "6", "--recipe", "ttq-3", "--out", str(out),
+    ])  # fmt: skip
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["drafts"], row["batch"], row["answers"]) == (3, 2, 2)
+    assert row["different"] == row["near_ties"] == len(row["closeness"])
+    assert row["drafted"] == 3 * row["passes"]
+    assert "3 drafts, batches of 2" in capsys.readouterr().out
+
+
+def test_how_close_two_tokens_were(model):
+    loaded = speculative.ttq.load(model)
+    gap = speculative.closeness(loaded, "One and one is", [3, 4])
+    assert 0 < gap < 1
+
+
+def test_contenders_take_turns(model, tmp_path, capsys):
+    out = tmp_path / "times.json"
+    speculative.main([
+        "time", "--model", model, "--recipe", "ttq-3", "--prompts", "1", "--tokens", "6",
+        "--drafts", "2", "--out", str(out),
+    ])  # fmt: skip
+    rows = {row["decoding"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == ["none", "ttq-3", "2"]
+    assert rows["none"]["over_none"] == 1
+    assert "acceptance" not in rows["ttq-3"]
+    assert rows["2"]["drafted"] == 2 * rows["2"]["passes"]
+    assert "tokens per pass" in capsys.readouterr().out
