@@ -126,6 +126,8 @@ def test_estimates_are_of_tpus_that_have_them():
         ({"rows": [0]}, ["at least 1 row", "0 rows"]),
         ({"shapes": [(4092, 8)], "group_sizes": [4]}, ["4092x8"]),
         ({"shapes": [(4096, 0)]}, ["4096x0"]),
+        ({"scales": "coded4", "bits": [8]}, ["bits of 2 to 5", "8"]),
+        ({"scales": "coded4", "symmetric": True}, ["zero_point 'float'", "'none'"]),
     ],
 )
 def test_problems_that_no_kernel_has_are_refused(options, parts):
@@ -144,6 +146,7 @@ def test_a_sweep_is_the_product_of_its_axes():
     assert {c.m for c in made if c.kernel == "quantize_pack"} == {0}
     assert all(c.symmetric and c.scales == "coded" for c in made)
     assert {c.kernel for c in sweep()} == {*comparison.KERNELS}
+    assert {c.bits for c in sweep(scales="coded4")} == {2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("kernel", comparison.KERNELS)

@@ -176,14 +176,17 @@ def sweep(
       Cases, kernel by kernel.
 
     Raises:
-      ValueError: a group size that does not divide a shape, or another number out of range.
+      ValueError: a group size that does not divide a shape, another number out of range, or a grid
+        that its scales cannot be stored with.
     """
     cases = []
     for kernel in kernels or KERNELS:
         axes = _DEFAULTS[kernel]
         ms = (0,) if kernel == "quantize_pack" else rows or axes["m"]
+        # Four bits of scale and zero point go with at most 5 of code.
+        widths = bits or [b for b in axes["bits"] if scales != "coded4" or b <= 5]
         for (k, n), b, g, m in itertools.product(
-            shapes or ((4096, 4096),), bits or axes["bits"], group_sizes or axes["group_size"], ms
+            shapes or ((4096, 4096),), widths, group_sizes or axes["group_size"], ms
         ):
             whole = b in PLANES and k >= 8 and n >= 1 and k % 8 == 0
             if not whole or g < 8 or g % 8 or k % g or (m < 1 and kernel != "quantize_pack"):
@@ -196,6 +199,7 @@ def sweep(
                 kernel=kernel, bits=b, group_size=g, symmetric=symmetric, m=m, k=k, n=n,
                 scales=scales,
             ))  # fmt: skip
+            _ = cases[-1].problem  # refuses a grid that cannot be stored
     return cases
 
 
