@@ -155,4 +155,8 @@ def _():
             f"{row['acceptance']:.3f}",
             f"{row['tokens_per_pass']:.2f}",
         ])
-    return [table], []
+    speed = [["decoding", "over unquantized", "acceptance", "tokens per pass"]]
+    for row in read("speculative_times_smollm2.json")["rows"]:
+        more = [f"{row[k]:.2f}" if k in row else "" for k in ("acceptance", "tokens_per_pass")]
+        speed.append([row["decoding"], f"{row['over_none']:.2f}", *more])
+    return [table, speed], []
