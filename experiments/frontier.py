@@ -7,7 +7,7 @@ Command   pip install llama-cpp-python
               --out experiments/results/frontier_smollm2.jsonl
           python experiments/frontier.py report experiments/results/frontier_smollm2.jsonl
               --picture FILE.svg
-Cost      SmolLM2 on 2 cores, 16 windows of five texts: about 4 hours; Gemma 3 270M about 8. A run
+Cost      estimated, SmolLM2 on 2 cores, 16 windows of five texts: 4 hours; Gemma 3 270M 8. A run
           that was cut goes on where it stopped. `--line NAME` measures one line.
 Expect    a row per point and corpus, in the form of `quality.py`. `report` prints the gaps of every
           line, and who is ahead at equal bits; it draws a panel per model.

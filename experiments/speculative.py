@@ -5,7 +5,8 @@ Command   python experiments/speculative.py check --model smollm2 --corpus wikit
               --corpus ptb=FILE … --prompts 40 --out experiments/results/speculative_smollm2.json
           python experiments/speculative.py time --model smollm2
               --out experiments/results/speculative_times_smollm2.json
-Cost      SmolLM2 on 2 idle cores: `check` of 200 prompts about 15 minutes, `time` 3 minutes.
+Cost      SmolLM2 on 2 cores: `check` of 200 prompts ten minutes for each number of drafts beside
+          other work, `time` of 3 prompts and 3 numbers of drafts 2 minutes.
 Expect    `check` prints a row per number of drafts and batch: answers that differ from the
           unquantized model's, and how close the two likeliest tokens were where they part; `time`
           a row per number of drafts: tokens per second beside both kinds of plain decoding.

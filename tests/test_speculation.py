@@ -1,6 +1,7 @@
 """Packed weights draft, unquantized ones verify: the answer is the unquantized model's."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -18,9 +19,10 @@ from ttq_jax.generation import Drafts
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.prior import for_unreached
-from ttq_jax.prefill import prefill
+from ttq_jax.prefill import first_turn, prefill
 from ttq_jax.quant.head import head_of
 from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import Sampling, filtered
 from ttq_jax.stream import go_on, start
 from ttq_jax.types import Offline
@@ -28,6 +30,7 @@ from ttq_jax.types import Offline
 CONFIG = small_config()
 PARAMS = small_params(CONFIG)
 TTQ = preset("ttq", bits=3)
+MIXED = (Width(select="layers/1/(q|down)", bits=2),)
 CAPACITY = 16
 
 
@@ -70,6 +73,7 @@ CASES = {
     "quantized prefill": ([13, 6], 4, {"recipe": preset("paper", bits=3)}),
     "packed head": ([13, 6], 4, {"recipe": FAST, "offline": Offline(head=head_of(PARAMS, FAST))}),
     "per prompt": ([13, 6], 4, {"recipe": preset("ttq", bits=3, batch="per_prompt")}),
+    "mixed widths": ([13, 6], 4, {"recipe": dataclasses.replace(TTQ, widths=MIXED)}),
     "sliding window": ([13, 27], 4, of(sliding_window=8, sliding_layers=(True, False))),
     "opt": ([13, 6], 4, of(**OPT)),
     "mixture": ([13, 6], 4, mixture()),
@@ -234,6 +238,21 @@ def test_a_stream_gives_the_same_tokens():
         _, state = go_on(PARAMS, Offline(), begun, state, jnp.asarray(limit, jnp.int32), **how)
         assert state.counts.tolist() == [limit]
     assert np.asarray(state.out)[0, :13].tolist() == run(prompts, recipe=None)[0][0]
+
+
+def test_a_conversation_hands_on_what_it_hands_on_without_drafts():
+    recipe = dataclasses.replace(TTQ, moments=dataclasses.replace(TTQ.source, decay=0.5))
+    offline = Offline(carried=first_turn(PARAMS, CONFIG, recipe))
+    prompts = prompts_of(random_rows([13]), 32)
+    both = [
+        generate_tokens(
+            PARAMS, prompts, offline, jax.random.key(0), jnp.asarray(9, jnp.int32), config=CONFIG,
+            recipe=recipe, sampling=Sampling(), capacity=CAPACITY, eos_ids=(), drafts=drafts,
+        )[3]
+        for drafts in (0, 3)
+    ]  # fmt: skip
+    assert set(both[0]) == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), *both)
 
 
 def test_another_prompt_of_the_bucket_compiles_nothing():

@@ -97,9 +97,9 @@ def answer(
       With a refresh the new tree, else None; the moments so far; and the answers.
     """
     if drafts:
-        drafter = {**packed, **(offline.head or {})}
+        drafting = speculation.drafter(packed, offline)
         state = speculation.advance(
-            params, drafter, state, key, limit, drafts=drafts, config=config, sampling=sampling,
+            params, drafting, state, key, limit, drafts=drafts, config=config, sampling=sampling,
             eos_ids=eos_ids,
         )  # fmt: skip
         return None, moments, state

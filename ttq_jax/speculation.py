@@ -53,7 +53,7 @@ class Speculation:
       finite: bool[]; whether the logit of every token that was chosen is finite.
       drafted: int32[B]; drafts so far.
       kept: int32[B]; of them, those that are in the answer.
-      cycles: int32[B]; passes of the verifier so far.
+      passes: int32[B]; of the verifier so far.
     """
 
     made: Leaf
@@ -65,7 +65,7 @@ class Speculation:
     finite: Leaf
     drafted: Leaf
     kept: Leaf
-    cycles: Leaf
+    passes: Leaf
 
 
 def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> None:
@@ -137,6 +137,19 @@ def read(
     return hidden, filled, packed, moments, unreached
 
 
+def drafter(packed: Params, offline: Offline) -> Params:
+    """The tree that drafts: its tables are the recipe's too.
+
+    Args:
+      packed: from `read`.
+      offline: from `prepare`, with the tables that the recipe packs.
+
+    Returns:
+      The tree.
+    """
+    return {**packed, **(offline.head or {})}
+
+
 def begin(first: Decoding) -> Speculation:
     """From an answer of one token, chosen by the unquantized model.
 
@@ -151,7 +164,7 @@ def begin(first: Decoding) -> Speculation:
     return Speculation(
         made=none + 1, token=first.token, cache=dataclasses.replace(first.cache, used=rows),
         out=first.out, done=first.done, counts=first.counts, finite=first.finite,
-        drafted=none, kept=none, cycles=none,
+        drafted=none, kept=none, passes=none,
     )  # fmt: skip
 
 
@@ -159,12 +172,12 @@ def stats(state: Any) -> Int[Array, "B 4"] | None:
     """The numbers of `Drafts` of each row; None for an answer without drafts."""
     if not isinstance(state, Speculation):
         return None
-    return jnp.stack([state.drafted, state.kept, state.cycles, state.made - 1], axis=-1)
+    return jnp.stack([state.drafted, state.kept, state.passes, state.made - 1], axis=-1)
 
 
 def advance(
     params: Params,
-    drafter: Params,
+    packed: Params,
     state: Speculation,
     key: Array,
     limit: Int[Array, ""],
@@ -178,7 +191,7 @@ def advance(
 
     Args:
       params: the dense tree, which verifies.
-      drafter: the packed tree.
+      packed: the tree that drafts, from `drafter`.
       state: of `begin`, or of the last call.
       key: a PRNG key, the same in every call.
       limit: most tokens per row, up to the capacity; dynamic.
@@ -191,14 +204,14 @@ def advance(
       The answers.
     """
 
-    def run(params: Params, drafter: Params, state: Speculation, key: Array, limit: Array) -> Any:
+    def run(params: Params, packed: Params, state: Speculation, key: Array, limit: Array) -> Any:
         def running(state: Speculation) -> Array:
             return jnp.any(~state.done & (state.made < limit))
 
         def cycle(state: Speculation) -> Speculation:
             row = jnp.arange(len(state.token), dtype=jnp.int32)
             keys = jax.vmap(partial(_keys, key, count=drafts + 1))(row, state.made)
-            drafted, by, cache = _draft(config, drafter, state, keys[:, :-1], sampling)
+            drafted, by, cache = _draft(config, packed, state, keys[:, :-1], sampling)
             scores, cache = _verify(config, params, state, drafted, cache)
             agreed, tokens = _accept(scores, drafted, by, keys, sampling)
             return _keep(state, agreed, tokens, scores, cache, limit, eos_ids)
@@ -207,7 +220,7 @@ def advance(
 
     # See `decode.advance`.
     apart = lambda params, *rest: run(unstack(params), *rest)  # noqa: E731
-    return jax.lax.platform_dependent(params, drafter, state, key, limit, cpu=apart, default=run)
+    return jax.lax.platform_dependent(params, packed, state, key, limit, cpu=apart, default=run)
 
 
 def _keys(key: Array, row: Array, made: Array, *, count: int) -> Array:
@@ -223,15 +236,15 @@ def _draw(keys: Array, logits: Array, what: int) -> Array:
 
 
 def _draft(
-    config: ModelConfig, drafter: Params, state: Speculation, keys: Array, sampling: Sampling
+    config: ModelConfig, packed: Params, state: Speculation, keys: Array, sampling: Sampling
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K V"] | None, Cache]:
     """K tokens of the packed tree, the logits that they were drawn from, and the cache."""
     valid = jnp.ones((len(state.token), 1), bool)
 
     def one(carry: tuple, keys: Array) -> tuple:
         token, cache = carry
-        hidden, cache, _ = forward(config, drafter, token[:, None], valid, cache)
-        scores = logits(config, drafter, hidden[:, 0])
+        hidden, cache, _ = forward(config, packed, token[:, None], valid, cache)
+        scores = logits(config, packed, hidden[:, 0])
         if sampling.temperature == 0:
             token = likeliest(scores)
             return (token, cache), (token, None)
@@ -326,5 +339,5 @@ def _keep(
         finite=state.finite & finite,
         drafted=state.drafted + jnp.where(active, count - 1, 0),
         kept=state.kept + jnp.minimum(agreed, new),
-        cycles=state.cycles + active.astype(jnp.int32),
+        passes=state.passes + active.astype(jnp.int32),
     )

@@ -37,6 +37,19 @@ def chat(cli, instruct, monkeypatch):
     return run
 
 
+def test_a_session_with_drafts_answers_as_the_unquantized_model(chat):
+    options = (*SELECT, "--speculate", 2)
+    code, plain, err = chat("Hi", options=("--recipe", "none"))
+    assert code == 0, err
+    code, out, err = chat("Hi", "/stats", options=options)
+    assert code == 0, err
+    assert out.startswith(plain)
+    assert "drafts were kept" in out
+    code, _, err = chat("/recipe none", options=options)
+    assert code == 2
+    assert "expected a recipe whose quantized weights draft" in err
+
+
 def test_a_session_is_a_conversation_and_compiles_once(chat, instruct, tmp_path):
     # A byte is a token: with this the session stays in one bucket, that of 256.
     system, place = "x" * 150, tmp_path / "kept"

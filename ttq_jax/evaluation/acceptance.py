@@ -127,10 +127,10 @@ def compare_window(
     _, cache, packed, *_ = speculation.read(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
-    drafter, valid = {**packed, **(offline.head or {})}, jnp.ones(rest.shape, bool)
+    tree, valid = speculation.drafter(packed, offline), jnp.ones(rest.shape, bool)
     hidden, _, _ = forward(config, params, rest, valid, cache)
-    drafted, _, _ = forward(config, drafter, rest, valid, cache)
-    return _compare(config, params, drafter, hidden[0], drafted[0]) / rest.size
+    drafted, _, _ = forward(config, tree, rest, valid, cache)
+    return _compare(config, params, tree, hidden[0], drafted[0]) / rest.size
 
 
 def stream(
