@@ -21,7 +21,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
 from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.foreign import parse_toml
-from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
+from ttq_jax.quant.names import DEFAULT, PREFILLS, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
 from ttq_jax.text import read_text
@@ -36,7 +36,7 @@ AXES: dict[str, Any] = {
     "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
     "calibration": str, "calibration_tokens": int,
     "bits": int, "group_size": int, "rank": int, "symmetric": bool, "clip": bool,
-    "alpha": float, "lam": float, "p": float, "select": str, "prefill": ("full", "quantized"),
+    "alpha": float, "lam": float, "p": float, "select": str, "prefill": PREFILLS,
     "zero_point": ("integer", "float"), "store_dtype": ("bfloat16", "float16", "float32"),
     "scales": ("float", "coded", "coded4"), "head": ("2", "3", "4", "5", "8", "none"),
 }  # fmt: skip

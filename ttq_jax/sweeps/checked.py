@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ttq_jax.config import ConfigError
+from ttq_jax.quant.names import PREFILLS
 from ttq_jax.sweeps.rows import Row
 
 Check = Callable[[Any], bool]
@@ -89,7 +90,7 @@ _RECIPE: Schema = {
     "grid": (_dict_of(lambda _: True), "a table", True),
     "low_rank": (_dict_of(lambda _: True), "a table", True),
     "scale": (_dict_of(lambda _: True), "a table", True),
-    "prefill": (lambda v: v in ("full", "quantized"), "full or quantized", False),
+    "prefill": (lambda v: v in PREFILLS, " or ".join(PREFILLS), False),
 }
 _GRID: Schema = {
     "bits": (_count, "a count", True), "group_size": (_whole, "an integer", True),
