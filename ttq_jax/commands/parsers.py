@@ -136,7 +136,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--p", type=float, help="power-law scale: exponent of the activation moment")
     add("--prefill", choices=PREFILLS,
         help="weights that read the prompt: full takes the unquantized ones; quantized takes each "
-        "layer's own quantized ones, as in the paper; both reads it with either, in two streams")  # fmt: skip
+        "layer's own quantized ones, as in the paper; both has a stream of either")  # fmt: skip
     add("--select", metavar="REGEX",
         help="projections to quantize, by path, as in layers/(q|down)")  # fmt: skip
     add("--zero-point", choices=("integer", "float"), help="how zero points are stored")

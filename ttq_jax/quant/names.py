@@ -1,4 +1,4 @@
-"""The recipes' names, the ways to read a prompt, and messages about recipes; imports no jax, so that it loads at once."""
+"""Names of recipes and of their choices, and messages; imports no jax, so that it loads at once."""
 
 import difflib
 

@@ -98,10 +98,13 @@ def apart(x: Float[Array, "both T d_in"], valid: Bool[Array, "B T"], rule: Corre
     mean = jnp.sum(jnp.square(seen)) / (count * jnp.float32(d_in))
     # A stream of zeros moves nothing, and must not divide by nothing.
     damping = jnp.where(mean > 0, mean * jnp.float32(rule.damping), 1.0)
-    # Both are the same matrix; what is smaller is solved.
+
+    def solved(gram: Array, wanted: Array) -> Array:
+        system = gram / count + damping * jnp.eye(len(gram), dtype=jnp.float32)
+        return jsp.linalg.solve(system, wanted, assume_a="pos")
+
+    # Two forms of one matrix; the smaller system is solved.
     if n < d_in:
-        left, small = (seen.T,), _product(seen, seen.T)
-    else:
-        left, small, missing = (), _product(seen.T, seen), _product(seen.T, missing)
-    system = small / count + damping * jnp.eye(len(small), dtype=jnp.float32)
-    return Streams(exact, drifted, (jsp.linalg.solve(system, missing, assume_a="pos"), *left))
+        return Streams(exact, drifted, (solved(_product(seen, seen.T), missing), seen.T))
+    whole = solved(_product(seen.T, seen), _product(seen.T, missing))
+    return Streams(exact, drifted, (whole,))

@@ -142,13 +142,14 @@ def _readers(group: Sequence[Summary]) -> list[Part]:
     """States which weights read the prompt, where recipes differ in it."""
     readers: dict[str, dict[str, None]] = {}
     for one in group:
-        if one.prefill and one.values["protocol"] == "causal":
-            readers.setdefault(one.prefill, {})[words.method(str(one.values["recipe"]))] = None
+        if one.reader and one.values["protocol"] == "causal":
+            readers.setdefault(one.reader, {})[words.method(str(one.values["recipe"]))] = None
     if len(readers) < 2:
         return []
     return [Text(
         "This table has two kinds of prefill; do not compare one with the other. Unquantized "
-        f"weights read the prompt (prefill full): {', '.join(readers['full'])}. Quantized weights "
+        f"weights read the prompt (prefill full or both): {', '.join(readers['unquantized'])}. "
+        "Quantized weights "
         f"read it (prefill quantized): {', '.join(readers['quantized'])}."
     )]  # fmt: skip
 
