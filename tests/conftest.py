@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import tempfile
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -18,6 +19,14 @@ os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing here may reach a hub; what a test needs is a package or made by the test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The workers, and processes that tests start, share what was compiled; it ends with the run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# JAX makes many objects while it traces, and few of them are garbage.
+gc.set_threshold(50_000, 20, 100)
 
 import jax
 import jaxtyping
