@@ -63,6 +63,16 @@ class Summary:
         """Bytes of weights read per decoded token; None if the rows do not say."""
         return self.row.get("bytes_per_token")
 
+    def agreement(self, measure: str) -> float | None:
+        """A measure of `acceptance`, its mean over windows and then corpora; None if rows lack it.
+
+        Args:
+          measure: one of `acceptance.MEASURES`.
+        """
+        found = [row.get("acceptance") for row in self.rows.values()]
+        means = [float(np.mean(one[measure])) for one in found if one is not None]
+        return float(np.mean(means)) if len(means) == len(found) else None
+
     @property
     def setting(self) -> dict[str, Any]:
         """The part of `values` that must be equal in a comparison."""
