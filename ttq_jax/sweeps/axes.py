@@ -1,9 +1,9 @@
 """A sweep file -> cells: the product of its axes. A cell is one run of `ttq perplexity`.
 
 A key of the file is an option of that command (`bits`, `corpus`, `method`), a recipe field
-(`rounding = "clip"`, `moments.prior_tokens`), `seed` or `acceptance`; its value is a list, or one value. Keys
-before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the union of the
-parts' products.
+(`rounding = "clip"`, `moments.prior_tokens`), `seed` or `acceptance`; its value is a list, or one
+value. Keys before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the
+union of the parts' products.
 
 An axis that a cell does not read is left out of it, such as the bits of the unquantized model or
 the calibration corpus of a recipe that reads none. Cells that are then equal run once.

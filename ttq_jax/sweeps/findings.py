@@ -154,17 +154,22 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
 
 def _readers(group: Sequence[Summary]) -> list[Part]:
     """States which weights read the prompt, where recipes differ in it."""
-    readers: dict[str, dict[str, None]] = {}
+    readers: dict[str, list[Summary]] = {}
     for one in group:
         if one.reader and one.values["protocol"] == "causal":
-            readers.setdefault(one.reader, {})[words.method(str(one.values["recipe"]))] = None
+            readers.setdefault(one.reader, []).append(one)
     if len(readers) < 2:
         return []
+
+    def said(found: list[Summary]) -> str:
+        prefills = dict.fromkeys(one.row["recipe"]["prefill"] for one in found)
+        names = dict.fromkeys(words.method(str(one.values["recipe"])) for one in found)
+        return f"(prefill {' or '.join(prefills)}): {', '.join(names)}"
+
     return [Text(
         "This table has two kinds of prefill; do not compare one with the other. Unquantized "
-        f"weights read the prompt (prefill full or both): {', '.join(readers['unquantized'])}. "
-        "Quantized weights "
-        f"read it (prefill quantized): {', '.join(readers['quantized'])}."
+        f"weights read the prompt {said(readers['unquantized'])}. Quantized weights read it "
+        f"{said(readers['quantized'])}."
     )]  # fmt: skip
 
 
