@@ -25,8 +25,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# JAX makes many objects while it traces, and few of them are garbage.
-gc.set_threshold(50_000, 20, 100)
 
 import jax
 import jaxtyping
@@ -46,6 +44,8 @@ jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes many objects, and few of them are garbage.
+gc.set_threshold(50_000, 20, 100)
 
 
 # They compare with an implementation in torch, or have it write the checkpoints that they read.

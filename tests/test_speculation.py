@@ -72,8 +72,12 @@ CASES = {
     "most": ([7, 8], 16, {}),
     "quantized prefill": ([13, 6], 4, {"recipe": preset("paper", bits=3)}),
     "packed head": ([13, 6], 4, {"recipe": FAST, "offline": Offline(head=head_of(PARAMS, FAST))}),
-    "per prompt": ([13, 6], 4, {"recipe": preset("ttq", bits=3, batch="per_prompt")}),
-    "mixed widths": ([13, 6], 4, {"recipe": dataclasses.replace(TTQ, widths=MIXED)}),
+    "per prompt, two streams": ([13, 6], 4, {
+        "recipe": preset("ttq", bits=3, batch="per_prompt", prefill="both")
+    }),
+    "mixed widths, two streams": ([13, 6], 4, {
+        "recipe": dataclasses.replace(TTQ, widths=MIXED, prefill="both")
+    }),
     "sliding window": ([13, 27], 4, of(sliding_window=8, sliding_layers=(True, False))),
     "opt": ([13, 6], 4, of(**OPT)),
     "mixture": ([13, 6], 4, mixture()),

@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float
 from ttq_jax.config import ModelConfig
 from ttq_jax.experts import Routed, for_each_expert, routed_linear
 from ttq_jax.linear import add_bias, linear
-from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.models.cache import activation_dtype, empty_cache, map_rows
 from ttq_jax.models.decoder import forward, plain
 from ttq_jax.quant.head import head_bits, pack_head
 from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.source import blend, blend_all, blend_expert
+from ttq_jax.quant.streams import apart
 from ttq_jax.quant.tree import (
     at_its_width,
     gather_widths,
@@ -151,12 +152,26 @@ def _prefill(
         hidden, cache, _ = read(reader)
         return hidden, cache, packed, {}, None
     project = quantizing(prompts.valid, config, recipe)
+    rows = None if recipe.prefill != "both" else len(prompts.tokens)
+    if rows is not None:
+        prompts, cache = _twice(prompts, cache)
     hidden, cache, kept = read(params, project=project, per_layer=offline)
+    if rows is not None:
+        hidden, cache = hidden[:rows], map_rows(lambda a: a[:rows], cache)
     packed = {name: kernel for site, *_ in kept.values() for name, kernel in site.items()}
     moments = {site: seen for site, (_, seen, _) in kept.items() if seen is not None}
     shares = [jnp.mean(share) for _, _, share in kept.values() if share is not None]
     tree = replace_kernels(params, gather_widths(packed, recipe))
     return hidden, cache, tree, moments, shares[0] if shares else None
+
+
+def _twice(prompts: Prompts, cache: Cache) -> tuple[Prompts, Cache]:
+    """Each prompt once more, for a second stream: rows B to 2 B."""
+
+    def twice(a: Array) -> Array:
+        return jnp.concatenate([a, a])
+
+    return Prompts(twice(prompts.tokens), twice(prompts.valid)), map_rows(twice, cache)
 
 
 def quantizing(
@@ -167,31 +182,34 @@ def quantizing(
     Args:
       valid: the prompts' real tokens.
       config: the model's.
-      recipe: how to quantize.
+      recipe: how to quantize; with both streams it is given the activations of either.
 
     Returns:
       It keeps (packed weights; moments or None; share of unreached experts or None).
     """
     source, reads_prompt = recipe.source, _reads_prompt(recipe)
+    both = recipe.prefill == "both"
 
     def project(
         site: str, x: Any, weights: dict[str, Params], layer: Offline
     ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None, Array | None]]:
         stacks, at = _dense({n: w["kernel"] for n, w in weights.items() if recipe.selects(n)})
         routed = isinstance(x, Routed)
+        streams = apart(x, valid, recipe.correction) if both else None
+        seen_by = x if streams is None else streams.drifted
 
         def make(expert: Array | None, mine: tuple) -> tuple[dict, dict, Moments | None]:
             moments, carried, low_rank = mine
             seen = None
             if source.of == "prompt":
-                seen = observe_expert(x, valid, recipe.reads, expert)
+                seen = observe_expert(seen_by, valid, recipe.reads, expert)
                 if carried is not None:
                     seen = seen + carried.scaled(source.decay)
                 mix = blend if expert is None else blend_expert
                 moments = mix(seen, moments, source)
             if not stacks:
                 return {}, {}, seen
-            beside = None if routed else x
+            beside = None if routed else streams or x
             ys, packed = quantize_layer(
                 stacks, moments, recipe, low_rank, layer=at, expert=expert, x=beside
             )

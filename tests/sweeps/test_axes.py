@@ -63,10 +63,10 @@ def test_the_axes_are_the_options_of_ttq_perplexity():
     options = {"recipe" if name == "method" else name: v for name, v in vars(given).items()}
     no_axes = {"with_baseline", "prepared", "save_recipe", "settings", "json", "quiet", "debug",
                "cache_dir", "no_compilation_cache", "command"}  # fmt: skip
-    assert options.keys() - no_axes == AXES.keys() - {"seed"}
+    assert options.keys() - no_axes == AXES.keys() - {"seed", "acceptance"}
     for name, value in vars(Options(model="m", corpus="c")).items():
         # Of an option that may be repeated none is an empty list.
-        assert name == "seed" or (value or None) == (options[name] or None)
+        assert name in {"seed", "acceptance"} or (value or None) == (options[name] or None)
 
 
 def test_parts_are_a_union_and_a_change_holds_for_all(tmp_path):

@@ -246,12 +246,13 @@ def test_nothing_of_the_paper_to_compare_with_is_one_sentence(tmp_path):
 
 def test_two_ways_of_reading_the_prompt_in_one_table_are_said(tmp_path, made):
     cells = [{"corpus": "c4", "recipe": name, "bits": 3, "protocol": "causal", "window": 16,
-              "prompt_tokens": 8} for name in ("rtn", "awq", "paper")]  # fmt: skip
+              "prompt_tokens": 8} for name in ("rtn", "awq", "paper", "ttq")]  # fmt: skip
     cells[1]["calibration"] = "c4"
+    cells[3]["prefill"] = "both"
     write_rows(tmp_path / "s", [row(cell, 0.1) for cell in cells])
     assert main(["report", str(tmp_path / "s"), "--no-compilation-cache", "--quiet"]) == 0
     text = (tmp_path / "s" / "report.md").read_text()
-    assert "Unquantized weights read the prompt (prefill full): RTN, AWQ." in text
+    assert "Unquantized weights read the prompt (prefill full or both): RTN, AWQ, TTQ." in text
     assert "Quantized weights read it (prefill quantized): TTQ as published." in text
     assert "two kinds of prefill" not in (made / "report.md").read_text()
 

@@ -15,7 +15,7 @@ import pytest
 from compilers import QUICK
 from tiny_files import write_model
 
-from ttq_jax import cut_windows, load, prepare
+from ttq_jax import acceptance, cut_windows, load, prepare
 from ttq_jax.commands.main import main
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.perplexity import Protocol, score_window
@@ -354,3 +354,31 @@ def test_another_model_under_the_same_label_is_refused(place, tmp_path, sweep):
     code, _, err = sweep(file, "--out", out)
     assert code == 2
     assert "model tiny: expected the model of the rows in --out (one" in err
+
+
+def test_agreement_with_the_unquantized_weights_beside_perplexity(place, tmp_path, sweep):
+    """One recipe is packed ahead of any prompt, the other by it."""
+    path, out = tmp_path / "agree.toml", tmp_path / "out"
+    path.write_text(
+        f'model = "{place / "model"}"\ncorpus = "sums={place / "sums.txt"}"\nwindow = 48\n'
+        'prompt_tokens = 24\nmax_windows = 2\nrecipe = ["none", "rtn", "ttq"]\nhead = 8\n'
+        "bits = 3\ngroup_size = 16\nacceptance = [true, false]\n"
+    )
+    code, _, err = sweep(path, "--out", out)
+    assert code == 0, err
+    rows = list(read_rows(out).values())
+    assert len(rows) == 5, "unquantized weights agree with themselves: one cell"
+    model = load(str(place / "model"))
+    windows = cut_windows(model.tokenizer, read_corpus(str(place / "sums.txt")), 48, max_windows=2)
+    for cell in read_sweep(str(path)):
+        [row] = [row for row in rows if row["key"] == cell.key]
+        assert ("acceptance" in row) == bool(cell.values.get("acceptance"))
+        if "acceptance" in row:
+            found = acceptance(model, windows, recipe=cell.recipe, prompt_tokens=24)
+            assert row["acceptance"]["compared"] == found.compared == 23
+            for name in ("greedy", "sampled", "divergence"):
+                np.testing.assert_allclose(row["acceptance"][name], getattr(found, name), rtol=1e-5)
+    assert main(["report", str(out), "--no-compilation-cache", "--quiet"]) == 0
+    text = (out / "report.md").read_text()
+    assert "| same token | acceptance | KL divergence, nats |" in text
+    assert "accepted by the unquantized ones at temperature 1" in text

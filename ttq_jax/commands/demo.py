@@ -247,7 +247,7 @@ def demo_table(rows: list[Row]) -> str:
 
 
 def _caption(plan: Plan, result: dict[str, Any]) -> str:
-    reads = "the unquantized" if plan.prefill == "full" else "its own quantized"
+    reads = "its own quantized" if plan.prefill == "quantized" else "the unquantized"
     default = plan.recipe(DEFAULT)
     assert default is not None
     own = describe_grid(default)

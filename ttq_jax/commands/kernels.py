@@ -67,8 +67,10 @@ def listing(
     for name in recipe.selected(sizes):
         d_in, d_out = sizes[name]
         routed = config.n_experts and SITE_OF[name] in EXPERT_SITES
-        # Which of the prompt's rows are an expert's is not known when its weight is rounded.
-        quantizer, quantizer_rows = ("quantize_pack", 0) if ahead or routed else (
+        # Which of the prompt's rows are an expert's is not known when its weight is rounded, and a
+        # corrected weight multiplies none.
+        alone = ahead or routed or recipe.prefill == "both"
+        quantizer, quantizer_rows = ("quantize_pack", 0) if alone else (
             "prefill_quantize", pooled * prompt_tokens,
         )  # fmt: skip
         read = pooled

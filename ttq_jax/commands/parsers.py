@@ -11,7 +11,7 @@ from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
-from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
+from ttq_jax.quant.names import DEFAULT, METHODS, PREFILLS, misnamed
 
 ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
 MEASURED = ("gpu", "cpu")
@@ -134,9 +134,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add("--lam", type=float, metavar="LAMBDA",
         help="power-law scale: constant added to the relative moment")  # fmt: skip
     add("--p", type=float, help="power-law scale: exponent of the activation moment")
-    add("--prefill", choices=("full", "quantized"),
+    add("--prefill", choices=PREFILLS,
         help="weights that read the prompt: full takes the unquantized ones; quantized takes each "
-        "layer's own quantized ones, as in the paper")  # fmt: skip
+        "layer's own quantized ones, as in the paper; both has a stream of either")  # fmt: skip
     add("--select", metavar="REGEX",
         help="projections to quantize, by path, as in layers/(q|down)")  # fmt: skip
     add("--zero-point", choices=("integer", "float"), help="how zero points are stored")

@@ -40,6 +40,8 @@ from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Offline, Params, Prompts, effective_bits, model_bits
 
+MEASURES = ("greedy", "sampled", "divergence")
+
 _ROWS = 64
 """Tokens whose distributions are compared at a time: there are as many numbers as tokens in the
 vocabulary in each."""
@@ -72,7 +74,7 @@ class Acceptance:
     def describe(self) -> dict[str, Any]:
         """JSON data: means, and their 95 % intervals over windows, None where they are too few."""
         data: dict[str, Any] = {}
-        for name in ("greedy", "sampled", "divergence"):
+        for name in MEASURES:
             values = getattr(self, name)
             data[name] = float(np.mean(values))
             data[f"{name}_interval_95"] = mean95(values)

@@ -152,7 +152,7 @@ def score_window(
         params, prompts, cache, config=config, recipe=recipe, offline=offline
     )
     if protocol.kind == "window":
-        if recipe is not None and recipe.prefill == "full":
+        if recipe is not None and recipe.prefill != "quantized":
             # The first reading was unquantized: score a second one.
             hidden, _, _ = forward(config, packed, read, prompts.valid, cache)
         return _nll(config, packed, hidden[0, :-1], tokens[1:])

@@ -1,6 +1,7 @@
 """The KV cache: made empty, then written slot by slot."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,26 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike
         positions=jnp.zeros((batch, capacity), jnp.int32),
         valid=jnp.zeros((batch, capacity), bool),
         used=jnp.zeros((), jnp.int32),
+    )
+
+
+def map_rows(change: Callable[[Array], Array], cache: Cache) -> Cache:
+    """The cache with its rows changed.
+
+    Args:
+      change: takes and returns an array with the rows first.
+      cache: of B rows.
+
+    Returns:
+      A cache of other rows.
+    """
+    stacked = jax.vmap(change)
+    return Cache(
+        k=stacked(cache.k),
+        v=stacked(cache.v),
+        positions=change(cache.positions),
+        valid=change(cache.valid),
+        used=change(cache.used) if cache.used.ndim else cache.used,
     )
 
 

@@ -33,6 +33,7 @@ from ttq_jax.quant.moments import Reads, gram_blocks
 from ttq_jax.quant.recipe import KernelRounding, Recipe, has_kernel
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.quant.second_order import SecondOrder
+from ttq_jax.quant.streams import Streams
 from ttq_jax.types import LowRank, Moments, QuantizedLinear, Stacked
 
 
@@ -180,7 +181,7 @@ def quantize_site(
     *,
     grids: dict[str, Grid] | None = None,
     layer: Array | int | None = None,
-    x: Array | None = None,
+    x: Array | Streams | None = None,
 ) -> tuple[dict[str, Array], dict[str, QuantizedLinear]]:
     """Quantizes the projections that read one input; pure and jittable.
 
@@ -191,11 +192,14 @@ def quantize_site(
       low_rank: static factors of BA by projection, where there are any.
       grids: by projection; None for the recipe's.
       layer: index of the layer, whose moments and factors these are; None if not stacked.
-      x: activations [..., d_in] to be multiplied by the weights, or None.
+      x: activations [..., d_in] to be multiplied by the weights, or None; of two streams, X is
+        multiplied by the weights as given, X̃ by the quantized ones.
 
     Returns:
       ({projection: x·W without a bias} or {} without x, {projection: packed weight of one layer}).
     """
+    if isinstance(x, Streams):
+        return _in_both_streams(weights, moments, recipe, low_rank, grids, layer, x)
     rule, dtype = recipe.low_rank, recipe.grid.store_dtype
     ready = {}
     for name, w in weights.items():
@@ -226,6 +230,22 @@ def quantize_site(
         elif name not in ys:
             ys[name] = linear(x, one.stack if layer is None else Stacked(one.stack, layer))
     return ys, packed
+
+
+def _in_both_streams(
+    weights: dict[str, Array], moments: Moments | None, recipe: Recipe,
+    low_rank: dict[str, LowRank], grids: dict[str, Grid] | None, layer: Array | int | None,
+    x: Streams,
+) -> tuple[dict[str, Array], dict[str, QuantizedLinear]]:  # fmt: skip
+    """`quantize_site` of the corrected weights, and the products of both streams, X first."""
+    given = {n: w if layer is None else Stacked(w, layer) for n, w in weights.items()}
+    moved = {n: x.moved(w.kernel if isinstance(w, Stacked) else w) for n, w in given.items()}
+    _, packed = quantize_site(moved, moments, recipe, low_rank, grids=grids)
+
+    def product(name: str) -> Array:
+        return jnp.concatenate([linear(x.exact, given[name]), linear(x.drifted, packed[name])])
+
+    return {name: product(name) for name in weights}, packed
 
 
 def _alike(ready: dict[str, _Ready], recipe: Recipe) -> list[list[str]]:

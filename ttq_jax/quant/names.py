@@ -1,4 +1,4 @@
-"""The recipes' names, and messages about recipes; imports no jax, so that it loads at once."""
+"""Names of recipes and of their choices, and messages; imports no jax, so that it loads at once."""
 
 import difflib
 
@@ -6,6 +6,7 @@ from ttq_jax.errors import shown
 
 METHODS = ("none", "rtn", "hqq", "awq", "gptq", "paper", "ttq", "fast", "best")
 DEFAULT = "fast"
+PREFILLS = ("full", "quantized", "both")
 
 
 def misnamed(name: str) -> str:

@@ -17,10 +17,11 @@ from ttq_jax.quant.grid import BITS, Grid, Nearest
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import Reads
-from ttq_jax.quant.names import quantizes_nothing
+from ttq_jax.quant.names import PREFILLS, quantizes_nothing
 from ttq_jax.quant.scaling import NoScale, PowerLaw, ScaleRule, SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
+from ttq_jax.quant.streams import Correction
 from ttq_jax.quant.widths import Width, check_pattern, grids_of
 
 KernelRounding = Nearest | ClipSearch
@@ -39,7 +40,7 @@ _DEFAULTS = {
 _ADDED: dict[str, dict[str, Any]] = {
     "grid": {"scales": "float"}, "rounding": {"refits": 0, "descents": 0},
 }  # fmt: skip
-_CHOICES = {"prefill": ("full", "quantized"), "batch": ("pooled", "per_prompt")}
+_CHOICES = {"prefill": PREFILLS, "batch": ("pooled", "per_prompt")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,10 @@ class Recipe:
       grid: bits, groups and storage.
       widths: rules that change the grid of some projections or layers; the last match counts.
       prefill: "full": the unquantized weights read the prompt; "quantized": each layer reads it
-        with its own quantized weights, so later layers see the error (as in the paper).
+        with its own quantized weights, so later layers see the error (as in the paper); "both":
+        as "full", but each layer is quantized for what the quantized layers before it make of the
+        prompt, see `correction`. It reads the prompt twice.
+      correction: how each weight makes up for the error of the layers before it, with "both".
       batch: "pooled": one weight tree from the moments of all prompts of a batch; "per_prompt":
         one tree per prompt.
       select: regular expression; a projection is quantized if its path ("layers/q", …) matches
@@ -73,6 +77,7 @@ class Recipe:
     grid: Grid = Grid()
     widths: tuple[Width, ...] = ()
     prefill: str = "full"
+    correction: Correction = Correction()
     batch: str = "pooled"
     select: str = "layers/.*"
     head: int | None = None
@@ -109,6 +114,17 @@ class Recipe:
           ConfigError: they do.
         """
         source = self.source
+        if self.prefill == "both" and (source.of != "prompt" or source.refresh):
+            raise ConfigError(
+                "prefill = 'both' needs moments of the prompt and no refresh, because weights are "
+                f"quantized for the prompt while it is read; got moments.of = {source.of!r} and "
+                f"refresh = {source.refresh}; choose prefill = 'full'"
+            )
+        if self.prefill != "both" and self.correction != Correction():
+            raise ConfigError(
+                "correction is read by prefill = 'both', got "
+                f"prefill = {self.prefill!r}; choose that, or leave correction out"
+            )
         readers = {
             f"a {type(self.scale).__name__} scale": bool(self.scale.powers),
             "second-order rounding": bool(self.rounding.span),
@@ -194,6 +210,8 @@ class Recipe:
                 }
                 # JSON has no infinity.
                 value = rule | {k: "inf" if v == math.inf else v for k, v in knobs.items()}
+            if field.name == "correction" and self.prefill != "both":
+                continue
             if field.name != "head" or value is not None:
                 out[field.name] = value
         return out

@@ -22,6 +22,7 @@ from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.streams import Streams
 from ttq_jax.types import SITE_OF, SITES, LowRank, MixedLinear, Moments, Offline, Params, kernels
 
 
@@ -33,7 +34,7 @@ def quantize_layer(
     *,
     layer: Array,
     expert: Array | None = None,
-    x: Array | None = None,
+    x: Array | Streams | None = None,
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Quantizes one layer's projections of a site, each at the width that the recipe gives it.
 
@@ -156,8 +157,8 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
       recipe: None for the unquantized model.
 
     Raises:
-      ConfigError: no projection is selected, a width rule matches none, or groups are wider than
-        every input.
+      ConfigError: no projection is selected, a width rule matches none, groups are wider than
+        every input, or a mixture of experts would be read in two streams.
     """
     if recipe is None:
         return
@@ -169,6 +170,11 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
                 f"widths: expected a match with layers/{names[0]} or layers/0/{names[0]} (or "
                 f"another of {', '.join(names)}), got {shown(rule.select)}"
             )
+    if recipe.prefill == "both" and any(stack.ndim == 4 for stack in stacks.values()):
+        raise ConfigError(
+            "prefill = 'both' does not serve mixtures of experts, because the two streams of a "
+            "token may reach different experts; choose prefill = 'full'"
+        )
     widest = max(stacks[name].shape[-2] for name in names)
     for grid in {grid for name in names for grid in recipe.grids(name, len(stacks[name]))}:
         if grid.group_size > -(-widest // 8) * 8:

@@ -1,9 +1,9 @@
 """A sweep file -> cells: the product of its axes. A cell is one run of `ttq perplexity`.
 
 A key of the file is an option of that command (`bits`, `corpus`, `method`), a recipe field
-(`rounding = "clip"`, `moments.prior_tokens`), or `seed`; its value is a list, or one value. Keys
-before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the union of the
-parts' products.
+(`rounding = "clip"`, `moments.prior_tokens`), `seed` or `acceptance`; its value is a list, or one
+value. Keys before any table hold for all; each `[[part]]` adds its own axes, and the sweep is the
+union of the parts' products.
 
 An axis that a cell does not read is left out of it, such as the bits of the unquantized model or
 the calibration corpus of a recipe that reads none. Cells that are then equal run once.
@@ -21,9 +21,10 @@ from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
 from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.foreign import parse_toml
-from ttq_jax.quant.names import DEFAULT, lacks_corpus, misnamed
+from ttq_jax.quant.names import DEFAULT, PREFILLS, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
+from ttq_jax.speculation import check as check_drafting
 from ttq_jax.text import read_text
 
 # Axes whose value may be given as LABEL=VALUE: the label is what rows and reports show.
@@ -34,9 +35,9 @@ AXES: dict[str, Any] = {
     "model": str, "dtype": ("float32", "bfloat16"), "ignore_key": str, "corpus": str,
     "recipe": str, "seed": int,
     "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
-    "calibration": str, "calibration_tokens": int,
+    "acceptance": bool, "calibration": str, "calibration_tokens": int,
     "bits": int, "group_size": int, "rank": int, "symmetric": bool, "clip": bool,
-    "alpha": float, "lam": float, "p": float, "select": str, "prefill": ("full", "quantized"),
+    "alpha": float, "lam": float, "p": float, "select": str, "prefill": PREFILLS,
     "zero_point": ("integer", "float"), "store_dtype": ("bfloat16", "float16", "float32"),
     "scales": ("float", "coded", "coded4"), "head": ("2", "3", "4", "5", "8", "none"),
 }  # fmt: skip
@@ -72,6 +73,7 @@ class Options:
       window: W, tokens.
       prompt_tokens: P, tokens.
       max_windows: how many are scored; None for all.
+      acceptance: whether the causal windows are also compared as by `ttq acceptance`.
       calibration: the calibration corpus of recipes that read one.
       calibration_tokens: how many of its tokens are read.
       seed: of the draw of windows; None takes the first ones.
@@ -86,6 +88,7 @@ class Options:
     window: int = 512
     prompt_tokens: int = 256
     max_windows: int | None = None
+    acceptance: bool = False
     calibration: str | None = None
     calibration_tokens: int = 8192
     seed: int | None = None
@@ -245,6 +248,8 @@ def make_cell(point: dict[str, Any]) -> Cell:
         if recipe is not None and recipe.source.reads_corpus and options.calibration is None:
             give = 'give the axis calibration, as in calibration = ["FILE"]'
             raise ConfigError(lacks_corpus(f"recipe {options.recipe}", give))
+        if recipe is not None and options.acceptance and options.protocol == "causal":
+            check_drafting(1, recipe)
     except ConfigError as e:
         error = str(e)
     return Cell(_values(labels, options, recipe), options, recipe, protocol, error)
@@ -309,6 +314,8 @@ def _values(labels: dict[str, Any], options: Options, recipe: Recipe | None) -> 
         values[axis] = getattr(options, axis)
     if options.protocol == "window":
         del values["prompt_tokens"]
+    if not options.acceptance or options.protocol == "window":
+        values.pop("acceptance", None)
     if options.recipe == "none":
         values = {k: v for k, v in values.items() if k in _OF_NONE}
     elif recipe is not None:

@@ -29,7 +29,7 @@ def _differs(cell: Published, one: Summary, same_model: bool) -> str:
         said.append(f"model {words.model(one.row)}")
     if one.values["protocol"] != "window":
         said.append(f"protocol {one.values['protocol']} (prompts of {one.values['prompt_tokens']})")
-    if one.prefill == "full" and cell.method == "TTQ":
+    if one.reader == "unquantized" and cell.method == "TTQ":
         said.append("unquantized weights read the prompt")
     if cell.method == "TTQ" and recipe["scale"] != _SCALE:
         said.append("scale " + ", ".join(f"{k} {v}" for k, v in recipe["scale"].items()))

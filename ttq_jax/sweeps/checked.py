@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.acceptance import MEASURES
+from ttq_jax.quant.names import PREFILLS
 from ttq_jax.sweeps.rows import Row
 
 Check = Callable[[Any], bool]
@@ -52,6 +54,13 @@ def _dict_of(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
+def _agreement(value: Any) -> bool:
+    if not isinstance(value, dict) or not _count(value.get("compared")):
+        return False
+    found = [value.get(name) for name in MEASURES]
+    return all(isinstance(v, list) and v and all(map(_number, v)) for v in found)
+
+
 # Field -> (what it may be, in words; whether it must be there).
 Schema = dict[str, tuple[Check, str, bool]]
 
@@ -80,6 +89,7 @@ _FINISHED: Schema = {
     "effective_bits": (_positive, "a finite number above 0", True),
     "model_bits": (_positive, "a finite number above 0", False),
     "bytes_per_token": (_count, "a count", False),
+    "acceptance": (_agreement, "lists of one number per window by measure, and compared", False),
     "seconds": (_dict_of(_number), "numbers by name", False),
     "peak_memory_bytes": (_maybe(_number), "a number, or null", False),
     "corpus_sha256": (_maybe(_text), "a text, or null", False),
@@ -89,7 +99,7 @@ _RECIPE: Schema = {
     "grid": (_dict_of(lambda _: True), "a table", True),
     "low_rank": (_dict_of(lambda _: True), "a table", True),
     "scale": (_dict_of(lambda _: True), "a table", True),
-    "prefill": (lambda v: v in ("full", "quantized"), "full or quantized", False),
+    "prefill": (lambda v: v in PREFILLS, " or ".join(PREFILLS), False),
 }
 _GRID: Schema = {
     "bits": (_count, "a count", True), "group_size": (_whole, "an integer", True),

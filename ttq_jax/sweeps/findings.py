@@ -23,6 +23,15 @@ from ttq_jax.sweeps.tables import (
 )
 from ttq_jax.sweeps.titles import place_said, setting_said, windows_said
 
+_AGREEMENT = {
+    "greedy": "same token", "sampled": "acceptance", "divergence": "KL divergence, nats",
+}  # fmt: skip
+_AGREEING = (
+    "Same token: the share of tokens whose likeliest successor is that of the unquantized weights. "
+    "Acceptance: how often a token drawn from the quantized weights is accepted by the unquantized "
+    "ones at temperature 1. KL divergence: of the next token's distribution from the unquantized "
+    "one. Each is a mean over the tokens after the prompt and its first, then over corpora."
+)
 _READING = (
     "Perplexity is exp of the mean negative log-likelihood per scored token; lower is better. Over "
     "several corpora its mean is geometric, so that none dominates. The gap is the perplexity "
@@ -64,7 +73,8 @@ def parts_of(rows: Sequence[Row]) -> list[Part]:
     for axis in varying(found):
         if axis not in {"model", "calibration"}:
             parts += _axis(axis, found)
-    parts += [Heading("How to read it"), *map(Text, _READING), *beside_paper(found)]
+    agree = [Text(_AGREEING)] if any("acceptance" in row for row in rows) else []
+    parts += [Heading("How to read it"), *map(Text, _READING), *agree, *beside_paper(found)]
     if failed:
         parts += [Heading("Failed cells"), Table(
             ["cell", "error"], [[_named(r["cell"]), " ".join(r["error"].split())] for r in failed],
@@ -131,6 +141,10 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
         columns["95 % interval"] = [_interval(one) for one in group]
     if any(one.is_dominated for one in group):
         columns["geometric gap"] = words.gaps([one.geometric for one in group])
+    for measure, said in _AGREEMENT.items():
+        values = [one.agreement(measure) for one in group]
+        if any(value is not None for value in values):
+            columns[said] = words.column(values, 3)
     labels = [one.label(axes) + " †" * one.on_file_grid for one in group]
     return Table(
         ["recipe", *columns], [list(row) for row in zip(labels, *columns.values(), strict=True)],
@@ -140,16 +154,22 @@ def _results(group: Sequence[Summary], found: Sequence[Summary]) -> Table:
 
 def _readers(group: Sequence[Summary]) -> list[Part]:
     """States which weights read the prompt, where recipes differ in it."""
-    readers: dict[str, dict[str, None]] = {}
+    readers: dict[str, list[Summary]] = {}
     for one in group:
-        if one.prefill and one.values["protocol"] == "causal":
-            readers.setdefault(one.prefill, {})[words.method(str(one.values["recipe"]))] = None
+        if one.reader and one.values["protocol"] == "causal":
+            readers.setdefault(one.reader, []).append(one)
     if len(readers) < 2:
         return []
+
+    def said(found: list[Summary]) -> str:
+        prefills = dict.fromkeys(one.row["recipe"]["prefill"] for one in found)
+        names = dict.fromkeys(words.method(str(one.values["recipe"])) for one in found)
+        return f"(prefill {' or '.join(prefills)}): {', '.join(names)}"
+
     return [Text(
         "This table has two kinds of prefill; do not compare one with the other. Unquantized "
-        f"weights read the prompt (prefill full): {', '.join(readers['full'])}. Quantized weights "
-        f"read it (prefill quantized): {', '.join(readers['quantized'])}."
+        f"weights read the prompt {said(readers['unquantized'])}. Quantized weights read it "
+        f"{said(readers['quantized'])}."
     )]  # fmt: skip
 
 

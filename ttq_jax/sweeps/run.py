@@ -21,10 +21,13 @@ import numpy as np
 from ttq_jax.checkpoint import Model, load
 from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.acceptance import MEASURES
+from ttq_jax.evaluation.acceptance import stream as compare
 from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
 from ttq_jax.offline.calibrate import calibrate, prepare, with_head
+from ttq_jax.quant.head import head_of as tables_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sweeps.axes import Cell, Options
@@ -147,10 +150,10 @@ class Runner:
             raise ConfigError(cell.error)
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
         which = (options.model, options.dtype, options.ignore_key)
-        model: Model = self._models.get(which, lambda: self._load(*which))
-        check_selection(model.params, cell.recipe)
+        dense: Model = self._models.get(which, lambda: self._load(*which))
+        check_selection(dense.params, cell.recipe)
         head = None if cell.recipe is None else cell.recipe.head
-        model = self._heads.get((which, head), lambda: with_head(model, cell.recipe))
+        model: Model = self._heads.get((which, head), lambda: with_head(dense, cell.recipe))
         text = self.text(options.corpus)
         windows = self._cut(model, options)
         offline = self._offline_of(model, cell)
@@ -160,6 +163,12 @@ class Runner:
             model, windows, recipe=cell.recipe, offline=offline, protocol=cell.protocol
         ):
             progress(running, len(windows))
+        scored = time.perf_counter()
+        agreement = {}
+        if cell.recipe is not None and cell.values.get("acceptance"):
+            agreement["acceptance"] = agreement_of(
+                dense, windows, cell.recipe, offline, options.prompt_tokens
+            )
         return head_of(cell, self._commit) | {
             "model": dict(model.origin), "notes": list(model.notes),
             "corpus_sha256": sha256(text),
@@ -170,8 +179,10 @@ class Runner:
             "effective_bits": round(running.effective_bits, 4),
             "model_bits": round(running.model_bits, 4),
             "bytes_per_token": running.bytes_per_token,
+            **agreement,
             "seconds": {
                 "prepare": round(prepared - start, 3), "score": round(running.seconds, 3),
+                **({"compare": round(time.perf_counter() - scored, 3)} if agreement else {}),
             },
             "peak_memory_bytes": memory.bytes(),
         }  # fmt: skip
@@ -235,6 +246,26 @@ class Runner:
     def _calibration_digest(self, cell: Cell) -> str | None:
         read = cell.recipe is not None and cell.recipe.source.reads_corpus
         return sha256(self.text(cell.options.calibration or "")) if read else None
+
+
+def agreement_of(
+    dense: Model, windows: np.ndarray, recipe: Recipe, offline: Offline, prompt_tokens: int
+) -> dict[str, Any]:
+    """How often quantized weights agree with the unquantized ones, as `ttq acceptance` has it.
+
+    Args:
+      dense: the unquantized model, its tables too.
+      windows: int32[n, W].
+      recipe: how to quantize.
+      offline: from `prepare`, of this model or of the one whose tables are packed.
+      prompt_tokens: P.
+
+    Returns:
+      Per window "greedy", "sampled" and "divergence"; and "compared", tokens of a window.
+    """
+    made = dataclasses.replace(offline, head=tables_of(dense.params, recipe))
+    *_, found = compare(dense, windows, recipe=recipe, offline=made, prompt_tokens=prompt_tokens)
+    return {name: getattr(found, name) for name in (*MEASURES, "compared")}
 
 
 def drawn(windows: np.ndarray, count: int | None, seed: int) -> np.ndarray:

@@ -63,6 +63,16 @@ class Summary:
         """Bytes of weights read per decoded token; None if the rows do not say."""
         return self.row.get("bytes_per_token")
 
+    def agreement(self, measure: str) -> float | None:
+        """A measure of `acceptance`, its mean over windows and then corpora; None if rows lack it.
+
+        Args:
+          measure: one of `acceptance.MEASURES`.
+        """
+        found = [row.get("acceptance") for row in self.rows.values()]
+        means = [float(np.mean(one[measure])) for one in found if one is not None]
+        return float(np.mean(means)) if len(means) == len(found) else None
+
     @property
     def setting(self) -> dict[str, Any]:
         """The part of `values` that must be equal in a comparison."""
@@ -74,10 +84,13 @@ class Summary:
         return self.values["recipe"] == "none"
 
     @property
-    def prefill(self) -> str:
-        """Which weights read the prompt: "full", "quantized", or "" where that is no question."""
-        recipe = self.row["recipe"]
-        return recipe.get("prefill", "") if recipe else ""
+    def reader(self) -> str:
+        """The weights that the answer's prompt was read by; "" where that is no question.
+
+        "unquantized", also where a second stream was read by quantized ones, or "quantized".
+        """
+        prefill = (self.row["recipe"] or {}).get("prefill")
+        return "quantized" if prefill == "quantized" else "unquantized" if prefill else ""
 
     @property
     def is_dominated(self) -> bool:
@@ -133,7 +146,7 @@ def _comparable(one: Summary, other: Summary) -> bool:
     return (
         other.bits <= one.bits + SAME_BITS
         and not other.is_plain
-        and one.prefill == other.prefill
+        and one.reader == other.reader
         and one.setting == other.setting
         and set(one.rows) == set(other.rows)
         and not (one.on_file_grid or other.on_file_grid)
