@@ -39,7 +39,7 @@ ORDER = [
 TOP = {"ttq_jax", "ttq_jax.__main__"}
 KERNEL_USERS = {
     "ttq_jax.linear", "ttq_jax.quant.convert", "ttq_jax.quant.grid", "ttq_jax.commands.kernels",
-    "ttq_jax.chips.comparison", "ttq_jax.chips.device_times",
+    "ttq_jax.chips.comparison", "ttq_jax.chips.device_times", "ttq_jax.models.prompt_attention",
 }  # fmt: skip
 
 

@@ -51,7 +51,10 @@ def test_text_marks_a_fallback_and_says_why(cli):
     code, out, err = cli("kernels", "--model", "gemma-3-1b", "--chip", "v5e", "--bits", 3,
                          "--no-compilation-cache")  # fmt: skip
     assert (code, err) == (0, "")
-    title, _, head, *rows = out.splitlines()
+    title, _, head, *rows, _, attention = out.splitlines()
+    assert attention == (
+        "attention to prompts of 512 tokens: xla (512 tokens; from 1024 on it is faster)"
+    )
     assert title == "gemma-3-1b on v5e, bfloat16 activations"
     assert head.split() == ["projection", "kernel", "bits", "rows", "shape", "why"]
     assert len(rows) == 16
@@ -71,7 +74,7 @@ def test_one_line_tells_that_jax_will_remove_the_triton_backend(cli, monkeypatch
         monkeypatch.setattr(triton, "NOTICE", notice)
         code, out, err = cli(*model, "--chip", "a100")
         assert (code, err) == (0, "")
-        rows, rest = out.splitlines()[3:17], out.splitlines()[17:]
+        rows, rest = out.splitlines()[3:17], out.splitlines()[19:]
         assert all(" triton " in row for row in rows)
         assert rest == ending
     assert "It will go." not in cli(*model, "--chip", "v5e")[1]

@@ -17,6 +17,7 @@ from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.experts import rows_per_block
+from ttq_jax.models.prompt_attention import refusal
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
 from ttq_jax.quant.head import BLOCK, grid_of
@@ -169,10 +170,15 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         dtype=args.dtype,
     )  # fmt: skip
     place = target.chip or target.platform
+    why = refusal(args.prompt_tokens, config.head_dim, target)
+    attention = {
+        "implementation": "xla" if why else "splash", "reason": why or f"the kernel for {place}",
+    }  # fmt: skip
     if args.json:
         print_json({
             "model": args.model, "chip": place, "dtype": args.dtype, "recipe": recipe.describe(),
             "versions": versions(), "kernels": rows,
+            "attention": attention,
         })  # fmt: skip
         return
     cells = [["projection", "kernel", "bits", "rows", "shape", "", "why"]]
@@ -182,6 +188,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         for r in rows
     ]  # fmt: skip
     text = f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}"
+    said = f"{attention['implementation']} ({attention['reason']})"
+    text += f"\n\nattention to prompts of {args.prompt_tokens} tokens: {said}"
     if any(r["implementation"] == "triton" for r in rows):
         # Here: Pallas is slow to import.
         from pallas_kernels.gpu.triton import NOTICE

@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 from ttq_jax.config import ModelConfig
 from ttq_jax.experts import Routed, gather_tokens, routed_linear, sort_by_expert
 from ttq_jax.linear import columns, linear, scores
-from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import (
     activation_dtype,
     next_positions,
@@ -30,6 +29,7 @@ from ttq_jax.models.cache import (
 )
 from ttq_jax.models.layer_constants import growths, layer_constants
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
+from ttq_jax.models.prompt_attention import attend_slots
 from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, QuantizedLinear, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
@@ -277,18 +277,13 @@ def forward(
             # Keys whose rotation depends on the length are turned when they are read, each time.
             k = k if grown is not None else turned(k, positions)
             ks, vs = write_layer(k_stack, at, start, k), write_layer(v_stack, at, start, v)
-            keys = read_layer(ks, at, slots)
-            mixed = attend(
-                turned(q, positions),
-                keys if grown is None else turned(keys, cache.positions[:, :slots]),
-                read_layer(vs, at, slots),
-                q_positions=positions,
-                k_positions=cache.positions[:, :slots],
-                k_valid=cache.valid[:, :slots],
+            keys, values = read_layer(ks, at, slots), read_layer(vs, at, slots)
+            q = turned(q, positions)
+            keys = keys if grown is None else turned(keys, cache.positions[:, :slots])
+            mixed = attend_slots(
+                config, q, keys, values, cache, positions=positions, valid=valid,
                 window=constants["window"],
-                scale=config.query_scale,
-                cap=config.attn_softcap,
-            )
+            )  # fmt: skip
             return mixed, (ks, vs)
 
         def visit(site: str, h: Any, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:

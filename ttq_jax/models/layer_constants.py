@@ -26,12 +26,13 @@ def layer_constants(config: ModelConfig) -> dict[str, Array]:
       and what only some rotations have: "magnitude", a factor on what rotates, and "local", which
       of `growths` is the layer's.
     """
-    sliding = np.array(config.sliding_layers or (False,) * config.n_layers)
+    slides = config.sliding_layers or (False,) * config.n_layers
+    sliding = np.array(slides)
     rotated = np.array(config.rotated_layers or (True,) * config.n_layers)
-    far, local, ropes = np.iinfo(np.int32).max, sliding.astype(np.int32), _ropes(config)
+    local, ropes = sliding.astype(np.int32), _ropes(config)
     constants = {
         "layer": np.arange(config.n_layers, dtype=np.int32),
-        "window": np.where(sliding, config.sliding_window or far, far).astype(np.int32),
+        "window": np.array([_window(config, each) for each in slides], np.int32),
     }
     if ropes:
         frequencies = np.stack([rope.inverse_frequencies(config.head_dim) for rope in ropes])
@@ -43,6 +44,25 @@ def layer_constants(config: ModelConfig) -> dict[str, Array]:
     if grows(config):
         constants["local"] = local
     return jax.tree.map(jnp.asarray, constants)
+
+
+def _window(config: ModelConfig, slides: bool) -> int:
+    """How far back a layer sees."""
+    far = np.iinfo(np.int32).max
+    return min(config.sliding_window or far, far) if slides else far
+
+
+def windows(config: ModelConfig) -> tuple[int, ...]:
+    """How far back any layer sees, each distance once.
+
+    Args:
+      config: the model's.
+
+    Returns:
+      Tokens, ascending.
+    """
+    slides = config.sliding_layers or (False,)
+    return tuple(sorted({_window(config, each) for each in slides}))
 
 
 def grows(config: ModelConfig) -> bool:
