@@ -33,7 +33,7 @@ def kernels(fn: Fn, *, select: str | None = None) -> Callable[..., Table]:
       fn: any JAX function whose first argument is a tree of parameters.
       select: regular expression; a parameter is packed if its path ("params/Dense_0/kernel")
         matches fully. None: all that is multiplied, but tables of the vocabulary and routers, which
-        a part of their path names: embed…, head, router or logits.
+        a part of their path names: embed…, unembed…, head, router or logits.
 
     Returns:
       A function of the parameters and `fn`'s other arguments, or their shapes. It computes nothing;
