@@ -147,6 +147,21 @@ def kernels():
     return run(x, w)
 
 
+def functions():
+    """A user's own function: its static parts, a reading, and a run over packed weights."""
+    recipe = Recipe(grid=ttq.Grid(bits=3, group_size=16), low_rank=LowRankRule(rank=2))
+
+    fn = lambda w, x: jax.lax.scan(lambda x, w: (x, jnp.tanh(x @ w)), x, w)[1]  # noqa: E731
+
+    @jax.jit
+    def program(w, x):
+        static = ttq.static_factors(fn, recipe)(w, x)
+        packed = ttq.read(fn, recipe, static=static)(w, x)[1]
+        return packed, ttq.run(fn)(packed, x)
+
+    return program(*jax.device_put((_W, _X)))
+
+
 _X = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
 _W = np.random.default_rng(1).normal(size=(2, 32, 48)).astype(np.float32)
 
@@ -180,6 +195,7 @@ CASES = {
     "prepare, samples": functools.partial(ttq.prepare, MODEL, SAMPLES),
     "allocate": allocated,
     "kernels": kernels,
+    "functions": functions,
 }  # fmt: skip
 
 

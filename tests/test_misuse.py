@@ -43,6 +43,8 @@ CALLS = {
     "ttq.Sampling(temperature=float('nan'))": "sampling: expected a finite temperature",
     "ttq.Sampling(top_k=5)": "no effect at temperature 0",
     "ttq.Protocol(window='512')": "Protocol.window: expected a whole number",
+    "ttq.static_factors(len, ttq.preset('ttq'))": "low_rank.rank: expected a static part, got rank",
+    "ttq.read(len, ttq.preset('ttq'), static={})": "static: expected what static_factors made",
     "ttq.read_corpus(3)": "corpus: expected a string",
     "ttq.cut_windows(model.tokenizer, b'text', 8)": "text: expected a string",
     "ttq.with_settings(ttq.preset('ttq'), 'grid.bits=3')": "settings: expected a list of them",

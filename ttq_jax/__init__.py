@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         quantize,
         read,
         run,
+        static_factors,
     )
     from ttq_jax.generate import generate
     from ttq_jax.offline.calibrate import calibrate, prepare
@@ -118,6 +119,7 @@ __all__ = [
     "save_offline",
     "save_packed",
     "save_recipe",
+    "static_factors",
     "stream",
     "time_answers",
     "with_settings",
@@ -169,6 +171,7 @@ _HOME = {
     "save_offline": "ttq_jax.checkpoint.store",
     "save_packed": "ttq_jax.checkpoint.packed_store",
     "save_recipe": "ttq_jax.quant.recipe_text",
+    "static_factors": "ttq_jax.functions",
     "stream": "ttq_jax.stream",
     "time_answers": "ttq_jax.evaluation.timings",
     "with_settings": "ttq_jax.quant.recipe_text",

@@ -80,6 +80,22 @@ def _():
     return [[head, *rows]], []
 
 
+@evidence("In tunix's code SmolLM2 has our decoder's perplexity, and loses less than by qwix")
+def _():
+    head = ["side", "bits", "perplexity", "our decoder's", "tokens as ours", "as fake-quantized",
+            "tokens per second", "over unquantized"]  # fmt: skip
+    rows = [
+        [f"`{one['side']}`" if one["side"] in ("ttq", "best") else one["side"],
+         f"{one['bits']:.2f}", f"{one['perplexity']:.2f}",
+         f"{one['own perplexity']:.2f}" if "own perplexity" in one else "—",
+         str(one.get("tokens as own", "—")),
+         {True: "yes", False: "no", None: "—"}[one.get("equal")],
+         f"{one['tokens per second']:.2f}", f"{one['faster']:.2f}"]
+        for one in read("tunix_smollm2.json")["rows"]
+    ]  # fmt: skip
+    return [[head, *rows]], []
+
+
 @evidence("A user's unrolled model takes three times as long to compile packed as dense")
 def _():
     found = read("compile_functions.json")["seconds"]

@@ -61,7 +61,8 @@ def test_rows_that_the_mask_does_not_fit():
     read = ttq.read(plain, RECIPE, where=jnp.ones((2, 9), bool))
     with pytest.raises(ttq.FunctionError, match=(
         r"(?m)^kernel: rows \(2, 8\) of its input at test_function_messages.py:\d+ \(plain\) are "
-        r"not those of the mask \(2, 9\); read prompts of one length without a mask$"
+        r"not those of the mask \(2, 9\); leave it out of select, or read prompts of one length "
+        r"without a mask$"
     )):  # fmt: skip
         shapes(read, W, X)
 

@@ -125,6 +125,32 @@ def test_a_text_encoder_whose_padding_counts_for_nothing():
         same_bits(packed, without)
 
 
+class Translating(nn.Module):
+    """Two layers that attend to one encoded text, which may be padded."""
+
+    @nn.compact
+    def __call__(self, source, target, mask):
+        x, y = EncoderLayer(name="encoder")(source, mask[:, None, None]), target
+        for i in range(2):
+            attend = nn.MultiHeadDotProductAttention(num_heads=2, name=f"cross_{i}")
+            y = y + attend(y, x, mask=mask[:, None, None])
+        return y
+
+
+def test_an_encoder_decoder_reads_its_text_once_for_all_layers():
+    model, source, target = Translating(), normal(12, 2, 9, 32), normal(13, 2, 1, 32)
+    mask = jnp.arange(9)[None] < jnp.array([6, 9])[:, None]
+    args = jax.eval_shape(model.init, jax.random.key(14), source, target, mask), source, target
+    found = sites(ttq.kernels(model.apply)(*args, mask))
+    text = [f"params/cross_{i}/{name}/kernel" for i in range(2) for name in ("key", "value")]
+    assert tuple(text) in found
+    padded = ttq.read(model.apply, RECIPE, where=mask)
+    with pytest.raises(ttq.FunctionError, match=r"rows \(2, 1\) .*; leave it out of select"):
+        jax.eval_shape(padded, *args, mask)
+    padded = ttq.read(model.apply, RECIPE, where=mask, select=".*(encoder/.*|key|value)/kernel")
+    assert len(packed_leaves(jax.eval_shape(padded, *args, mask)[1])) == 6 + 2 * 2
+
+
 class Mixture(nn.Module):
     """Top-1 of 4 experts, tokens sorted by expert for `ragged_dot`."""
 

@@ -127,12 +127,15 @@ def a_tied_table():
 
 @case(
     ("params/d/kernel",),
-    dense={"params/lm_head/kernel": "lm_head", "params/router/kernel": "router"},
-)
+    dense={
+        "params/lm_head/kernel": "lm_head", "params/router/kernel": "router",
+        "params/unembed/kernel": "unembed",
+    },
+)  # fmt: skip
 def names_of_tables_and_routers():
     def body(m, x):
         x = nn.Dense(32, name="d")(x) * nn.Dense(1, name="router")(x)
-        return nn.Dense(40, name="lm_head")(x)
+        return nn.Dense(40, name="lm_head")(x) + nn.Dense(40, name="unembed")(x)
 
     return linen(body)
 

@@ -13,6 +13,7 @@ from ttq_jax.functions.modules import functional
 from ttq_jax.functions.packed import PackedKernel, dense_tree, effective_bits, is_packed
 from ttq_jax.functions.plan import Row, Table
 from ttq_jax.functions.sites import Observed
+from ttq_jax.functions.static import StaticFactors, static_factors
 from ttq_jax.functions.trace import FunctionError
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Observed",
     "PackedKernel",
     "Row",
+    "StaticFactors",
     "Table",
     "dense_tree",
     "effective_bits",
@@ -30,4 +32,5 @@ __all__ = [
     "quantize",
     "read",
     "run",
+    "static_factors",
 ]

@@ -1,8 +1,8 @@
 """`read`, `observe`, `quantize`, `run`, `kernels`: a user's function, and packed weights for it."""
 
 import dataclasses
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +10,15 @@ from flax import struct
 from jaxtyping import Array, Bool
 
 from ttq_jax.config import ConfigError
-from ttq_jax.errors import expect, shown
+from ttq_jax.errors import expect
 from ttq_jax.functions.control import HANDLERS
 from ttq_jax.functions.modules import path_of
 from ttq_jax.functions.moments import Observing
 from ttq_jax.functions.packed import PackedKernel, is_packed, multiplied, quantized
 from ttq_jax.functions.plan import Call, Plan, Table, plan_of, table_of, traced_call
+from ttq_jax.functions.refusals import check_groups, dense_only, priors_of, served
 from ttq_jax.functions.sites import Observed, Operand, Site, merged
+from ttq_jax.functions.static import StaticFactors, check_static
 from ttq_jax.functions.trace import Evaluator, FunctionError, Kernel, Product
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Moments
@@ -31,7 +33,7 @@ def kernels(fn: Fn, *, select: str | None = None) -> Callable[..., Table]:
       fn: any JAX function whose first argument is a tree of parameters.
       select: regular expression; a parameter is packed if its path ("params/Dense_0/kernel")
         matches fully. None: all that is multiplied, but tables of the vocabulary and routers, which
-        a part of their path names: embed…, head, router or logits.
+        a part of their path names: embed…, unembed…, head, router or logits.
 
     Returns:
       A function of the parameters and `fn`'s other arguments, or their shapes. It computes nothing;
@@ -42,7 +44,7 @@ def kernels(fn: Fn, *, select: str | None = None) -> Callable[..., Table]:
     """
 
     def table(params: Any, *args: Any, **kwargs: Any) -> Table:
-        call = traced_call(fn, _dense(params), args, kwargs)
+        call = traced_call(fn, dense_only(params), args, kwargs)
         return table_of(call, plan_of(call, select))
 
     return table
@@ -73,10 +75,10 @@ def observe(
       ConfigError: the recipe is for our own decoder only.
       FunctionError: (from that function) see `kernels`; or rows that the mask does not fit.
     """
-    recipe = _served(recipe)
+    recipe = served(recipe)
 
     def run(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Observed]:
-        call = traced_call(fn, _dense(params), args, kwargs)
+        call = traced_call(fn, dense_only(params), args, kwargs)
         plan = plan_of(call, select)
         ev = Evaluator(Observing(plan.operands, recipe.reads, where), HANDLERS)
         out, kept = call.evaluate(ev, _kernels(call, plan))
@@ -86,7 +88,12 @@ def observe(
 
 
 def quantize(
-    params: Any, observed: Observed, recipe: Recipe, *, prior: Observed | None = None
+    params: Any,
+    observed: Observed,
+    recipe: Recipe,
+    *,
+    prior: Observed | None = None,
+    static: StaticFactors | None = None,
 ) -> Any:
     """Packs every parameter that was observed; pure and jittable.
 
@@ -95,17 +102,20 @@ def quantize(
       observed: moments of the prompt or of a corpus, as the recipe's `moments.of` says.
       recipe: how.
       prior: moments of a corpus for a recipe with `moments.prior` "corpus".
+      static: see `read`.
 
     Returns:
       The tree with packed parameters, for `run`. Everything else is shared.
 
     Raises:
-      ConfigError: the recipe is for our own decoder only, or its prior is missing.
-      FunctionError: an observed parameter is not in the tree.
+      ConfigError: the recipe is for our own decoder only, or its prior is missing, or the static
+        factors are another recipe's.
+      FunctionError: an observed parameter is not in the tree, or has no static factors.
     """
-    recipe = _served(recipe)
+    recipe = served(recipe)
+    check_static(static, recipe)
     expect("observed", observed, Observed, "what observe returns")
-    found, tree = jax.tree_util.tree_flatten_with_path(_dense(params))
+    found, tree = jax.tree_util.tree_flatten_with_path(dense_only(params))
     leaves = {path_of(path): leaf for path, leaf in found}
     for site in observed.sites:
         for operand in site.operands:
@@ -114,8 +124,8 @@ def quantize(
                     f"{operand.path}: expected the tree that was observed, whose paths are "
                     f"{', '.join(list(leaves)[:5])}, …"
                 )
-    _check(recipe, leaves, {o for site in observed.sites for o in site.operands})
-    made = _packed(observed.sites, leaves, recipe, _priors(recipe, prior))
+    check_groups(recipe, leaves, {o for site in observed.sites for o in site.operands})
+    made = _packed(observed.sites, leaves, recipe, priors_of(recipe, prior), static)
     return jax.tree.unflatten(tree, [made.get(path, leaf) for path, leaf in leaves.items()])
 
 
@@ -134,6 +144,7 @@ def read(
     where: Bool[Array, "B T"] | None = None,
     select: str | None = None,
     prior: Observed | None = None,
+    static: StaticFactors | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """Reads a prompt with the function, and quantizes its parameters for that prompt.
 
@@ -142,38 +153,41 @@ def read(
 
     Args:
       fn: see `kernels`.
-      recipe: how. Reading is with the dense weights. A static low-rank part is an SVD of every
-        packed weight in every call: nothing is kept between calls.
+      recipe: how. Reading is with the dense weights.
       where: see `observe`.
       select: see `kernels`.
       prior: see `quantize`.
+      static: what `static_factors` made of these parameters; None for a recipe without a static
+        low-rank part, or to make it in every call, by an SVD of every packed weight.
 
     Returns:
       A function of the parameters and `fn`'s other arguments. It gives (what `fn` gives, bit for
       bit; the packed tree, for `run`).
 
     Raises:
-      ConfigError: the recipe is for our own decoder only, or its prior is missing.
-      FunctionError: (from that function) see `observe`.
+      ConfigError: the recipe is for our own decoder only, or its prior is missing, or the static
+        factors are another recipe's.
+      FunctionError: (from that function) see `observe`; or a parameter has no static factors.
     """
-    recipe = _served(recipe)
+    recipe = served(recipe)
+    check_static(static, recipe)
     if recipe.source.of == "corpus":
         raise ConfigError(
             "moments.of = 'corpus' reads no prompt: observe a corpus, and quantize with what that "
             "gives; or set moments.of to 'prompt'"
         )
-    priors = _priors(recipe, prior)
+    priors = priors_of(recipe, prior)
 
     def run(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        call = traced_call(fn, _dense(params), args, kwargs)
+        call = traced_call(fn, dense_only(params), args, kwargs)
         plan = plan_of(call, select)
-        _check(recipe, call.by_path, plan.operands)
-        hook = _Reading(plan, recipe, where, priors)
+        check_groups(recipe, call.by_path, plan.operands)
+        hook = _Reading(plan, recipe, where, priors, static)
         ev = Evaluator(hook, HANDLERS, hook.end_scan)
         out, kept = call.evaluate(ev, _kernels(call, plan))
         sites = merged(one for one in kept if isinstance(one, Site))
         done = [one for one in kept if isinstance(one, _Made)]
-        made = _packed(sites, call.by_path, recipe, priors, done)
+        made = _packed(sites, call.by_path, recipe, priors, static, done)
         leaves = [made.get(path, leaf) for path, leaf in call.leaves]
         return out, jax.tree.unflatten(call.tree, leaves)
 
@@ -183,16 +197,19 @@ def read(
 class _Reading(Observing):
     """Observes, and quantizes what can be quantized inside a scan."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, where: Any, priors: dict[Operand, Moments]):
+    def __init__(
+        self, plan: Plan, recipe: Recipe, where: Any, priors: dict[Operand, Moments],
+        static: StaticFactors | None,
+    ):  # fmt: skip
         super().__init__(plan.operands, recipe.reads, where)
-        self.plan, self.recipe, self.priors = plan, recipe, priors
-        self.slices: dict[Operand, tuple[int, Any]] = {}
+        self.plan, self.recipe, self.priors, self.static = plan, recipe, priors, static
+        self.slices: dict[Operand, tuple[int, Any, Any]] = {}
 
     def __call__(self, ev: Evaluator, product: Product) -> None:
         super().__call__(ev, product)
         kernel = product.kernel
         weight = kernel.dense if kernel.uncast is None else kernel.uncast
-        self.slices[product.operand] = (ev.depth, weight)
+        self.slices[product.operand] = (ev.depth, weight, kernel.index)
 
     def end_scan(self, ev: Evaluator, kept: list[Any], scan: int) -> list[Any]:
         """Quantizes the sites that nothing outside of the scan adds to."""
@@ -214,7 +231,12 @@ class _Reading(Observing):
             here = tuple(dataclasses.replace(operand, steps=()) for operand in site.operands)
             one = dataclasses.replace(site, operands=here)
             weights = [self.slices[operand][1] for operand in site.operands]
-            packed = quantized(one, weights, self.recipe, None)
+            static = None
+            if self.static is not None:
+                (i,) = self.slices[site.operands[0]][2]
+                slice_of = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+                static = [jax.tree.map(slice_of, f) for f in self.static.of(site.operands)]
+            packed = quantized(one, weights, self.recipe, None, static)
             pairs = zip(packed, site.operands, strict=True)
             out += [_Made(kernel, operand) for kernel, operand in pairs]
         return out
@@ -264,7 +286,7 @@ def _kernels(call: Call, plan: Plan) -> list[Any]:
 
 def _packed(
     sites: tuple[Site, ...], leaves: dict[str, Any], recipe: Recipe,
-    priors: dict[Operand, Moments], done: list[_Made] | None = None,
+    priors: dict[Operand, Moments], static: StaticFactors | None, done: Iterable[_Made] = (),
 ) -> dict[str, PackedKernel]:  # fmt: skip
     """By path, the packed parameters: a view for each way in which one is read.
 
@@ -272,14 +294,15 @@ def _packed(
       ConfigError: the prior says nothing of one of them.
     """
     views: dict[str, list[tuple[Operand, PackedKernel]]] = {}
-    for one in done or []:
+    for one in done:
         views.setdefault(one.operand.path, []).append((one.operand, one.kernel))
     for site in sites:
         weights = [leaves[operand.path] for operand in site.operands]
         prior = priors.get(site.operands[0])
         if priors and prior is None:
             raise ConfigError(f"prior: expected moments of {site.operands[0].path}, got none")
-        made = quantized(site, weights, recipe, prior)
+        fixed = None if static is None else static.of(site.operands)
+        made = quantized(site, weights, recipe, prior, fixed)
         for operand, kernel in zip(site.operands, made, strict=True):
             views.setdefault(operand.path, []).append((operand, kernel))
     out = {}
@@ -292,86 +315,3 @@ def _packed(
             tuple(leaves[path].shape), str(leaves[path].dtype),
         )  # fmt: skip
     return out
-
-
-def _dense(params: Any) -> Any:
-    """Refuses a tree that is packed already.
-
-    Raises:
-      FunctionError: it is.
-    """
-    if any(map(is_packed, jax.tree.leaves(params, is_leaf=is_packed))):
-        raise FunctionError(
-            "params: expected dense parameters, got packed ones; pass the tree that was read, or "
-            "run the function with ttq.run(fn)"
-        )
-    return params
-
-
-def _priors(recipe: Recipe, prior: Observed | None) -> dict[Operand, Moments]:
-    """A prior's moments by operand.
-
-    Raises:
-      ConfigError: the recipe needs one and there is none, or the other way round.
-    """
-    needed = recipe.source.prior == "corpus"
-    if needed != (prior is not None):
-        raise ConfigError(
-            f"prior: the recipe's moments.prior is {recipe.source.prior!r}, but prior is "
-            f"{'missing; pass what observe gave on a corpus' if needed else 'given; leave it out'}"
-        )
-    sites = () if prior is None else prior.sites
-    return {operand: site.moments for site in sites for operand in site.operands}
-
-
-def _served(recipe: Recipe) -> Recipe:
-    """Refuses what only our own decoder serves.
-
-    Raises:
-      ConfigError: the recipe says so.
-    """
-    expect("recipe", recipe, Recipe, "a Recipe, such as preset('ttq')")
-    source = recipe.source
-    if source.prior in {"weights", "samples"}:
-        raise ConfigError(
-            f"moments.prior = {source.prior!r} is estimated from the norms of ttq-jax's own decoder"
-            "; for a function of yours choose a corpus or none: preset(…, moments='prompt')"
-        )
-    others = {
-        "prefill": (recipe.prefill, "full", "a function's own weights read the prompt"),
-        "batch": (recipe.batch, "pooled", "for a tree for each prompt use jax.vmap"),
-        "widths": (recipe.widths, (), "quantize parts of the tree with recipes of their own"),
-        "select": (recipe.select, "layers/.*", "pass select to read or observe"),
-        "moments.decay": (source.decay, 0.0, "add what observe returns, scaled"),
-        "moments.refresh": (source.refresh, 0, "observe the steps, and quantize again"),
-    }
-    for name, (value, wanted, instead) in others.items():
-        if value != wanted:
-            raise ConfigError(
-                f"{name} = {shown(value)} is for ttq-jax's own decoder: for a function of yours "
-                f"expected {shown(wanted)}; {instead}"
-            )
-    return recipe
-
-
-def _check(recipe: Recipe, leaves: dict[str, Any], operands: set[Operand]) -> None:
-    """Refuses groups that fit no kernel, and warns of `head`, which packs no function's tables.
-
-    Raises:
-      ConfigError: groups are wider than every input.
-    """
-    widest = max((operand.d_in for operand in operands), default=0)
-    if recipe.grid.group_size > -(-widest // 8) * 8:
-        raise ConfigError(
-            f"group size: expected at most {widest}, the widest input of the packed parameters, "
-            f"got {recipe.grid.group_size}; -1 gives one group per column"
-        )
-    if recipe.head is None:
-        return
-    packed = {operand.path for operand in operands}
-    left = [k for k, leaf in leaves.items() if k not in packed and getattr(leaf, "ndim", 0) > 1]
-    warnings.warn(
-        f"head = {recipe.head} packs the vocabulary's tables of ttq-jax's own decoder; of this "
-        f"function stay dense: {', '.join(left[:5]) or 'none'}; set head=None to say so",
-        stacklevel=3,
-    )

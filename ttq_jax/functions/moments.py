@@ -82,7 +82,8 @@ class Observing:
         else:
             raise FunctionError(
                 f"{product.operand.path}: rows {rows} of its input at {product.source} are not "
-                f"those of the mask {mask.shape}; read prompts of one length without a mask"
+                f"those of the mask {mask.shape}; leave it out of select, or read prompts of one "
+                "length without a mask"
             )
         return jnp.broadcast_to(mask, rows)
 

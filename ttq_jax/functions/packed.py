@@ -1,6 +1,6 @@
 """What stands in a parameter's place: packed weights, one for each way in which it is read."""
 
-import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -115,7 +115,11 @@ def dense_tree(params: Any, packed: Any) -> Any:
 
 
 def quantized(
-    site: Site, weights: list[Any], recipe: Recipe, prior: Moments | None
+    site: Site,
+    weights: list[Any],
+    recipe: Recipe,
+    prior: Moments | None,
+    static: list[LowRank] | None,
 ) -> list[PackedKernel]:
     """A site's kernels, each packed for its one operand.
 
@@ -124,13 +128,14 @@ def quantized(
       weights: the leaves that its operands read, in their order.
       recipe: how.
       prior: of the same site; None without.
+      static: low-rank parts, stacked as the moments are; None where the recipe has none, or where
+        they are made here.
 
     Returns:
       In the same order.
     """
-    # Named by nothing but its layout, so that equal layers of a model are one program.
-    kinds = tuple(dataclasses.replace(one, path="") for one in site.operands)
-    views = _quantized(weights, site.moments, prior, kinds=kinds, recipe=recipe)
+    kinds = tuple(operand.kind for operand in site.operands)
+    views = _quantized(weights, (site.moments, prior, static), kinds=kinds, recipe=recipe)
     rows = site.moments.count
     return [
         PackedKernel((view,), (rows,), (operand,), tuple(w.shape), str(w.dtype))
@@ -140,13 +145,29 @@ def quantized(
 
 @partial(jax.jit, static_argnames=("kinds", "recipe"))
 def _quantized(
-    weights: list[Any], moments: Moments, prior: Moments | None, *, kinds: tuple[Operand, ...],
-    recipe: Recipe,
-) -> list[QuantizedLinear]:  # fmt: skip
-    """One packed weight for each kind, through its steps one stack after the other."""
+    weights: list[Any], of: tuple[Any, ...], *, kinds: tuple[Operand, ...], recipe: Recipe
+) -> list[QuantizedLinear]:
+    """One packed weight for each kind."""
+    return each_matrix(partial(_matrices, recipe=recipe), weights, of, kinds)
+
+
+def each_matrix(
+    one: Callable[[Any], Any], weights: list[Any], of: Any, kinds: tuple[Operand, ...]
+) -> Any:
+    """A function of the matrices that products read, through their steps one stack after the other.
+
+    Args:
+      one: of ([a matrix for each kind], what there is of them).
+      weights: the leaves.
+      of: arrays with a leading axis for each stack, and one for experts.
+      kinds: how each leaf is read; their stacks are alike.
+
+    Returns:
+      What it gives, with the same leading axes.
+    """
     steps = [kind.steps for kind in kinds]
 
-    def through(ws: list[Any], of: tuple[Any, Any], done: list[int]) -> list[QuantizedLinear]:
+    def through(ws: list[Any], of: Any, done: list[int]) -> Any:
         ws, done, stacked = list(ws), list(done), False
         for i, kind_steps in enumerate(steps):
             for step in kind_steps[done[i] :]:
@@ -157,22 +178,21 @@ def _quantized(
         if stacked:
             return jax.lax.map(lambda at: through(at[0], at[1], done), (ws, of))
         matrices = [kind.matrix(w) for kind, w in zip(kinds, ws, strict=True)]
-        one = partial(_matrices, recipe=recipe)
         return one((matrices, of)) if kinds[0].experts is None else jax.lax.map(one, (matrices, of))
 
-    return through(weights, (moments, prior), [0] * len(kinds))
+    return through(weights, of, [0] * len(kinds))
 
 
-def _matrices(at: tuple[list[Any], tuple[Moments, Any]], recipe: Recipe) -> list[QuantizedLinear]:
+def _matrices(at: tuple[list[Any], tuple[Any, ...]], recipe: Recipe) -> list[QuantizedLinear]:
     """Plain matrices that read one input, by the same code as our own decoder's."""
-    matrices, (moments, prior) = at
+    matrices, (moments, prior, static) = at
     weights = {str(i): w for i, w in enumerate(matrices)}
     moments = blend(moments, prior, recipe.source)
-    factors: dict[str, LowRank] = {}
-    if rank := recipe.low_rank.rank:
+    if rank := 0 if static else recipe.low_rank.rank:
         source = moments if prior is None else prior
         power = source.mean_power(2.0) if recipe.low_rank.weighted else None
-        factors = {name: truncated_svd(w, rank, power) for name, w in weights.items()}
+        static = [truncated_svd(w, rank, power) for w in matrices]
+    factors = dict(zip(weights, static or [], strict=False))
     reads = moments if recipe.source.of != "none" else None
     packed = quantize_site(weights, reads, recipe, factors)[1]
     return [packed[name] for name in weights]

@@ -18,7 +18,7 @@ from ttq_jax.functions.trace import FLOATS, Evaluator, FunctionError, Kernel
 from ttq_jax.quant.widths import check_pattern
 
 # A part of a path that names a table of the vocabulary, or what chooses experts.
-_TABLE = re.compile(r"(\w+_)?(embed\w*|head|router|logits)(_\d+)?")
+_TABLE = re.compile(r"(\w+_)?((un)?embed\w*|head|router|logits)(_\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,11 @@ class Operand:
     contract: tuple[int, ...]
     free: tuple[int, ...]
 
+    @property
+    def kind(self) -> "Operand":
+        """The operand named by nothing but its layout: equal layers of a model are one program."""
+        return dataclasses.replace(self, path="")
+
     def size(self, axes: Iterable[int]) -> int:
         """Elements along some of its axes."""
         return int(np.prod([self.shape[d] for d in axes], dtype=int))
