@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
     SingleDeviceSharding,
     use_abstract_mesh,
 )
@@ -237,24 +243,52 @@ def _compiled_afresh() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) -> Any:
+def _placing(
+    name: str, on_host: Callable[[tuple[Any, ...]], bool] | None
+) -> Callable[[tuple[Any, ...]], Sharding]:
+    """Where the arguments lie, by path.
+
+    Raises:
+      ChipError: the host's memory is asked for of a compiler that does not know it.
+    """
+    it = device(name)
+    if on_host is None:
+        return lambda path: SingleDeviceSharding(it)
+    if CHIPS[name].platform != "tpu":
+        # jax drops the memory kind without a word: such devices report no memories.
+        raise ChipError(
+            f"compiling for {name} with weights in the host's memory needs a running one: the "
+            "compiler of an absent GPU does not know memory kinds"
+        )
+    # Traced with a SingleDeviceSharding, an argument would be in the device's memory.
+    mesh = Mesh(np.array([it]), ("one",), axis_types=(AxisType.Auto,))
+    pinned = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
+    return lambda path: pinned if on_host(path) else NamedSharding(mesh, PartitionSpec())
+
+
+def compile_for(
+    name: str, fn: Callable[..., Any], *shapes: Any,
+    on_host: Callable[[tuple[Any, ...]], bool] | None = None, **static: Any,
+) -> Any:  # fmt: skip
     """Compiles a function for a chip that need not be there.
 
     Args:
-      name: a key of `CHIPS`.
+      name: a key of `CHIPS`; with `on_host` a TPU's.
       fn: to be jitted, or jitted already.
       *shapes: its positional arguments as trees of `jax.ShapeDtypeStruct` (or arrays).
+      on_host: says of a leaf's path whether it lies in pinned host memory; None for none.
       **static: its static keyword arguments, if it is jitted already.
 
     Returns:
       The compiled executable: `memory_analysis()`, `as_text()`.
 
     Raises:
-      ChipError: the chip is unknown or its compiler is not installed.
+      ChipError: the chip is unknown or its compiler is not installed, or does not know the host's
+        memory.
     """
-    sharding = SingleDeviceSharding(device(name))
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    place = _placing(name, on_host)
+    shapes = jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(path)), shapes
     )
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     with tracing_for(name), _compiled_afresh():
