@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import prompts_of, random_rows, small_config, small_params
+from small import in_host, prompts_of, random_rows, small_config, small_params
 from tiny_files import write_model
 
 from ttq_jax.checkpoint import CheckpointError, load, placing
@@ -37,13 +37,6 @@ def tiny_model(tmp_path_factory):
 
 CONFIG = small_config(n_layers=2, d_ff=64)
 EXPERTS = small_config(n_layers=2, d_ff=64, n_experts=4, experts_per_token=2)
-
-
-def in_host(params):
-    """The tree as `load(dense_memory="host")` places it."""
-    place = placed_in("host")
-    named = lambda path: tuple(str(key.key) for key in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, a: place(named(path), a), params)
 
 
 def model_of(config, params):

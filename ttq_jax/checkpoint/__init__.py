@@ -71,10 +71,11 @@ def load(
             f"head: expected one of {', '.join(map(str, BITS))}, or None, got {shown(head)}"
         )
     expect("model", model, (str, Path), "a path, a hub id or an alias")
+    place = placed_in(dense_memory)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
-        head=head, place=placed_in(dense_memory),
+        head=head, place=place,
     )  # fmt: skip
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

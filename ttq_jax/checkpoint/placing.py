@@ -6,7 +6,7 @@ and the vocabulary's tables are read at every token and stay on the device.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def placed_in(memory: Memory) -> Place:
     Raises:
       CheckpointError: it is another word, or the default device cannot read the host's memory.
     """
-    if memory not in {"device", "host"}:
+    if memory not in get_args(Memory):
         raise CheckpointError(f"dense_memory: expected device or host, got {shown(memory)}")
     if memory == "device":
         return on_default_device

@@ -56,12 +56,19 @@ def compile_generate(
     return compile_for(
         chip, generate_tokens, params, prompts, Offline(moments=moments), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
-        capacity=new_tokens, eos_ids=(0,), on_host=_streamed if dense_memory == "host" else None,
+        capacity=new_tokens, eos_ids=(0,), on_host=streamed if dense_memory == "host" else None,
     )  # fmt: skip
 
 
-def _streamed(path: tuple[Any, ...]) -> bool:
-    """Whether an argument of `generate_tokens` is a kernel that the host's memory holds."""
+def streamed(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of `generate_tokens`' arguments is a kernel that the host's memory can hold.
+
+    Args:
+      path: as `jax.tree_util` gives it.
+
+    Returns:
+      True for the blocks' dense kernels.
+    """
     argument, *inside = path
     names = [getattr(key, "key", None) for key in inside]
     return argument.idx == 0 and streams((str(names[0]), str(names[-1])))
