@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from ttq_jax.host import on_host
+from ttq_jax.host import on_host, slab_of
 from ttq_jax.linear import linear
 from ttq_jax.types import Leaf, MixedLinear, Params, QuantizedLinear, Stacked
 
@@ -177,7 +177,7 @@ def of_expert(kernel: Any, expert: Int[Array, ""]) -> Any:
 def _on_device(kernel: Any) -> Any:
     """A layer's experts; those in the host's memory are fetched together."""
     if isinstance(kernel, Stacked) and on_host(kernel.kernels):
-        return Stacked(kernel.kernel[None], jnp.zeros((), jnp.int32))
+        return Stacked(slab_of(kernel.kernels, kernel.layer), jnp.zeros((), jnp.int32))
     return kernel
 
 

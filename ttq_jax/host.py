@@ -31,6 +31,14 @@ def layer_of(stack: jax.Array, layer: Any) -> jax.Array:
     return fetched(one)
 
 
+def slab_of(stack: jax.Array, layer: Any) -> jax.Array:
+    """One layer of a stack as a stack of one, [1, …], in the device's memory.
+
+    With the axis kept, a kernel of a TPU reads what was fetched; without, XLA copies it before.
+    """
+    return fetched(jax.lax.dynamic_index_in_dim(stack, layer, allow_negative_indices=False))
+
+
 def on_device(stacks: dict[str, jax.Array], layer: Any) -> tuple[dict[str, jax.Array], Any]:
     """Stacks that a kernel on the device can index.
 
@@ -43,6 +51,5 @@ def on_device(stacks: dict[str, jax.Array], layer: Any) -> tuple[dict[str, jax.A
     """
     if not any(map(on_host, stacks.values())):
         return stacks, layer
-    return {name: layer_of(stack, layer)[None] for name, stack in stacks.items()}, jnp.zeros(
-        (), jnp.int32
-    )
+    slabs = {name: slab_of(stack, layer) for name, stack in stacks.items()}
+    return slabs, jnp.zeros((), jnp.int32)
