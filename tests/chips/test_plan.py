@@ -20,6 +20,7 @@ LLAMA = released_config("llama-3-8b")
 
 
 @needs_compilers
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "chip", "bits", "memory", "fits", "gib"),
     [
