@@ -82,7 +82,7 @@ def pytest_terminal_summary(terminalreporter):
 # A file is one worker's: one of these, begun last, would leave the other worker idle.
 _LONG = {
     "test_tpu_compile.py", "test_notebooks.py", "test_gpu_compile.py", "test_parity_real.py",
-    "test_programs.py", "test_jax_switches.py", "test_generate.py",
+    "test_programs.py", "test_plan.py", "test_jax_switches.py", "test_generate.py",
     "test_learned_recipe.py", "test_sweep_command.py", "test_xla.py", "test_docs.py",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ MODULES = {
 ORDER = [
     {"pallas_kernels"},
     {"_version", "errors"},
-    {"foreign"},
+    {"foreign", "host"},
     {"config", "files", "text", "types"},
     {"linear", "prompts", "sampling"},
     {"experts"},

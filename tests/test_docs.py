@@ -21,7 +21,8 @@ GUIDES = {
     name: (ROOT / name).read_text()
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md",
                  "experiments/RESULTS.md", "ttq_jax/quant/README.md", "ttq_jax/chat/README.md",
-                 "ttq_jax/functions/README.md", "pallas_kernels/README.md")
+                 "ttq_jax/functions/README.md", "ttq_jax/chips/README.md",
+                 "pallas_kernels/README.md")
 }  # fmt: skip
 
 

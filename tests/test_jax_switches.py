@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from compilers import QUICKLY, needs_compilers
 from jax.extend.core import jaxprs_in_params
-from small import prompts_of, random_rows, small_config, small_params
+from small import in_host, prompts_of, random_rows, small_config, small_params
 from stores import same_bits
 from tiny_files import write_model
 
@@ -56,6 +56,7 @@ MODEL = Model(
 )
 MIXED = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2, norm_topk=True)
 MIXTURE = dataclasses.replace(MODEL, config=MIXED, params=small_params(MIXED))
+IN_HOST = dataclasses.replace(MODEL, params=in_host(MODEL.params))
 WINDOWS = np.asarray(random_rows([24, 24], seed=5), np.int64)
 TEXTS = ["The capital", "of France is Paris"]
 # Nearly all the time here is compilation: one projection, where one shows all there is.
@@ -177,6 +178,7 @@ CASES = {
     },
     "generate, the rest": functools.partial(generated, REST),
     "stream, the rest": functools.partial(streamed, REST),
+    "generate, from the host": functools.partial(generated, RECIPES["fast"], IN_HOST),
     "generate, experts": functools.partial(generated, EXPERTS, MIXTURE),
     "sample": functools.partial(
         generated, None, seed=-3, sampling=Sampling(temperature=1.0, top_k=20, top_p=0.9)

@@ -50,6 +50,7 @@ CALLS = {
     "ttq.with_settings(ttq.preset('ttq'), 'grid.bits=3')": "settings: expected a list of them",
     "ttq.load(7)": "model: expected a path, a hub id or an alias, got int 7",
     "ttq.load('a/b@')": "no such file or directory",
+    "ttq.load('smollm2', dense_memory=['host'])": "dense_memory: expected device or host, got [",
     'ttq.generate(model, ["a"], recipe=ttq.preset("ttq", group_size=10**6))': "group size: exp",
     'ttq.generate(model, ["a"], recipe=ttq.preset("ttq", widths=(ttq.Width(select="layers/9/q",'
     " bits=2),)))": "widths: expected a match with layers/",

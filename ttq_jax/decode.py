@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.host import on_host
 from ttq_jax.models.decoder import forward, logits, plain, unstack
 from ttq_jax.prefill import observing
 from ttq_jax.quant.moments import Reads
@@ -178,11 +179,12 @@ def advance(
     """
     run = partial(_loop, config=config, sampling=sampling, eos_ids=eos_ids, refresh=refresh)
     kinds = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QuantizedLinear))
-    if any(isinstance(w, QuantizedLinear) for w in kinds):
+    if any(isinstance(w, QuantizedLinear) or on_host(w) for w in kinds):
         return run(params, state, key, limit)
 
     # Decoding an unquantized tree is bound by memory bandwidth, where a CPU gains from `unstack`.
-    # Packed layers are small enough for the scan, which compiles much faster.
+    # Packed layers are small enough for the scan, which compiles much faster. Layers in the host's
+    # memory are fetched by the scan, one at a time.
     def apart(params: Params, *rest: Any) -> tuple[Params | None, dict[str, Moments], Decoding]:
         return run(unstack(params), *rest)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from ttq_jax.host import on_host, slab_of
 from ttq_jax.linear import linear
 from ttq_jax.types import Leaf, MixedLinear, Params, QuantizedLinear, Stacked
 
@@ -173,6 +174,13 @@ def of_expert(kernel: Any, expert: Int[Array, ""]) -> Any:
     return Stacked(kernel, expert)
 
 
+def _on_device(kernel: Any) -> Any:
+    """A layer's experts; those in the host's memory are fetched together."""
+    if isinstance(kernel, Stacked) and on_host(kernel.kernels):
+        return Stacked(slab_of(kernel.kernels, kernel.layer), jnp.zeros((), jnp.int32))
+    return kernel
+
+
 def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Array, "N R d_out"]]:
     """Each block's product with its expert's weights.
 
@@ -183,6 +191,9 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
     Returns:
       By projection, the rows' outputs.
     """
+    if len(x.expert) >= x.n_experts:
+        # There are blocks for all experts: each is fetched once, not for each of its blocks.
+        weights = {n: {**w, "kernel": _on_device(w["kernel"])} for n, w in weights.items()}
 
     def product(rows: Array, expert: Array) -> dict[str, Array]:
         return {n: linear(rows, of_expert(w["kernel"], expert)) for n, w in weights.items()}

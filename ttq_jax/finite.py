@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.errors import NotFiniteError
+from ttq_jax.host import fetched, on_host
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.prefill import prefill
 from ttq_jax.quant.head import joined
@@ -34,8 +35,15 @@ def _floating(tree: Any) -> list[Array]:
 @jax.jit
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether every floating number of a tree is finite."""
-    flags = [jnp.all(jnp.isfinite(a)) for a in _floating(tree)]
+    flags = [jnp.all(_finite_layers(a) if on_host(a) else jnp.isfinite(a)) for a in _floating(tree)]
     return jnp.all(jnp.stack(flags)) if flags else jnp.asarray(True)
+
+
+def _finite_layers(stack: Array) -> Bool[Array, " L"]:
+    """Whether each layer is finite; from the host's memory one at a time is fetched."""
+    if on_host(stack):
+        return jax.lax.map(lambda one: jnp.all(jnp.isfinite(fetched(one))), stack)
+    return jnp.all(jnp.isfinite(stack), axis=tuple(range(1, stack.ndim)))
 
 
 def _by_layer(entry: Any) -> Bool[Array, " L"]:
@@ -43,8 +51,7 @@ def _by_layer(entry: Any) -> Bool[Array, " L"]:
     is_mixed = lambda w: isinstance(w, MixedLinear)  # noqa: E731
     if any(map(is_mixed, jax.tree.leaves(entry, is_leaf=is_mixed))):
         return all_finite(entry)[None]
-    arrays = _floating(entry)
-    flags = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in arrays]
+    flags = [_finite_layers(a) for a in _floating(entry)]
     return jnp.all(jnp.stack(flags), axis=0) if flags else jnp.ones(1, bool)
 
 
@@ -128,7 +135,7 @@ def raise_not_finite(
         raise NotFiniteError(
             f"the model's weights hold infinities or NaN in {where}. {_CHECKPOINT}"
         )
-    if not jax.device_get(all_finite(params)):
+    if not jax.device_get(all_finite({name: params[name] for name in params if name != "layers"})):
         raise NotFiniteError(
             f"the model's embedding, head or last norm holds infinities or NaN. {_CHECKPOINT}"
         )

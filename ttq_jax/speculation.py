@@ -27,6 +27,7 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Decoding
 from ttq_jax.errors import expect
+from ttq_jax.host import on_host
 from ttq_jax.models.decoder import forward, logits, unstack
 from ttq_jax.models.layer_constants import grows
 from ttq_jax.prefill import prefill
@@ -219,6 +220,8 @@ def advance(
         return jax.lax.while_loop(running, cycle, state)
 
     # See `decode.advance`.
+    if any(map(on_host, jax.tree.leaves(params["layers"]))):
+        return run(params, packed, state, key, limit)
     apart = lambda params, *rest: run(unstack(params), *rest)  # noqa: E731
     return jax.lax.platform_dependent(params, packed, state, key, limit, cpu=apart, default=run)
 

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ttq_jax.host import layer_of
+
 Params = dict[str, Any]
 
 # A field of a pytree: an array, or what stands for one while JAX transforms the tree.
 Leaf = Any
-
-
-def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
 
 
 # The observation sites of a block, and the projections that read each one's activations.
@@ -212,7 +210,7 @@ class QuantizedLinear:
         Returns:
           The same stack with `layer` set; channel scale and factors are sliced.
         """
-        small = jax.tree.map(lambda a: _at(a, layer), (self.channel_scale, self.low_rank))
+        small = jax.tree.map(lambda a: layer_of(a, layer), (self.channel_scale, self.low_rank))
         return dataclasses.replace(self, channel_scale=small[0], low_rank=small[1], layer=layer)
 
 
@@ -238,7 +236,7 @@ class Stacked:
     """A dense kernel, given as a stack and a layer's index so that it need not be copied.
 
     Attributes:
-      kernels: [L, d_in, d_out].
+      kernels: [L, d_in, d_out]; may be in the host's memory.
       layer: int32[], its index.
     """
 
@@ -247,8 +245,11 @@ class Stacked:
 
     @property
     def kernel(self) -> jax.Array:
-        """The kernel, [d_in, d_out]; XLA copies it unless it can fuse the slice with its use."""
-        return _at(self.kernels, self.layer)
+        """The kernel, [d_in, d_out]; XLA copies it unless it can fuse the slice with its use.
+
+        Of a stack in the host's memory it is fetched to the device.
+        """
+        return layer_of(self.kernels, self.layer)
 
 
 @struct.dataclass
@@ -287,7 +288,7 @@ def at_layer(layers: Params, layer: jax.Array) -> Params:
     Returns:
       The layer's tree, with `Stacked` for dense kernels and `layer` set in the others.
     """
-    at = lambda a: _at(a, layer)  # noqa: E731
+    at = lambda a: layer_of(a, layer)  # noqa: E731
 
     def one(kernel: Any) -> Any:
         if isinstance(kernel, QuantizedLinear):

@@ -19,7 +19,7 @@ from ttq_jax.chips.absent import (
     libtpu_version,
     tracing_for,
 )
-from ttq_jax.commands.parsers import COMPILED, ESTIMATED
+from ttq_jax.commands.chip_options import COMPILED, ESTIMATED
 
 
 def test_the_command_line_knows_the_same_chips():

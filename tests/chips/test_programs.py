@@ -1,5 +1,6 @@
 """Whole programs at full size, compiled for chips that are not here, and what is in them."""
 
+import dataclasses
 import math
 import re
 from functools import partial
@@ -12,8 +13,8 @@ from decode_loop import decode_loop, makers
 from small import small_config
 
 from pallas_kernels import xla
-from ttq_jax.chips.absent import CHIPS, compile_for, tracing_for
-from ttq_jax.chips.programs import compile_generate, memory_of
+from ttq_jax.chips.absent import CHIPS, ChipError, compile_for, tracing_for
+from ttq_jax.chips.programs import compile_generate, memory_of, streamed
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
@@ -116,7 +117,7 @@ WIDTHS = {
 }  # fmt: skip
 
 
-def compile_small(chip, dtype, recipe, drafts=0, **changes):
+def compile_small(chip, dtype, recipe, drafts=0, on_host=None, **changes):
     """`generate_tokens` of a small model whose widths the kernels serve."""
     config = small_config(**WIDTHS, **changes)
     params = params_shapes(config, dtype)
@@ -131,6 +132,7 @@ def compile_small(chip, dtype, recipe, drafts=0, **changes):
         chip, generate_tokens, params, prompts, offline,
         jax.eval_shape(lambda: jax.random.key(0)), shape((), jnp.int32), config=config,
         recipe=recipe, sampling=Sampling(), capacity=4, eos_ids=(0,), drafts=drafts,
+        on_host=on_host,
     )  # fmt: skip
 
 
@@ -179,6 +181,25 @@ def test_every_expert_runs_on_a_kernel(chip, no_fallback):
     made = calls(compile_small(chip, "bfloat16", recipe, **experts).as_text())
     # With the head, of the prompt's last token and of each further one.
     assert made == {"packed_matmul": 9, "prefill_quantize": 4, "quantize_pack": 3}
+
+
+def test_experts_and_a_refresh_are_streamed_from_the_host():
+    """Fetches inside loops over experts, and inside a branch of the decode loop."""
+    recipe = preset("ttq", bits=4, group_size=32)
+    recipe = dataclasses.replace(recipe, moments=dataclasses.replace(recipe.source, refresh=2))
+    experts = {"n_experts": 4, "experts_per_token": 2, "vocab_size": 256}
+    said = compile_small("v5e", "bfloat16", recipe, on_host=streamed, **experts).memory_analysis()
+    params = params_shapes(small_config(**WIDTHS, **experts))
+    blocks = stored_bytes(kernels(params["layers"]))
+    assert said.host_argument_size_in_bytes == blocks
+    assert said.host_temp_size_in_bytes == 0
+    assert said.argument_size_in_bytes < 1.5 * (stored_bytes(params) - blocks)
+
+
+def test_the_host_of_an_absent_gpu_is_refused():
+    recipe = preset("ttq", bits=4, group_size=32)
+    with pytest.raises(ChipError, match="of an absent GPU does not know memory kinds"):
+        compile_small("h100", "bfloat16", recipe, on_host=streamed)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])

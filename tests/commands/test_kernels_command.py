@@ -11,8 +11,8 @@ from pallas_kernels import Target, dispatch
 from pallas_kernels.gpu import triton
 from ttq_jax.chips.absent import tracing_for
 from ttq_jax.chips.released import RELEASED, params_shapes, released_config
+from ttq_jax.commands.chip_options import COMPILED
 from ttq_jax.commands.kernels import listing, target_of
-from ttq_jax.commands.parsers import COMPILED
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.quant.head import pack_head

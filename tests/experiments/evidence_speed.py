@@ -67,6 +67,35 @@ def _():
     return [table], []
 
 
+@evidence("A model that outgrows a chip is streamed from the host")
+def _():
+    found, gib = read("plans.json"), 2**30
+    head = ["model", "chip", "bits", "blocks", "of the chip's memory", "compiler: needs", "fits",
+            "sum of sizes", "host"]  # fmt: skip
+    table = [head]
+    table += [
+        [
+            one["model"], one["chip"], str(one["bits"]), f"on the {one['dense_memory']}",
+            f"{one['memory'] / gib:.0f} GiB", f"{one['total'] / gib:.1f} GiB",
+            "yes" if one["fits"] else "no", f"{one['summed_total'] / gib:.1f} GiB",
+            f"{one['host'] / gib:.1f} GiB" if one["host"] else "—",
+        ]
+        for one in found["compiled"]
+    ]  # fmt: skip
+    plans = {(one["model"], one["chip"], one["dense_memory"]): one for one in found["summed"]}
+    chips = list(dict.fromkeys(chip for _, chip, _ in plans))
+    sizes = {chip: f"{one['memory'] / gib:.0f} GiB" for (_, chip, _), one in plans.items()}
+    fits = [["model", "blocks", *(f"{chip}, {sizes[chip]}" for chip in chips)]]
+    for model in dict.fromkeys(model for model, _, _ in plans):
+        row = [model, f"{plans[model, chips[0], 'host']['host'] / gib:.1f}"]
+        for chip in chips:
+            device, host = (plans[model, chip, where] for where in ("device", "host"))
+            streamed = f"{host['total'] / gib:.1f} streamed" if host["fits"] else "no"
+            row.append(f"{device['total'] / gib:.1f}" if device["fits"] else streamed)
+        fits.append(row)
+    return [table, fits], []
+
+
 @evidence("Models that nobody here wrote answer as the weights that the packed ones stand for")
 def _():
     head = ["library", "model", "recipe", "packed", "bits", "equal", "difference", "as dense"]

@@ -18,6 +18,7 @@ from ttq_jax.checkpoint.huggingface import load_directory
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.checkpoint.packaged import ALIASES
+from ttq_jax.checkpoint.placing import Memory, placed_in
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import expect, shown
 from ttq_jax.quant.grid import BITS
@@ -34,6 +35,7 @@ def load(
     progress: Progress | None = None,
     ignore_keys: Sequence[str] = (),
     head: int | None = None,
+    dense_memory: Memory = "device",
 ) -> Model:
     """Loads a model.
 
@@ -47,9 +49,14 @@ def load(
         to change nothing, named as in the message that refuses them; each becomes a note.
       head: packs the embedding and the head in this many bits while they are read, 2, 3, 4, 5 or 8,
         for recipes with this `Recipe.head` alone; None loads them as they are, for any recipe.
+      dense_memory: "host" keeps the unquantized kernels of the blocks in pinned host memory, and a
+        program fetches them layer by layer while it reads a prompt: the device holds the packed
+        weights, the tables and the cache. Results are the same. Every further pass over
+        unquantized weights fetches them again: each token without a recipe, each refresh, each
+        cycle of `speculate`. For one device.
 
     Returns:
-      The model, its weights on JAX's default device.
+      The model, its weights on JAX's default device or as `dense_memory` says.
 
     Raises:
       CheckpointError: the model cannot be found or served; the message says why and what to do.
@@ -64,10 +71,11 @@ def load(
             f"head: expected one of {', '.join(map(str, BITS))}, or None, got {shown(head)}"
         )
     expect("model", model, (str, Path), "a path, a hub id or an alias")
+    place = placed_in(dense_memory)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
-        head=head,
+        head=head, place=place,
     )  # fmt: skip
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

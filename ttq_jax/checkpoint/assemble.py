@@ -20,6 +20,7 @@ import numpy as np
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.fingerprint import places, said
+from ttq_jax.checkpoint.placing import Place, on_default_device
 from ttq_jax.checkpoint.source import Source
 from ttq_jax.config import ModelConfig
 from ttq_jax.foreign import named
@@ -259,6 +260,7 @@ def assemble(
     dtype: Any = np.float32,
     progress: Progress | None = None,
     head: int | None = None,
+    place: Place = on_default_device,
 ) -> tuple[Params, dict[str, bytes]]:
     """Loads a parameter tree.
 
@@ -271,10 +273,11 @@ def assemble(
       dtype: of every leaf, float32 or bfloat16.
       progress: called as progress(done, total, "weights"), in elements.
       head: packs the vocabulary's tables in this many bits, see `Recipe.head`; None for dense ones.
+      place: where each array goes, see `placing`.
 
     Returns:
-      A tree of the form of `decoder.init_params`, on the default device; and of each packed table,
-      by path, what its fingerprint says of it.
+      A tree of the form of `decoder.init_params`; and of each packed table, by path, what its
+      fingerprint says of it.
 
     Raises:
       CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
@@ -308,5 +311,5 @@ def assemble(
             node = params
             for key in leaf.path[:-1]:
                 node = node.setdefault(key, {})
-            node[leaf.path[-1]] = jax.device_put(out, may_alias=True)
+            node[leaf.path[-1]] = place(leaf.path, out)
     return params, tables

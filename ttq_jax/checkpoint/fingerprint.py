@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.store_files import plain
 from ttq_jax.config import identity
-from ttq_jax.types import Params, QuantizedLinear
+from ttq_jax.host import on_host
+from ttq_jax.types import Params, QuantizedLinear, Stacked
 
 # Elements of each array that are looked at.
 _SAMPLE = 1024
@@ -55,7 +57,18 @@ def said(name: str, shape: tuple[int, ...], sample: np.ndarray) -> bytes:
 
 @jax.jit
 def _elements(arrays: tuple[Any, ...], at: list[tuple[Any, ...]]) -> list[jax.Array]:
-    return [a[one] for a, one in zip(arrays, at, strict=True)]
+    return [_chosen(a, one) if on_host(a) else a[one] for a, one in zip(arrays, at, strict=True)]
+
+
+def _chosen(stack: Any, at: tuple[Any, ...]) -> jax.Array:
+    """Elements of a stack in the host's memory; one layer at a time is fetched."""
+    layer, *inside = at
+
+    def add(found: jax.Array, i: Any) -> tuple[jax.Array, None]:
+        return jnp.where(layer == i, Stacked(stack, i).kernel[tuple(inside)], found), None
+
+    layers = jnp.arange(len(stack), dtype=jnp.int32)
+    return jax.lax.scan(add, jnp.zeros(layer.shape, stack.dtype), layers)[0]
 
 
 def said_of(params: Params, tables: Mapping[str, bytes]) -> dict[str, bytes]:

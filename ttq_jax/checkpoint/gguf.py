@@ -13,6 +13,7 @@ from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.placing import Place, on_default_device
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
 from ttq_jax.models.families import FAMILIES
@@ -117,7 +118,7 @@ def read_config(
 
 def load_gguf(
     path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    ignore_keys: tuple[str, ...] = (), head: int | None = None, place: Place = on_default_device,
 ) -> Model:  # fmt: skip
     """Loads a GGUF file.
 
@@ -128,6 +129,7 @@ def load_gguf(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
+      place: see `assemble.assemble`.
 
     Returns:
       The model.
@@ -156,6 +158,7 @@ def load_gguf(
                 dtype=dtype,
                 progress=progress,
                 head=head,
+                place=place,
             )
             tokenizer = future.result()
         chat = gguf_template(file.metadata, tokenizer, file.label)

@@ -13,6 +13,7 @@ from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.checkpoint.model import Model
+from ttq_jax.checkpoint.placing import Place, on_default_device
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
@@ -156,7 +157,7 @@ def _tied(
 
 def load_directory(
     directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    ignore_keys: tuple[str, ...] = (), head: int | None = None, place: Place = on_default_device,
 ) -> Model:  # fmt: skip
     """Loads a Hugging Face directory.
 
@@ -167,6 +168,7 @@ def load_directory(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
+      place: see `assemble.assemble`.
 
     Returns:
       The model.
@@ -186,7 +188,7 @@ def load_directory(
         table = modules["head"] + ".weight"
         params, tables = assemble(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress, head=head,
-            ignored=(table,) if config.tie_embeddings else (),
+            ignored=(table,) if config.tie_embeddings else (), place=place,
         )  # fmt: skip
     chat, untold = read_template(directory, tokenizer)
     parts = [

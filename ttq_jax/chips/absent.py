@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
     SingleDeviceSharding,
     use_abstract_mesh,
 )
@@ -47,11 +53,15 @@ class Chip:
       name: GPU: the device kind that a running one reports.
       memory: device memory, bytes.
       bandwidth: device memory bandwidth, bytes per second.
+      flops: peak of bfloat16 products with dense matrices (of float16 on a T4), per second.
+      link: bandwidth from the host's memory, bytes per second; 0 where the vendor tells none.
     """
 
     platform: str
     memory: int
     bandwidth: float
+    flops: float
+    link: float = 0.0
     topology: str = ""
     bytes_per_cycle: float | None = None
     capability: tuple[int, int] = (0, 0)
@@ -61,38 +71,40 @@ class Chip:
 
 _GIB = 2**30
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(platform="tpu", topology="v4:1x1x1", memory=32 * _GIB, bandwidth=1228e9),
+    "v4": Chip(
+        platform="tpu", topology="v4:1x1x1", memory=32 * _GIB, bandwidth=1228e9, flops=275e12,
+    ),
     "v5e": Chip(
-        platform="tpu", topology="v5e:1x1", memory=16 * _GIB, bandwidth=820e9,
+        platform="tpu", topology="v5e:1x1", memory=16 * _GIB, bandwidth=820e9, flops=197e12,
         bytes_per_cycle=820 / 1.5,
     ),
     "v5p": Chip(
-        platform="tpu", topology="v5p:1x1x1", memory=95 * _GIB, bandwidth=2765e9,
+        platform="tpu", topology="v5p:1x1x1", memory=95 * _GIB, bandwidth=2765e9, flops=459e12,
         bytes_per_cycle=2765 / 1.75,
     ),
     "v6e": Chip(
-        platform="tpu", topology="v6e:1x1", memory=32 * _GIB, bandwidth=1640e9,
+        platform="tpu", topology="v6e:1x1", memory=32 * _GIB, bandwidth=1640e9, flops=918e12,
         bytes_per_cycle=1640 / 1.75,
     ),
     "tpu7x": Chip(
-        platform="tpu", topology="tpu7x:1x1x1", memory=96 * _GIB, bandwidth=3690e9,
+        platform="tpu", topology="tpu7x:1x1x1", memory=96 * _GIB, bandwidth=3690e9, flops=1153e12,
         bytes_per_cycle=3690 / 2.2,
     ),
     "t4": Chip(
         platform="cuda", capability=(7, 5), cores=40, name="Tesla T4", memory=16 * _GIB,
-        bandwidth=320e9,
+        bandwidth=320e9, flops=65e12, link=15.75e9,
     ),
     "a100": Chip(
         platform="cuda", capability=(8, 0), cores=108, name="NVIDIA A100-SXM4-80GB",
-        memory=80 * _GIB, bandwidth=2039e9,
+        memory=80 * _GIB, bandwidth=2039e9, flops=312e12, link=31.5e9,
     ),
     "l4": Chip(
         platform="cuda", capability=(8, 9), cores=58, name="NVIDIA L4", memory=24 * _GIB,
-        bandwidth=300e9,
+        bandwidth=300e9, flops=121e12, link=31.5e9,
     ),
     "h100": Chip(
         platform="cuda", capability=(9, 0), cores=132, name="NVIDIA H100 80GB HBM3",
-        memory=80 * _GIB, bandwidth=3352e9,
+        memory=80 * _GIB, bandwidth=3352e9, flops=989e12, link=63e9,
     ),
 }  # fmt: skip
 """Bandwidths and clocks are the vendors' figures, of what jax calls a device: a v5p is one of two
@@ -237,24 +249,52 @@ def _compiled_afresh() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def compile_for(name: str, fn: Callable[..., Any], *shapes: Any, **static: Any) -> Any:
+def _placing(
+    name: str, on_host: Callable[[tuple[Any, ...]], bool] | None
+) -> Callable[[tuple[Any, ...]], Sharding]:
+    """Where the arguments lie, by path.
+
+    Raises:
+      ChipError: the host's memory is asked for of a compiler that does not know it.
+    """
+    it = device(name)
+    if on_host is None:
+        return lambda path: SingleDeviceSharding(it)
+    if CHIPS[name].platform != "tpu":
+        # jax drops the memory kind without a word: such devices report no memories.
+        raise ChipError(
+            f"compiling for {name} with weights in the host's memory needs a running one: the "
+            "compiler of an absent GPU does not know memory kinds"
+        )
+    # Traced with a SingleDeviceSharding, an argument would be in the device's memory.
+    mesh = Mesh(np.array([it]), ("one",), axis_types=(AxisType.Auto,))
+    pinned = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
+    return lambda path: pinned if on_host(path) else NamedSharding(mesh, PartitionSpec())
+
+
+def compile_for(
+    name: str, fn: Callable[..., Any], *shapes: Any,
+    on_host: Callable[[tuple[Any, ...]], bool] | None = None, **static: Any,
+) -> Any:  # fmt: skip
     """Compiles a function for a chip that need not be there.
 
     Args:
-      name: a key of `CHIPS`.
+      name: a key of `CHIPS`; with `on_host` a TPU's.
       fn: to be jitted, or jitted already.
       *shapes: its positional arguments as trees of `jax.ShapeDtypeStruct` (or arrays).
+      on_host: says of a leaf's path whether it lies in pinned host memory; None for none.
       **static: its static keyword arguments, if it is jitted already.
 
     Returns:
       The compiled executable: `memory_analysis()`, `as_text()`.
 
     Raises:
-      ChipError: the chip is unknown or its compiler is not installed.
+      ChipError: the chip is unknown or its compiler is not installed, or does not know the host's
+        memory.
     """
-    sharding = SingleDeviceSharding(device(name))
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes
+    place = _placing(name, on_host)
+    shapes = jax.tree_util.tree_map_with_path(
+        lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(path)), shapes
     )
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
     with tracing_for(name), _compiled_afresh():

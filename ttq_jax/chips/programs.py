@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ttq_jax.checkpoint.placing import Memory, streams
 from ttq_jax.chips.absent import CHIPS, compile_for
 from ttq_jax.chips.released import params_shapes, released_config
+from ttq_jax.config import ModelConfig
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.quant.head import pack_head
@@ -21,24 +23,27 @@ from ttq_jax.types import Offline, Prompts
 
 
 def compile_generate(
-    model: str, chip: str, recipe: Recipe | None, *, batch: int = 1, prompt_tokens: int = 512,
-    new_tokens: int = 128,
+    model: str | ModelConfig, chip: str, recipe: Recipe | None, *, batch: int = 1,
+    prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
+    dense_memory: Memory = "device",
 ) -> Any:  # fmt: skip
-    """Compiles `generate_tokens` at a released model's full size, bfloat16.
+    """Compiles `generate_tokens` at a model's full size.
 
     Args:
-      model: one of `released.RELEASED`.
+      model: one of `released.RELEASED`, or the configuration of another model.
       chip: a key of `chips.CHIPS`.
       recipe: how to quantize; without a corpus and without low rank.
       batch: prompts read together.
       prompt_tokens: T.
       new_tokens: most tokens to generate.
+      dtype: of the dense weights and the activations.
+      dense_memory: see `checkpoint.load`.
 
     Returns:
       The executable.
     """
-    config = released_config(model)
-    params, moments = params_shapes(config), {}
+    config = released_config(model) if isinstance(model, str) else model
+    params, moments = params_shapes(config, dtype), {}
     if recipe is not None and recipe.source.of == "prompt":
         see = partial(for_unreached, config=config, reads=recipe.reads)
         moments = jax.eval_shape(see, params, {})
@@ -51,8 +56,22 @@ def compile_generate(
     return compile_for(
         chip, generate_tokens, params, prompts, Offline(moments=moments), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
-        capacity=new_tokens, eos_ids=(0,),
+        capacity=new_tokens, eos_ids=(0,), on_host=streamed if dense_memory == "host" else None,
     )  # fmt: skip
+
+
+def streamed(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of `generate_tokens`' arguments is a kernel that the host's memory can hold.
+
+    Args:
+      path: as `jax.tree_util` gives it.
+
+    Returns:
+      True for the blocks' dense kernels.
+    """
+    argument, *inside = path
+    names = [getattr(key, "key", None) for key in inside]
+    return argument.idx == 0 and streams((str(names[0]), str(names[-1])))
 
 
 def memory_of(compiled: Any, chip: str) -> dict[str, float]:

@@ -38,6 +38,20 @@ _SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
         "vocab_size": 128256,
     }),
+    "llama-3-70b": ("llama", {
+        "hidden_size": 8192, "intermediate_size": 28672, "max_position_embeddings": 8192,
+        "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "vocab_size": 128256,
+    }),
+    "gemma-3-27b": ("gemma3", {
+        "head_dim": 128, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 5376,
+        "intermediate_size": 21504, "max_position_embeddings": 131072, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        "sliding_window_pattern": 6, "vocab_size": 262208,
+    }),
     "gemma-3-1b": ("gemma3", {
         "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
         "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         corpus = read_corpus(args.corpus)
     needs = needs_of(args, recipe)
     calibration = calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+    model, _ = load_model(
+        args.model, args.dtype, progress, args.ignore_key, dense_memory=args.dense_memory
+    )
     check_selection(model.params, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)
     if args.save_recipe:

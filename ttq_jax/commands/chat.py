@@ -293,7 +293,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     text = calibration_text(needs, progress)
 
     def load() -> tuple[Model, Offline]:
-        model, _ = load_model(args.model, args.dtype, progress, args.ignore_key)
+        model, _ = load_model(
+            args.model, args.dtype, progress, args.ignore_key, dense_memory=args.dense_memory
+        )
         template_of(model)
         check_selection(model.params, recipe)
         return model, prepare_offline(needs, model, text, progress)[0]

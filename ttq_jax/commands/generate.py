@@ -243,7 +243,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     prompts, text = prompts_of(args), calibration_text(needs, progress)
     # What verifies needs the unquantized tables.
     tables = None if args.speculate else recipe
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, tables)
+    model, _ = load_model(
+        args.model, args.dtype, progress, args.ignore_key, tables, args.dense_memory
+    )
     check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:
         progress.note(

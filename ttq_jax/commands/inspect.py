@@ -185,7 +185,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
     """
     recipe = recipe_of(args)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
+    model, _ = load_model(
+        args.model, args.dtype, progress, args.ignore_key, recipe, args.dense_memory
+    )
     check_selection(model.params, recipe)
     found = inspect_model(model, recipe)
     if args.json:

@@ -9,13 +9,10 @@ from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
+from ttq_jax.commands.chip_options import add_bench, add_dense_memory, add_kernels, add_plan
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
 from ttq_jax.quant.names import DEFAULT, METHODS, PREFILLS, misnamed
-
-ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
-MEASURED = ("gpu", "cpu")
-COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
 
 _DESCRIPTION = """\
 Test-time quantization of language models: each prompt calibrates the low-bit weights that answer
@@ -76,6 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="float32", choices=("float32", "bfloat16"),
         help="dtype of the unquantized weights and of the activations (default: %(default)s)",
     )  # fmt: skip
+    add_dense_memory(parser)
     _add_ignore_key(parser)
 
 
@@ -327,20 +325,7 @@ def _bench_parser(commands: Any) -> None:
     parser = what.add_parser(
         "kernels", help="estimate cycles for a TPU, or measure times on this device"
     )
-    add = parser.add_argument
-    add("--chip", required=True, choices=(*ESTIMATED, *MEASURED),
-        help="a TPU: its compiler's estimate, on any machine; gpu, cpu: measured on this machine"
-        )  # fmt: skip
-    add("--kernel", nargs="+", choices=("packed_matmul", "quantize_pack", "prefill_quantize"),
-        help="kernels to run (default: all)")  # fmt: skip
-    add("--bits", type=int, nargs="+", metavar="B", help="bits per code: 2, 3, 4, 5 or 8")
-    add("--group-size", type=int, nargs="+", metavar="N", help="rows that share a scale")
-    add("--m", type=int, nargs="+", metavar="M", help="rows of activations")
-    add("--shape", nargs="+", metavar="KxN", help="shape of the weight (default: 4096x4096)")
-    add("--symmetric", action="store_true", help="quantize without zero points")
-    add("--scales", choices=("float", "coded", "coded4"), default="float",
-        help="bfloat16 scales, or of eight or four bits and a number per column (default: float)"
-        )  # fmt: skip
+    add_bench(parser)
     _add_common(parser)
 
 
@@ -348,17 +333,17 @@ def _kernels_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "kernels", help="list which kernel serves each projection of a model, and why"
     )
-    add = parser.add_argument
-    add("--model", required=True, metavar="M",
-        help="as for ttq inspect; or a released model whose shapes are known without its files, "
-        "such as qwen3-8b, llama-3-8b, gemma-3-1b or mixtral-8x7b")  # fmt: skip
-    add("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the activations (default: %(default)s)")  # fmt: skip
-    add("--chip", choices=(*COMPILED, "cpu"), help="default: this machine's device")
-    add("--batch-size", type=int, default=1, metavar="B",
-        help="prompts decoded together (default: %(default)s)")  # fmt: skip
-    add("--prompt-tokens", type=int, default=512, metavar="P",
-        help="tokens of the prompt (default: %(default)s)")  # fmt: skip
+    add_kernels(parser)
+    _add_ignore_key(parser)
+    _add_recipe(parser)
+    _add_common(parser)
+
+
+def _plan_parser(commands: Any) -> None:
+    about = "tell whether a model fits a chip, and how fast it could be, without its weights"
+    parser = commands.add_parser("plan", help=about, description=f"{about}.")
+    add_plan(parser)
+    add_dense_memory(parser)
     _add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)
@@ -396,5 +381,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(inspect)
     _recipes_parser(commands)
     _kernels_parser(commands)
+    _plan_parser(commands)
     _bench_parser(commands)
     return parser

@@ -67,7 +67,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     needs = needs_of(args, recipe)
     calibration = calibration_text(needs, progress)
     only = None if args.with_baseline else recipe
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, only)
+    model, _ = load_model(
+        args.model, args.dtype, progress, args.ignore_key, only, args.dense_memory
+    )
     check_selection(model.params, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)
     if args.save_recipe and recipe is not None:

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     place = Path(args.out).expanduser()
     check_destination(place)
     text = calibration_text(needs, progress)
-    model, _ = load_model(args.model, args.dtype, progress, args.ignore_key, recipe)
+    model, _ = load_model(
+        args.model, args.dtype, progress, args.ignore_key, recipe, args.dense_memory
+    )
     check_selection(model.params, recipe)
     offline, seconds = prepare_offline(needs, model, text, progress)
     found = parts(offline)

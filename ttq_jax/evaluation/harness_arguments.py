@@ -19,7 +19,7 @@ from ttq_jax.sampling import Sampling
 _SHORT = ("bits", "group_size", "rank", "symmetric")
 _OTHERS = (
     "model", "recipe", "calibration", "calibration_tokens", "prepared", "dtype", "max_length",
-    "seed", "ignore_key",
+    "seed", "ignore_key", "dense_memory",
 )  # fmt: skip
 OPTIONS = (*_OTHERS, *_SHORT)
 """The model arguments that are not settings of a recipe."""
@@ -98,7 +98,10 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     progress = Progress()
     text = calibration_text(needs, progress)
     keys = str(given["ignore_key"] or "").split()
-    model, _ = load_model(str(given["model"]), given["dtype"] or "float32", progress, keys, recipe)
+    model, _ = load_model(
+        str(given["model"]), given["dtype"] or "float32", progress, keys, recipe,
+        given["dense_memory"] or "device",
+    )  # fmt: skip
     check_selection(model.params, recipe)
     offline, _ = prepare_offline(needs, model, text, progress)
     said: dict[str, Any] = {"method": name}

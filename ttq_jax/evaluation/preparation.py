@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ttq_jax.checkpoint import Model, load
+from ttq_jax.checkpoint.placing import Memory
 from ttq_jax.checkpoint.store import load_offline
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
@@ -52,7 +53,7 @@ class Needs:
 
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
-    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None,
+    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, dense_memory: Memory = "device",
 ) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
@@ -63,6 +64,7 @@ def load_model(
       ignore_keys: see `checkpoint.load`.
       recipe: the only one that the model is for, whose tables are packed while they are read; None
         for several, or the unquantized model.
+      dense_memory: see `checkpoint.load`.
 
     Returns:
       The model and the seconds it took.
@@ -72,6 +74,7 @@ def load_model(
         model = load(
             name, dtype=dtype, progress=lambda done, total, _: update(done, total),
             ignore_keys=ignore_keys, head=None if recipe is None else recipe.head,
+            dense_memory=dense_memory,
         )  # fmt: skip
     for note in model.notes:
         progress.note(note)

@@ -51,6 +51,7 @@ from ttq_jax.types import (
     Offline,
     Params,
     QuantizedLinear,
+    Stacked,
     kernels,
     leaf_bits,
 )
@@ -169,7 +170,7 @@ def _errors(
             flat, at = stack.reshape(-1, *stack.shape[-2:]), layer
             if expert is not None:
                 at = layer * experts + expert
-            w = jax.lax.dynamic_index_in_dim(flat, at, keepdims=False).astype(jnp.float32)
+            w = Stacked(flat, at).kernel.astype(jnp.float32)
             return _change(x, g, w - dense_weight(made), expert, scored), made
 
         change, made = for_each_expert(of, (seen, factors), experts)

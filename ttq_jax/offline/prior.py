@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.host import fetched, on_host
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.layers import ACTIVATIONS
 from ttq_jax.quant.moments import Reads
@@ -127,16 +128,21 @@ def _norm_power(config: ModelConfig, norm: Params) -> Float[Array, "L D"]:
 
 def _through(power: Float[Array, "L d_in"], leaf: Params) -> Float[Array, "L *E d_out"]:
     """The power of white noise after a projection."""
-    if leaf["kernel"].ndim == 4:
+    stack = leaf["kernel"]
+    if stack.ndim == 4 or on_host(stack):
+        how = "i,eio->eo" if stack.ndim == 4 else "i,io->o"
 
         def layer(at: tuple[Array, Array]) -> Array:
-            kernel = jnp.square(at[1].astype(jnp.float32))
-            return jnp.einsum("i,eio->eo", at[0], kernel, precision="highest")
+            kernel = jnp.square(fetched(at[1]).astype(jnp.float32))
+            return jnp.einsum(how, at[0], kernel, precision="highest")
 
         # One layer at a time: in float32 the squares of all experts would take much memory.
-        return jax.lax.map(layer, (power, leaf["kernel"]))
-    kernel = jnp.square(leaf["kernel"].astype(jnp.float32))
-    out = jnp.einsum("li,lio->lo", power, kernel, precision="highest")
+        out = jax.lax.map(layer, (power, stack))
+    else:
+        kernel = jnp.square(stack.astype(jnp.float32))
+        out = jnp.einsum("li,lio->lo", power, kernel, precision="highest")
+    if stack.ndim == 4:
+        return out
     return out + jnp.square(leaf["bias"].astype(jnp.float32)) if "bias" in leaf else out
 
 

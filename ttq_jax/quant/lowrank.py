@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields, shown
+from ttq_jax.host import fetched
 from ttq_jax.quant.grid import store
 from ttq_jax.types import LowRank
 
@@ -156,7 +157,7 @@ def factor_layers(
     if kernel.ndim > 3:
         one = lambda at: factor_layers(at[0], rank, at[1])  # noqa: E731
         return jax.lax.map(one, (kernel, power))
-    return jax.lax.map(lambda at: truncated_svd(at[0], rank, at[1]), (kernel, power))
+    return jax.lax.map(lambda at: truncated_svd(fetched(at[0]), rank, at[1]), (kernel, power))
 
 
 def error_factors(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
 from ttq_jax.experts import for_each_expert
+from ttq_jax.host import on_device
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -57,6 +58,7 @@ def quantize_layer(
     if expert is not None:
         at = layer * next(iter(stacks.values())).shape[1] + expert
         stacks = {name: stack.reshape(-1, *stack.shape[2:]) for name, stack in stacks.items()}
+    stacks, at = on_device(stacks, at)
     ys, packed = quantize_site(
         {name: stacks[name] for name in uniform}, moments, recipe, low_rank,
         grids=uniform, layer=at, x=x,

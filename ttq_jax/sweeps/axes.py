@@ -33,6 +33,7 @@ LABELLED = ("model", "corpus", "calibration")
 # Axis -> the type of its values, or what they may be; any field of a recipe is one besides.
 AXES: dict[str, Any] = {
     "model": str, "dtype": ("float32", "bfloat16"), "ignore_key": str, "corpus": str,
+    "dense_memory": ("device", "host"),
     "recipe": str, "seed": int,
     "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
     "acceptance": bool, "calibration": str, "calibration_tokens": int,
@@ -46,13 +47,13 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 # What the unquantized model depends on.
 _OF_NONE = {
-    "model", "dtype", "ignore_key", "corpus", "recipe", "max_windows", "seed", "protocol",
-    "window", "prompt_tokens",
+    "model", "dtype", "ignore_key", "dense_memory", "corpus", "recipe", "max_windows", "seed",
+    "protocol", "window", "prompt_tokens",
 }  # fmt: skip
 
 # Slowest first: cells that share a model, a calibration or a program stand together.
-_ORDER = ("model", "dtype", "ignore_key", "seed", "protocol", "window", "prompt_tokens",
-          "calibration", "calibration_tokens", "recipe")  # fmt: skip
+_ORDER = ("model", "dtype", "ignore_key", "dense_memory", "seed", "protocol", "window",
+          "prompt_tokens", "calibration", "calibration_tokens", "recipe")  # fmt: skip
 _LAST = ("max_windows", "corpus")
 
 # More than anybody's computer measures.
@@ -69,6 +70,7 @@ class Options:
       recipe: a preset's name, or a file's.
       dtype: of the unquantized weights and the activations.
       ignore_key: settings of the model's files that change nothing, separated by spaces.
+      dense_memory: where the unquantized weights of the blocks lie, see `checkpoint.load`.
       protocol: "causal" or "window".
       window: W, tokens.
       prompt_tokens: P, tokens.
@@ -84,6 +86,7 @@ class Options:
     recipe: str = DEFAULT
     dtype: Literal["float32", "bfloat16"] = "float32"
     ignore_key: str = ""
+    dense_memory: Literal["device", "host"] = "device"
     protocol: str = "causal"
     window: int = 512
     prompt_tokens: int = 256

@@ -149,7 +149,7 @@ class Runner:
         if cell.error or cell.protocol is None:
             raise ConfigError(cell.error)
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
-        which = (options.model, options.dtype, options.ignore_key)
+        which = (options.model, options.dtype, options.ignore_key, options.dense_memory)
         dense: Model = self._models.get(which, lambda: self._load(*which))
         check_selection(dense.params, cell.recipe)
         head = None if cell.recipe is None else cell.recipe.head
@@ -187,11 +187,11 @@ class Runner:
             "peak_memory_bytes": memory.bytes(),
         }  # fmt: skip
 
-    def _load(self, name: str, dtype: Any, ignore_keys: str) -> Model:
+    def _load(self, name: str, dtype: Any, ignore_keys: str, dense_memory: Any) -> Model:
         """Another model; everything of the one before is released first."""
         for kept in (self._heads, self._windows, self._moments, self._offline):
             kept.made.clear()
-        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split())
+        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split(), dense_memory=dense_memory)
         for note in model.notes:
             self._note(f"{model.origin['file']}: {note}")
         return model

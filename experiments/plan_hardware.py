@@ -1,0 +1,91 @@
+"""What fits one chip: released models, with and without their unquantized weights on the host.
+
+Claim     a model whose unquantized and packed blocks do not fit a chip side by side is quantized
+          there all the same, if the unquantized ones lie in the host's memory and are streamed:
+          Llama-3-8B on a v5e, Gemma-3-27B on a v6e.
+Command   python experiments/plan_hardware.py --out experiments/results/plans.json
+Cost      about 6 minutes on 2 cores, 6 GB of memory; no weights, no accelerator. Needs libtpu.
+Expect    see experiments/results/plans.json; 6.0 GiB of a v5e for Llama-3-8B, 13.7 GiB of a v6e for
+          Gemma-3-27B. "compiled" are the compiler's figures, "summed" are sums of sizes, as
+          `ttq plan --arithmetic` makes them. Nothing ran on a chip.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+import ttq_jax as ttq
+from ttq_jax.chips.plan import Plan, plan
+from ttq_jax.chips.released import released_config
+from ttq_jax.evaluation.describe import versions
+from ttq_jax.files import check_destination, write_file
+
+# Model, chip, bits, where the unquantized blocks lie.
+COMPILED = (
+    ("llama-3-8b", "v5e", 4, "device"), ("llama-3-8b", "v5e", 4, "host"),
+    ("gemma-3-27b", "v6e", 3, "host"),
+)  # fmt: skip
+MODELS = (
+    "qwen3-1.7b", "phi-4-mini", "llama-3-8b", "qwen3-8b", "mistral-nemo-12b", "gemma-3-27b",
+    "qwen3-30b-a3b", "llama-3-70b",
+)  # fmt: skip
+CHIPS = ("v5e", "v6e", "h100", "a100-40", "l4", "t4")
+
+
+def planned(model: str, chip: str, bits: int, memory: str) -> dict:
+    """One plan by sums, as a record."""
+    made = ask(model, chip, bits, memory, compiled=False)
+    record = {"model": model, "chip": chip, "bits": bits, "dense_memory": memory}
+    return record | made.describe()
+
+
+def compiled(model: str, chip: str, bits: int, memory: str) -> dict:
+    """One plan by the compiler, as a record; beside its total the sum of sizes."""
+    print(f"{model} for {chip}, {memory}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    made = ask(model, chip, bits, memory, compiled=True)
+    seconds = time.perf_counter() - start
+    if made.by != "compiler":
+        raise SystemExit(made.why)
+    record = planned(model, chip, bits, memory)
+    summed = {"summed_total": record["total"], "compile_seconds": round(seconds, 1)}
+    return record | made.describe() | summed
+
+
+def ask(model: str, chip: str, bits: int, memory: str, *, compiled: bool) -> Plan:
+    """The plan."""
+    recipe = ttq.preset("ttq", bits=bits, group_size=128)
+    return plan(released_config(model), chip, recipe, dense_memory=memory, compiled=compiled)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    args = parser.parse_args()
+    if args.out:
+        check_destination(args.out)
+    # Nothing runs on a device; the compilers are asked for by name.
+    jax.config.update("jax_platforms", "cpu")
+    results = {
+        "command": "python experiments/plan_hardware.py",
+        "versions": versions("libtpu"),
+        "recipe": "ttq", "group_size": 128, "dtype": "bfloat16", "batch": 1,
+        "prompt_tokens": 512, "new_tokens": 128,
+        "compiled": [compiled(*which) for which in COMPILED],
+        "summed": [
+            planned(model, chip, 4, memory)
+            for model in MODELS for chip in CHIPS for memory in ("device", "host")
+        ],
+    }  # fmt: skip
+    text = json.dumps(results, indent=1)
+    print(text)
+    if args.out:
+        write_file(args.out, text + "\n")
+
+
+if __name__ == "__main__":
+    main()

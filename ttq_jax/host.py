@@ -1,0 +1,55 @@
+"""Arrays in the host's memory: a program fetches one layer of a stack when it reads it.
+
+XLA gives every array a memory space; an operation on two of them is an error, so nothing here can
+be forgotten silently. A fetch is asynchronous: the transfers of a layer begin together, and each is
+awaited by the first operation that reads it. The next layer's are not begun ahead. A scan that
+carries the next layer's weights and is unrolled twice would do it: XLA then begins each transfer a
+whole layer before it is awaited, where a carry alone or an unrolled scan alone does so for no layer
+or for every second one. It takes another layer's memory and twice the time to compile, and hides
+products that take 4 % of the transfers' time at 512 tokens of an 8B model on a v5e.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def on_host(stack: Any) -> bool:
+    """Whether an array is in the host's memory: one layer at a time is fetched to be read."""
+    return jax.typeof(stack).memory_space == jax.memory.Space.Host
+
+
+def fetched(array: jax.Array) -> jax.Array:
+    """The array in the device's memory; itself if it is there."""
+    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
+
+
+def layer_of(stack: jax.Array, layer: Any) -> jax.Array:
+    """One layer of a stack, in the device's memory."""
+    one = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False, allow_negative_indices=False)
+    return fetched(one)
+
+
+def slab_of(stack: jax.Array, layer: Any) -> jax.Array:
+    """One layer of a stack as a stack of one, [1, …], in the device's memory.
+
+    With the axis kept, a kernel of a TPU reads what was fetched; without, XLA copies it before.
+    """
+    return fetched(jax.lax.dynamic_index_in_dim(stack, layer, allow_negative_indices=False))
+
+
+def on_device(stacks: dict[str, jax.Array], layer: Any) -> tuple[dict[str, jax.Array], Any]:
+    """Stacks that a kernel on the device can index.
+
+    Args:
+      stacks: by projection, [L, …].
+      layer: which layer is read.
+
+    Returns:
+      The same; of stacks in the host's memory the layer alone, [1, …], and its index there.
+    """
+    if not any(map(on_host, stacks.values())):
+        return stacks, layer
+    slabs = {name: slab_of(stack, layer) for name, stack in stacks.items()}
+    return slabs, jnp.zeros((), jnp.int32)
