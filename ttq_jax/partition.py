@@ -1,0 +1,355 @@
+"""Where a model's arrays lie on a mesh of devices.
+
+Megatron's split (Shoeybi et al., 2019): every device has whole heads and whole channels of the
+feed-forward layer, so that a layer sums over the devices twice, after its two last products. A
+mixture's experts are dealt out whole. XLA's partitioner does the rest: all that is not a kernel's
+call, quantization rules above all, is written for whole arrays and stays so.
+
+    axis    of the mesh        q, gate, up   k, v       o, down   embedding, head   experts
+    data    the prompts
+    kv      key-value heads    columns       columns    rows      vocabulary        experts
+    rep     a group's queries  columns       (copies)   rows      vocabulary        experts
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import Split, mesh_sizes
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.errors import shown
+from ttq_jax.types import EXPERT_SITES, SITES, Params, QuantizedLinear
+
+DATA = "data"
+WIDE = ("kv", "rep")
+"""The axes that "model" stands for: more devices than key-value heads have copies of these."""
+
+SPLITS: dict[str, Split] = {
+    "q": Split(columns=WIDE), "k": Split(columns=("kv",)), "v": Split(columns=("kv",)),
+    "o": Split(rows=WIDE), "gate": Split(columns=WIDE), "up": Split(columns=WIDE),
+    "down": Split(rows=WIDE),
+}  # fmt: skip
+"""How the devices share each projection."""
+
+TABLE = Split(columns=WIDE)
+"""How they share a packed table of the vocabulary, whose columns are tokens."""
+
+
+def parse(text: str) -> dict[str, int]:
+    """A mesh as a user writes it.
+
+    Args:
+      text: such as "data=2,model=4"; an axis that is left out has one device.
+
+    Returns:
+      Devices by axis, "data" and "model".
+
+    Raises:
+      ConfigError: it is none.
+    """
+    sizes = {"data": 1, "model": 1}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in sizes or not size.isascii() or not size.isdigit() or int(size) < 1:
+            raise ConfigError(
+                f"mesh: expected sizes of data and model, as in data=2,model=4, got {shown(text)}"
+            )
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int], config: ModelConfig, devices: Any = None) -> Mesh:
+    """The mesh for a model.
+
+    Args:
+      sizes: devices by axis: "data", over which prompts are dealt out, and "model", over which
+        every weight is; 1 where one is left out.
+      config: the model's.
+      devices: to take them from; None for jax's, of all processes.
+
+    Returns:
+      A mesh with the axes "data", "kv" and "rep"; "kv" times "rep" is "model".
+
+    Raises:
+      ConfigError: sizes that are none, more devices than there are, not those of every process, or
+        a model that cannot be dealt out so.
+    """
+    unknown = sorted(set(sizes) - {"data", "model"})
+    data, model = sizes.get("data", 1), sizes.get("model", 1)
+    whole = all(isinstance(n, int | np.integer) and n >= 1 for n in (data, model))
+    if unknown or not whole:
+        raise ConfigError(
+            'mesh: expected numbers of devices for "data" and "model", such as '
+            f'{{"data": 2, "model": 4}}, got {shown(dict(sizes))}'
+        )
+    there = list(jax.devices() if devices is None else np.ravel(devices))
+    if data * model > len(there):
+        raise ConfigError(
+            f"mesh: data={data} and model={model} take {data * model} devices, and there are "
+            f"{len(there)}; choose sizes whose product is at most that"
+        )
+    if devices is None and jax.process_count() > 1 and data * model < len(there):
+        raise ConfigError(
+            f"mesh: data={data} and model={model} take {data * model} of the {len(there)} devices "
+            f"of {jax.process_count()} processes; every process needs its own among them, so "
+            "choose sizes whose product is all"
+        )
+    check_model(config, int(model))
+    kv = math.gcd(config.n_kv_heads, int(model))
+    return jax.make_mesh(
+        (int(data), kv, int(model) // kv), (DATA, *WIDE), axis_types=(AxisType.Auto,) * 3,
+        devices=there[: data * model],
+    )  # fmt: skip
+
+
+def check_model(config: ModelConfig, model: int) -> None:
+    """Refuses a model that so many devices cannot share.
+
+    Args:
+      config: the model's.
+      model: devices that share every weight.
+
+    Raises:
+      ConfigError: a size that does not divide; the message names it.
+    """
+    sizes = {"heads": config.n_heads, "tokens of the vocabulary": config.vocab_size}
+    if config.n_experts:
+        sizes["experts"] = config.n_experts
+    else:
+        sizes["channels of the feed-forward layer"] = config.d_ff
+    for what, size in sizes.items():
+        if size % model:
+            raise ConfigError(
+                f"mesh: the model has {size} {what}, which {model} devices cannot share equally; "
+                f"expected model= to divide {size}"
+            )
+    kv = config.n_kv_heads
+    if kv % model and model % kv:
+        raise ConfigError(
+            f"mesh: the model has {kv} key-value heads, which {model} devices can neither share "
+            f"equally nor have equally many copies of; expected model= to divide {kv}, or a "
+            "multiple of it"
+        )
+
+
+def check_rows(name: str, d_in: int, group_size: int) -> None:
+    """Refuses groups of input channels that would lie on several devices of the current mesh.
+
+    Args:
+      name: of a projection.
+      d_in: its input channels.
+      group_size: of its grid; -1 for all input channels.
+
+    Raises:
+      ConfigError: a device would have a part of a group.
+    """
+    split = SPLITS[name].here() if name in SPLITS else None
+    blocks = 1 if split is None else split.row_blocks
+    if blocks == 1 or (group_size != -1 and (d_in // blocks) % group_size == 0):
+        return
+    rows = d_in // blocks
+    asked = "one group per column (-1)" if group_size == -1 else f"groups of {group_size}"
+    fits = [g for g in range(8, rows + 1, 8) if rows % g == 0]
+    advice = f"a group size of {fits[-1]}, or any that divides it" if fits else "fewer devices"
+    raise ConfigError(
+        f"mesh: {blocks} devices share the {d_in} input channels of {name}, {rows} each, and "
+        f"{asked} would lie on several of them; use {advice}"
+    )
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh | None) -> Iterator[None]:
+    """Programs that are traced in this context are for this mesh; None changes nothing."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        yield
+
+
+def on_its_mesh(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function of a model trace its programs for the model's mesh.
+
+    Args:
+      run: its first argument is a model.
+
+    Returns:
+      The same function.
+    """
+
+    @functools.wraps(run)
+    def there(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with on(getattr(model, "mesh", None)):
+            return run(model, *args, **kwargs)
+
+    return there
+
+
+def put(tree: Any, *, batch: bool = False) -> Any:
+    """Arrays of the host on the devices of the current mesh, or on JAX's default device.
+
+    Args:
+      tree: of arrays.
+      batch: whether their first axis counts prompts, to be dealt out over "data" where that
+        divides them; every device has all else.
+
+    Returns:
+      The tree.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(tree)
+    size = mesh.shape.get(DATA, 1)
+
+    def one(a: Any) -> Any:
+        spec = P(DATA) if batch and size > 1 and a.shape[0] % size == 0 else P()
+        return jax.device_put(a, NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays of a program that every device is to have whole, so that any process can read them."""
+    if not mesh_sizes():
+        return tree
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, P()), tree)
+
+
+def with_batch(a: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """An array of a program with its axes over these of the mesh, where they divide it."""
+    sizes = mesh_sizes()
+    counts = [sizes.get(axis or "", 1) for axis in axes]
+    fits = [
+        axis if n > 1 and length % n == 0 else None
+        for axis, n, length in zip(axes, counts, a.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(a, P(*fits)) if any(fits) else a
+
+
+def kernel_specs(kernel: Any, split: Split, lead: tuple[Any, ...]) -> Any:
+    """How the arrays of one projection lie.
+
+    Args:
+      kernel: an array or a node of `types`; shapes are enough.
+      split: the axes of its rows and columns.
+      lead: mesh axes of its axes over layers and experts; of arrays that have fewer, the last.
+
+    Returns:
+      The same tree with specs in place of arrays.
+    """
+    rows, columns = split.rows or None, split.columns or None
+    ends = {
+        "channel_scale": (rows,), "columns": (columns,), "down": (rows, None),
+        "up": (None, columns), "down_scale": (None,), "up_scale": (None,),
+    }  # fmt: skip
+
+    def spec(path: Any, a: Any) -> P:
+        name = getattr(path[-1], "name", "") if path else ""
+        if name in {"layer", "which", "slot"}:
+            return P()
+        end = ends.get(name, (rows, columns))
+        return P(*lead[len(lead) - (a.ndim - len(end)) :], *end)
+
+    return jax.tree.map_with_path(spec, kernel)
+
+
+def param_specs(params: Params) -> Any:
+    """How a model's arrays lie.
+
+    Args:
+      params: a tree of the form of `decoder.init_params`, dense, packed or mixed, or its shapes;
+        any part of one.
+
+    Returns:
+      The same tree with specs in place of arrays.
+    """
+    of_experts = {name for site in EXPERT_SITES for name in SITES[site]}
+
+    def of_layer(name: str, leaf: Params) -> Params:
+        split = SPLITS.get(name)
+        if split is None or "kernel" not in leaf:
+            return jax.tree.map(lambda _: P(), leaf)
+        kernel = leaf["kernel"]
+        if name in of_experts and _experts(kernel):
+            return {"kernel": kernel_specs(kernel, Split(), (None, WIDE))}
+        bias = {k: P(None, split.columns or None) for k in leaf if k != "kernel"}
+        return {"kernel": kernel_specs(kernel, split, (None,)), **bias}
+
+    specs = jax.tree.map(lambda _: P(), {k: v for k, v in params.items() if k not in _OWN})
+    if "layers" in params:
+        specs["layers"] = {name: of_layer(name, leaf) for name, leaf in params["layers"].items()}
+    for name, dense in (("embed", Split(rows=WIDE)), ("head", TABLE)):
+        if name in params:
+            specs[name] = {
+                k: kernel_specs(a, TABLE if isinstance(a, QuantizedLinear) else dense, ())
+                for k, a in params[name].items()
+            }
+    return specs
+
+
+_OWN = ("layers", "embed", "head")
+
+
+def _experts(kernel: Any) -> bool:
+    """Whether a stack of layers has an axis over experts."""
+    return jax.tree.leaves(kernel)[0].ndim == 4
+
+
+def shard(params: Params, mesh: Mesh) -> Params:
+    """A model's arrays, moved to where they lie on a mesh.
+
+    Args:
+      params: see `param_specs`; on one device, or in the host's memory.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The tree.
+    """
+    specs = param_specs(params)
+    return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), params, specs)
+
+
+def shared() -> tuple[str, ...]:
+    """Of the axes `WIDE`, those that have several devices on the mesh of this program."""
+    sizes = mesh_sizes()
+    return tuple(axis for axis in WIDE if sizes.get(axis, 1) > 1)
+
+
+def on_several() -> bool:
+    """Whether the program that is traced is for several devices."""
+    return any(size > 1 for size in mesh_sizes().values())
+
+
+def lookup(take: Callable[[Any, jax.Array], jax.Array], table: Any, at: jax.Array) -> jax.Array:
+    """Rows of a table of the vocabulary: every device looks for its own tokens, then they add.
+
+    XLA by itself would gather the whole table before it looks.
+
+    Args:
+      take: (table, tokens) -> [*tokens, d].
+      table: dense or packed, its tokens over `WIDE`.
+      at: tokens, in range.
+
+    Returns:
+      What `take` does.
+    """
+    axes = shared()
+    if not axes:
+        return take(table, at)
+    data = mesh_sizes().get(DATA, 1)
+    rows = P(DATA if data > 1 and at.shape[0] % data == 0 else None)
+    specs = param_specs({"embed": {"embedding": table}})["embed"]["embedding"]
+
+    def run(table: Any, at: jax.Array) -> jax.Array:
+        count = table.planes[0].shape[-1] if isinstance(table, QuantizedLinear) else len(table)
+        mine = at - jax.lax.axis_index(axes).astype(jnp.int32) * count
+        inside = (mine >= 0) & (mine < count)
+        found = take(table, jnp.where(inside, mine, 0))
+        return jax.lax.psum(jnp.where(inside[..., None], found, jnp.zeros_like(found)), axes)
+
+    return jax.shard_map(run, in_specs=(specs, rows), out_specs=rows, check_vma=False)(table, at)
