@@ -213,6 +213,21 @@ def put(tree: Any, *, batch: bool = False) -> Any:
     return jax.tree.map(one, tree)
 
 
+def each_of(run: Callable[..., Any], *prompts: Any) -> Any:
+    """A map over prompts that have weights of their own, dealt out over "data" where it divides.
+
+    Args:
+      run: of one prompt.
+      *prompts: what it takes, stacked.
+
+    Returns:
+      What it returns, stacked.
+    """
+    size = mesh_sizes().get(DATA, 1)
+    count = len(jax.tree.leaves(prompts)[0])
+    return jax.vmap(run, spmd_axis_name=DATA if size > 1 and count % size == 0 else None)(*prompts)
+
+
 def whole(tree: Any) -> Any:
     """Arrays of a program that every device is to have whole, so that any process can read them."""
     if not mesh_sizes():
