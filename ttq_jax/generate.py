@@ -25,7 +25,7 @@ from ttq_jax.finite import raise_not_finite
 from ttq_jax.generation import Drafts, Generation, made_of
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.offline.calibrate import prepare
-from ttq_jax.partition import each_of, on_its_mesh, put, whole
+from ttq_jax.partition import each_of, on, on_its_mesh, put, whole
 from ttq_jax.prefill import first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.head import joined
@@ -250,6 +250,7 @@ def arguments(
     return (params, prompts, besides, put(make_key(int(seed)))), how, offline
 
 
+@on_its_mesh
 def program(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None, **rest: Any
 ) -> tuple[Callable[[int], Any], Prompts, Offline]:
@@ -267,7 +268,12 @@ def program(
     """
     arrays, how, offline = arguments(model, texts, recipe=recipe, offline=offline, **rest)
     run = partial(generate_tokens, *arrays, **how)
-    return lambda n: jax.block_until_ready(run(put(np.int32(n)))), arrays[1], offline
+
+    def upto(limit: int) -> Any:
+        with on(model.mesh):
+            return jax.block_until_ready(run(put(np.int32(limit))))
+
+    return upto, arrays[1], offline
 
 
 @on_its_mesh

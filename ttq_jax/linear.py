@@ -1,12 +1,13 @@
 """The one dispatch on how a weight is stored: every product of a model goes through it."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Split, dequantize, packed_matmul
+from pallas_kernels import Split, dequantize, pack, packed_matmul, unpack
 from ttq_jax.types import MixedLinear, QuantizedLinear, Stacked
 
 
@@ -79,6 +80,27 @@ def split_of(w: QuantizedLinear) -> Split | None:
             "it with that of this model"
         )
     return split
+
+
+def repacked(w: QuantizedLinear, row_blocks: int) -> QuantizedLinear:
+    """The same weight with its rows packed in another number of blocks; pure and jittable.
+
+    Args:
+      w: packed; may be stacked over layers.
+      row_blocks: divides the weight's groups.
+
+    Returns:
+      The packed weight.
+    """
+
+    def blocks(plane: Array) -> Array:
+        *lead, _, n = plane.shape
+        return plane.reshape(*lead, w.row_blocks, -1, n)
+
+    codes = unpack([blocks(plane) for plane in w.planes], bits=w.bits)
+    codes = codes.reshape(*w.planes[0].shape[:-2], -1, codes.shape[-1])
+    planes = pack(codes, bits=w.bits, row_blocks=row_blocks)
+    return dataclasses.replace(w, planes=planes, row_blocks=row_blocks)
 
 
 def columns(w: QuantizedLinear, at: Int[Array, "*batch"]) -> Float[Array, "*batch d_in"]:

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,9 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import Split, mesh_sizes
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
-from ttq_jax.types import EXPERT_SITES, SITES, Params, QuantizedLinear
+from ttq_jax.types import Params, QuantizedLinear
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 DATA = "data"
 WIDE = ("kv", "rep")
@@ -172,7 +174,7 @@ def on(mesh: Mesh | None) -> Iterator[None]:
         yield
 
 
-def on_its_mesh(run: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_mesh(run: _Function) -> _Function:
     """Makes a function of a model trace its programs for the model's mesh.
 
     Args:
@@ -187,7 +189,7 @@ def on_its_mesh(run: Callable[..., Any]) -> Callable[..., Any]:
         with on(getattr(model, "mesh", None)):
             return run(model, *args, **kwargs)
 
-    return there
+    return cast(_Function, there)
 
 
 def put(tree: Any, *, batch: bool = False) -> Any:
@@ -273,6 +275,19 @@ def kernel_specs(kernel: Any, split: Split, lead: tuple[Any, ...]) -> Any:
     return jax.tree.map_with_path(spec, kernel)
 
 
+def split_of(name: str, stack: Any) -> tuple[Split, tuple[Any, ...]]:
+    """How a projection is split.
+
+    Args:
+      name: the projection.
+      stack: an array of it, over layers or over layers and experts.
+
+    Returns:
+      Its split, and the mesh axes of its leading ones.
+    """
+    return (SPLITS[name], (None,)) if stack.ndim == 3 else (Split(), (None, WIDE))
+
+
 def param_specs(params: Params) -> Any:
     """How a model's arrays lie.
 
@@ -283,17 +298,14 @@ def param_specs(params: Params) -> Any:
     Returns:
       The same tree with specs in place of arrays.
     """
-    of_experts = {name for site in EXPERT_SITES for name in SITES[site]}
 
     def of_layer(name: str, leaf: Params) -> Params:
-        split = SPLITS.get(name)
-        if split is None or "kernel" not in leaf:
+        if name not in SPLITS:
             return jax.tree.map(lambda _: P(), leaf)
         kernel = leaf["kernel"]
-        if name in of_experts and _experts(kernel):
-            return {"kernel": kernel_specs(kernel, Split(), (None, WIDE))}
+        split, lead = split_of(name, jax.tree.leaves(kernel)[0])
         bias = {k: P(None, split.columns or None) for k in leaf if k != "kernel"}
-        return {"kernel": kernel_specs(kernel, split, (None,)), **bias}
+        return {"kernel": kernel_specs(kernel, split, lead), **bias}
 
     specs = jax.tree.map(lambda _: P(), {k: v for k, v in params.items() if k not in _OWN})
     if "layers" in params:
@@ -308,11 +320,6 @@ def param_specs(params: Params) -> Any:
 
 
 _OWN = ("layers", "embed", "head")
-
-
-def _experts(kernel: Any) -> bool:
-    """Whether a stack of layers has an axis over experts."""
-    return jax.tree.leaves(kernel)[0].ndim == 4
 
 
 def shard(params: Params, mesh: Mesh) -> Params:
@@ -333,6 +340,11 @@ def shared() -> tuple[str, ...]:
     """Of the axes `WIDE`, those that have several devices on the mesh of this program."""
     sizes = mesh_sizes()
     return tuple(axis for axis in WIDE if sizes.get(axis, 1) > 1)
+
+
+def count(axes: tuple[str, ...]) -> int:
+    """How many devices these axes of the mesh of this program have together."""
+    return math.prod(mesh_sizes().get(axis, 1) for axis in axes)
 
 
 def on_several() -> bool:

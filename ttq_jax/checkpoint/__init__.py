@@ -5,7 +5,7 @@ model that is almost right still writes fluent text, and nobody would notice.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ def load(
     progress: Progress | None = None,
     ignore_keys: Sequence[str] = (),
     head: int | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -47,12 +48,16 @@ def load(
         to change nothing, named as in the message that refuses them; each becomes a note.
       head: packs the embedding and the head in this many bits while they are read, 2, 3, 4, 5 or 8,
         for recipes with this `Recipe.head` alone; None loads them as they are, for any recipe.
+      mesh: how many devices share the weights and the prompts, as in {"data": 2, "model": 4}, see
+        `partition`; None for one device. In a program of several processes it counts the devices
+        of all, and each reads its own part.
 
     Returns:
-      The model, its weights on JAX's default device.
+      The model, its weights on JAX's default device or on the mesh.
 
     Raises:
       CheckpointError: the model cannot be found or served; the message says why and what to do.
+      ConfigError: a mesh that does not fit the devices or the model.
 
     References:
       Formats: huggingface.co/docs/safetensors; github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -63,11 +68,12 @@ def load(
         raise CheckpointError(
             f"head: expected one of {', '.join(map(str, BITS))}, or None, got {shown(head)}"
         )
+    expect("mesh", mesh, (Mapping, type(None)), 'devices by axis, as in {"data": 2, "model": 4}')
     expect("model", model, (str, Path), "a path, a hub id or an alias")
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
-        head=head,
+        head=head, mesh=mesh,
     )  # fmt: skip
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

@@ -1,6 +1,7 @@
 """Loads a GGUF file (llama.cpp's format): config, weights and tokenizer from one file."""
 
 import dataclasses
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
 from ttq_jax.models.sizes import gguf_expert_modules
+from ttq_jax.partition import make_mesh
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}
@@ -118,6 +120,7 @@ def read_config(
 def load_gguf(
     path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
     ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:  # fmt: skip
     """Loads a GGUF file.
 
@@ -128,6 +131,7 @@ def load_gguf(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
+      mesh: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -141,6 +145,7 @@ def load_gguf(
             config, notes = read_config(file, family, ignore_keys)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        devices = None if mesh is None else make_mesh(mesh, config)
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(
@@ -156,10 +161,12 @@ def load_gguf(
                 dtype=dtype,
                 progress=progress,
                 head=head,
+                mesh=devices,
             )
             tokenizer = future.result()
         chat = gguf_template(file.metadata, tokenizer, file.label)
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
         notes=(*notes, *tokenizer.notes), chat=chat, tables=tables,
+        mesh=devices,
     )  # fmt: skip

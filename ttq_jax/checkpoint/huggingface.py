@@ -1,6 +1,7 @@
 """Loads a Hugging Face directory: config.json, safetensors and the tokenizer's files."""
 
 import dataclasses
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
 from ttq_jax.models.sizes import HF_EXPERTS
+from ttq_jax.partition import make_mesh
 
 _IDS = (None, COUNT, [COUNT])
 # The settings have their own schema, `Settings`, which knows every key.
@@ -157,6 +159,7 @@ def _tied(
 def load_directory(
     directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
     ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:  # fmt: skip
     """Loads a Hugging Face directory.
 
@@ -167,6 +170,7 @@ def load_directory(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
+      mesh: see `checkpoint.load`.
 
     Returns:
       The model.
@@ -183,10 +187,11 @@ def load_directory(
         if config.n_experts:
             source.split_experts(config.n_experts)
         config, modules, read_so = _tied(config, source, _modules(family, source))
+        devices = None if mesh is None else make_mesh(mesh, config)
         table = modules["head"] + ".weight"
         params, tables = assemble(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress, head=head,
-            ignored=(table,) if config.tie_embeddings else (),
+            ignored=(table,) if config.tie_embeddings else (), mesh=devices,
         )  # fmt: skip
     chat, untold = read_template(directory, tokenizer)
     parts = [
@@ -197,5 +202,5 @@ def load_directory(
     notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes, *untold]
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat,
-        tables=tables,
+        tables=tables, mesh=devices,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
+from ttq_jax.commands.loading import add_ignore_key, add_mesh, add_model
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
 from ttq_jax.quant.names import DEFAULT, METHODS, misnamed
@@ -56,27 +57,6 @@ def _add_common(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     group.add_argument(
         "--no-compilation-cache", action="store_true", help="do not cache compiled programs"
     )
-
-
-def _add_ignore_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ignore-key", action="append", default=[], metavar="NAME",
-        help="a setting of the model's files that ttq does not know and that you know to change "
-        "nothing; may be repeated",
-    )  # fmt: skip
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="M",
-        help="Hugging Face directory or hub id, .gguf file, or the alias of a model that is "
-        "installed as a Python package: smollm2, gemma3-270m",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"),
-        help="dtype of the unquantized weights and of the activations (default: %(default)s)",
-    )  # fmt: skip
-    _add_ignore_key(parser)
 
 
 def _recipe_name(text: str) -> str:
@@ -181,7 +161,8 @@ def _add_quantizing(parser: argparse.ArgumentParser) -> None:
 
 def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue prompts, with weights made for each")
-    _add_model(parser)
+    add_model(parser)
+    add_mesh(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
     prompts.add_argument(
@@ -208,7 +189,7 @@ def _chat_parser(commands: Any) -> None:
         "chat", help=about, description=f"{about}. The vocabulary's tables stay in memory as they "
         "are, beside packed ones: /recipe may ask for another width."
     )  # fmt: skip
-    _add_model(parser)
+    add_model(parser)
     add_system(parser)
     add_asking(parser, 512)
     add_conversation(parser)
@@ -219,7 +200,8 @@ def _chat_parser(commands: Any) -> None:
 
 def _perplexity_parser(commands: Any) -> None:
     parser = commands.add_parser("perplexity", help="score a text, window by window")
-    _add_model(parser)
+    add_model(parser)
+    add_mesh(parser)
     add = parser.add_argument
     add_text(parser)
     add("--protocol", default="causal", choices=("causal", "window"),
@@ -235,7 +217,7 @@ def _acceptance_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "acceptance", help="compare quantized weights with the unquantized ones, token by token"
     )
-    _add_model(parser)
+    add_model(parser)
     add_text(parser)
     add_window(parser)
     _add_quantizing(parser)
@@ -245,7 +227,7 @@ def _prepare_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare", help="compute and save what a recipe needs before any prompt"
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
         help="save it here, for --prepared; replaces what an earlier ttq prepare saved",
@@ -259,7 +241,7 @@ def _allocate_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "allocate", help="choose the bits of each projection of each layer within a budget"
     )
-    _add_model(parser)
+    add_model(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
         help="text to choose the bits on, named as for ttq perplexity; do not score on it later"
@@ -359,7 +341,7 @@ def _kernels_parser(commands: Any) -> None:
         help="prompts decoded together (default: %(default)s)")  # fmt: skip
     add("--prompt-tokens", type=int, default=512, metavar="P",
         help="tokens of the prompt (default: %(default)s)")  # fmt: skip
-    _add_ignore_key(parser)
+    add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)
 
@@ -391,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="show a model's parameters, and which of them would be quantized"
     )
-    _add_model(inspect)
+    add_model(inspect)
     _add_recipe(inspect)
     _add_common(inspect)
     _recipes_parser(commands)

@@ -6,7 +6,6 @@ A tied table is stored once: read by rows for the embedding, multiplied for the 
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from pallas_kernels import mesh_sizes
 from ttq_jax.config import ConfigError
-from ttq_jax.partition import TABLE, kernel_specs, on_several, shared
+from ttq_jax.partition import TABLE, count, kernel_specs, on_several, shared
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.recipe import Recipe
@@ -71,7 +69,7 @@ def _shared(table: Array, tokens: int, bits: int) -> QuantizedLinear:
     assert split is not None
     given = P(axes) if tokens == 0 else P(None, axes)
     shape = list(table.shape)
-    shape[tokens] //= math.prod(mesh_sizes()[axis] for axis in shared())
+    shape[tokens] //= count(shared())
     made = jax.eval_shape(run, jax.ShapeDtypeStruct(tuple(shape), table.dtype))
     specs = kernel_specs(made, split, ())
     own = jax.shard_map(run, in_specs=given, out_specs=specs, check_vma=False)(table)
