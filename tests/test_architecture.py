@@ -21,6 +21,7 @@ ORDER = [
     {"foreign"},
     {"config", "files", "text", "types"},
     {"partition"},
+    {"mesh"},
     {"linear", "prompts", "sampling"},
     {"experts"},
     {"models", "quant"},

@@ -11,9 +11,10 @@ from small import OPT, prompts_of, random_rows, small_config, small_params
 from ttq_jax.config import ConfigError
 from ttq_jax.generate import answer, generate_tokens, read
 from ttq_jax.linear import linear
+from ttq_jax.mesh import make_mesh, parse
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
-from ttq_jax.partition import make_mesh, on, param_specs, parse, put, shard
+from ttq_jax.partition import on, param_specs, put, shard
 from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.scaling import SearchedAlpha

@@ -14,18 +14,15 @@ call, quantization rules above all, is written for whole arrays and stays so.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Split, mesh_sizes
-from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.errors import shown
 from ttq_jax.types import Params, QuantizedLinear
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -45,126 +42,21 @@ TABLE = Split(columns=WIDE)
 """How they share a packed table of the vocabulary, whose columns are tokens."""
 
 
-def parse(text: str) -> dict[str, int]:
-    """A mesh as a user writes it.
+def own_shape(name: str, d_in: int, d_out: int) -> tuple[int, int]:
+    """What a device of the current mesh has of a projection.
 
     Args:
-      text: such as "data=2,model=4"; an axis that is left out has one device.
+      name: of the projection.
+      d_in: input channels.
+      d_out: output channels.
 
     Returns:
-      Devices by axis, "data" and "model".
-
-    Raises:
-      ConfigError: it is none.
+      The device's own; the same numbers without a mesh.
     """
-    sizes = {"data": 1, "model": 1}
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in sizes or not size.isascii() or not size.isdigit() or int(size) < 1:
-            raise ConfigError(
-                f"mesh: expected sizes of data and model, as in data=2,model=4, got {shown(text)}"
-            )
-        sizes[name] = int(size)
-    return sizes
-
-
-def make_mesh(sizes: Mapping[str, int], config: ModelConfig, devices: Any = None) -> Mesh:
-    """The mesh for a model.
-
-    Args:
-      sizes: devices by axis: "data", over which prompts are dealt out, and "model", over which
-        every weight is; 1 where one is left out.
-      config: the model's.
-      devices: to take them from; None for jax's, of all processes.
-
-    Returns:
-      A mesh with the axes "data", "kv" and "rep"; "kv" times "rep" is "model".
-
-    Raises:
-      ConfigError: sizes that are none, more devices than there are, not those of every process, or
-        a model that cannot be dealt out so.
-    """
-    unknown = sorted(set(sizes) - {"data", "model"})
-    data, model = sizes.get("data", 1), sizes.get("model", 1)
-    whole = all(isinstance(n, int | np.integer) and n >= 1 for n in (data, model))
-    if unknown or not whole:
-        raise ConfigError(
-            'mesh: expected numbers of devices for "data" and "model", such as '
-            f'{{"data": 2, "model": 4}}, got {shown(dict(sizes))}'
-        )
-    there = list(jax.devices() if devices is None else np.ravel(devices))
-    if data * model > len(there):
-        raise ConfigError(
-            f"mesh: data={data} and model={model} take {data * model} devices, and there are "
-            f"{len(there)}; choose sizes whose product is at most that"
-        )
-    if devices is None and jax.process_count() > 1 and data * model < len(there):
-        raise ConfigError(
-            f"mesh: data={data} and model={model} take {data * model} of the {len(there)} devices "
-            f"of {jax.process_count()} processes; every process needs its own among them, so "
-            "choose sizes whose product is all"
-        )
-    check_model(config, int(model))
-    kv = math.gcd(config.n_kv_heads, int(model))
-    return jax.make_mesh(
-        (int(data), kv, int(model) // kv), (DATA, *WIDE), axis_types=(AxisType.Auto,) * 3,
-        devices=there[: data * model],
-    )  # fmt: skip
-
-
-def check_model(config: ModelConfig, model: int) -> None:
-    """Refuses a model that so many devices cannot share.
-
-    Args:
-      config: the model's.
-      model: devices that share every weight.
-
-    Raises:
-      ConfigError: a size that does not divide; the message names it.
-    """
-    sizes = {"heads": config.n_heads, "tokens of the vocabulary": config.vocab_size}
-    if config.n_experts:
-        sizes["experts"] = config.n_experts
-    else:
-        sizes["channels of the feed-forward layer"] = config.d_ff
-    for what, size in sizes.items():
-        if size % model:
-            raise ConfigError(
-                f"mesh: the model has {size} {what}, which {model} devices cannot share equally; "
-                f"expected model= to divide {size}"
-            )
-    kv = config.n_kv_heads
-    if kv % model and model % kv:
-        raise ConfigError(
-            f"mesh: the model has {kv} key-value heads, which {model} devices can neither share "
-            f"equally nor have equally many copies of; expected model= to divide {kv}, or a "
-            "multiple of it"
-        )
-
-
-def check_rows(name: str, d_in: int, group_size: int) -> None:
-    """Refuses groups of input channels that would lie on several devices of the current mesh.
-
-    Args:
-      name: of a projection.
-      d_in: its input channels.
-      group_size: of its grid; -1 for all input channels.
-
-    Raises:
-      ConfigError: a device would have a part of a group.
-    """
-    split = SPLITS[name].here() if name in SPLITS else None
-    blocks = 1 if split is None else split.row_blocks
-    if blocks == 1 or (group_size != -1 and (d_in // blocks) % group_size == 0):
-        return
-    rows = d_in // blocks
-    asked = "one group per column (-1)" if group_size == -1 else f"groups of {group_size}"
-    fits = [g for g in range(8, rows + 1, 8) if rows % g == 0]
-    advice = f"a group size of {fits[-1]}, or any that divides it" if fits else "fewer devices"
-    raise ConfigError(
-        f"mesh: {blocks} devices share the {d_in} input channels of {name}, {rows} each, and "
-        f"{asked} would lie on several of them; use {advice}"
-    )
+    split = SPLITS[name].here()
+    if split is None:
+        return d_in, d_out
+    return d_in // split.row_blocks, d_out // count(split.columns)
 
 
 @contextlib.contextmanager
@@ -286,6 +178,12 @@ def split_of(name: str, stack: Any) -> tuple[Split, tuple[Any, ...]]:
       Its split, and the mesh axes of its leading ones.
     """
     return (SPLITS[name], (None,)) if stack.ndim == 3 else (Split(), (None, WIDE))
+
+
+def own_rows(batch: int) -> int:
+    """How many prompts of a batch a device of the current mesh has."""
+    size = mesh_sizes().get(DATA, 1)
+    return batch // size if batch % size == 0 else batch
 
 
 def param_specs(params: Params) -> Any:

@@ -16,11 +16,11 @@ from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
+from ttq_jax.mesh import make_mesh
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
 from ttq_jax.models.sizes import gguf_expert_modules
-from ttq_jax.partition import make_mesh
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_ROPE = {"long": "rope_factors_long.weight", "short": "rope_factors_short.weight"}

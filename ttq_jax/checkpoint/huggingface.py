@@ -19,11 +19,11 @@ from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, named, read_json
+from ttq_jax.mesh import make_mesh
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
 from ttq_jax.models.sizes import HF_EXPERTS
-from ttq_jax.partition import make_mesh
 
 _IDS = (None, COUNT, [COUNT])
 # The settings have their own schema, `Settings`, which knows every key.

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ttq_jax.checkpoint.store_files import ShardingOf
 from ttq_jax.linear import repacked
-from ttq_jax.partition import SPLITS, TABLE, check_rows, kernel_specs, param_specs, split_of
+from ttq_jax.mesh import check_rows
+from ttq_jax.partition import SPLITS, TABLE, kernel_specs, param_specs, split_of
 from ttq_jax.types import MixedLinear, Offline, QuantizedLinear
 
 

@@ -24,8 +24,8 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.evaluation.timings import Timings, time_answers
 from ttq_jax.generate import generate
 from ttq_jax.generation import Generation
+from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.partition import on
-from ttq_jax.partition import parse as parse_mesh
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe

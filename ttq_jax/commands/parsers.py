@@ -279,6 +279,7 @@ def _sweep_parser(commands: Any) -> None:
         )  # fmt: skip
     add("--retry", action="store_true", help="run failed cells again")
     add("--dry-run", action="store_true", help="list the cells and their state; run nothing")
+    add_mesh(parser)
     _add_common(parser)
 
 
@@ -341,6 +342,7 @@ def _kernels_parser(commands: Any) -> None:
         help="prompts decoded together (default: %(default)s)")  # fmt: skip
     add("--prompt-tokens", type=int, default=512, metavar="P",
         help="tokens of the prompt (default: %(default)s)")  # fmt: skip
+    add_mesh(parser)
     add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)

@@ -17,8 +17,8 @@ from ttq_jax.checkpoint.store import load_offline
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.offline.calibrate import prepare
-from ttq_jax.partition import parse as parse_mesh
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Offline

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import Split, by_columns, pack, prefill_quantize, quantize_pack
 from ttq_jax.linear import dense_weight, linear
-from ttq_jax.partition import SPLITS, check_rows
+from ttq_jax.mesh import check_rows
+from ttq_jax.partition import SPLITS
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import (
     Grid,

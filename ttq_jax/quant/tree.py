@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
 from ttq_jax.experts import for_own_experts
-from ttq_jax.partition import check_rows
+from ttq_jax.mesh import check_rows
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers

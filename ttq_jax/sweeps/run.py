@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_co
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
 from ttq_jax.offline.calibrate import calibrate, prepare, with_head
+from ttq_jax.partition import on
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sweeps.axes import Cell, Options
@@ -107,13 +108,16 @@ class _Kept:
 class Runner:
     """Runs cells, one after the other."""
 
-    def __init__(self, note: Callable[[str], Any] = lambda text: None):
+    def __init__(
+        self, note: Callable[[str], Any] = lambda text: None, mesh: Mapping[str, int] | None = None
+    ):
         """Begins without anything kept.
 
         Args:
           note: called with what is to be known of a model's files, once it is loaded.
+          mesh: whose devices share the models, see `checkpoint.load`; None for one device.
         """
-        self._note = note
+        self._note, self._mesh = note, mesh
         self._heads = _Kept(1)
         self._models, self._texts, self._windows = _Kept(1), _Kept(16), _Kept(16)
         self._origins = _Kept(16)
@@ -148,7 +152,8 @@ class Runner:
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
         which = (options.model, options.dtype, options.ignore_key)
         model: Model = self._models.get(which, lambda: self._load(*which))
-        check_selection(model.params, cell.recipe)
+        with on(model.mesh):
+            check_selection(model.params, cell.recipe)
         head = None if cell.recipe is None else cell.recipe.head
         model = self._heads.get((which, head), lambda: with_head(model, cell.recipe))
         text = self.text(options.corpus)
@@ -180,7 +185,7 @@ class Runner:
         """Another model; everything of the one before is released first."""
         for kept in (self._heads, self._windows, self._moments, self._offline):
             kept.made.clear()
-        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split())
+        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split(), mesh=self._mesh)
         for note in model.notes:
             self._note(f"{model.origin['file']}: {note}")
         return model
