@@ -84,11 +84,9 @@ def test_two_processes_answer_as_one_device(path):
         )
         for rank in "01"
     ]  # fmt: skip
-    said = []
-    for process in both:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-2000:]
-        said.append(json.loads(out.splitlines()[-1]))
+    done = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], done[0][1][-2000:]
+    said = [json.loads(out.splitlines()[-1]) for out, _ in done]
     model = load(path)
     want = generate(
         model, ["Hello", "A longer prompt."], recipe=preset("ttq", group_size=8), batch_size=2,
