@@ -126,8 +126,11 @@ def check_memory(memory: Any, mesh: Mapping[str, int] | None) -> None:
         )
 
 
-def _pinned() -> Sharding:
+def pinned_memory() -> Sharding:
     """The host's memory beside JAX's default device.
+
+    Returns:
+      Where it is.
 
     Raises:
       CheckpointError: that device cannot read it.
@@ -157,7 +160,7 @@ def shardings(shapes: Params, mesh: Mesh | None, memory: Memory = "device") -> A
     Raises:
       CheckpointError: the device cannot read the host's memory.
     """
-    pinned = _pinned() if memory == "host" else None
+    pinned = pinned_memory() if memory == "host" else None
     specs = jax.tree.leaves_with_path(param_specs(shapes))
 
     def where(path: tuple[str, ...], spec: PartitionSpec) -> Sharding | None:
