@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from ttq_jax.checkpoint import load, placing
+from ttq_jax.checkpoint import load, parts
 from ttq_jax.generate import generate
 from ttq_jax.quant.recipe import preset
 
@@ -14,8 +14,8 @@ from ttq_jax.quant.recipe import preset
 def main(port: str, rank: str, path: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
     taken = []
-    allocate = placing.allocate
-    placing.allocate = lambda shape, d: taken.append(shape) or allocate(shape, d)
+    allocate = parts.allocate
+    parts.allocate = lambda shape, d: taken.append(shape) or allocate(shape, d)
     # Two devices each: the two halves of every weight are in two processes.
     model = load(path, mesh={"model": 4})
     made = generate(

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.fingerprint import places, said
-from ttq_jax.checkpoint.placing import Parts, allocate, parts_of, placed, shardings
+from ttq_jax.checkpoint.parts import Parts, allocate, parts_of, placed, shardings
 from ttq_jax.checkpoint.source import Source
 from ttq_jax.config import ModelConfig
 from ttq_jax.foreign import named
