@@ -253,14 +253,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     # What verifies needs the unquantized tables.
     tables = None if args.speculate else recipe
     model, _ = load_model(
-        args.model,
-        args.dtype,
-        progress,
-        args.ignore_key,
-        tables,
-        args.mesh,
-        args.dense_memory,
-    )
+        args.model, args.dtype, progress, args.ignore_key, tables,
+        mesh=args.mesh, dense_memory=args.dense_memory,
+    )  # fmt: skip
     with on(model.mesh):
         check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:

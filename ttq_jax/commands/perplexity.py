@@ -69,14 +69,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     calibration = calibration_text(needs, progress)
     only = None if args.with_baseline else recipe
     model, _ = load_model(
-        args.model,
-        args.dtype,
-        progress,
-        args.ignore_key,
-        only,
-        args.mesh,
-        args.dense_memory,
-    )
+        args.model, args.dtype, progress, args.ignore_key, only,
+        mesh=args.mesh, dense_memory=args.dense_memory,
+    )  # fmt: skip
     with on(model.mesh):
         check_selection(model.params, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)

@@ -54,8 +54,8 @@ class Needs:
 
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
-    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, mesh: str | None = None,
-    dense_memory: Memory = "device",
+    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, *,
+    mesh: str | None = None, dense_memory: Memory = "device",
 ) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
@@ -77,8 +77,7 @@ def load_model(
         model = load(
             name, dtype=dtype, progress=lambda done, total, _: update(done, total),
             ignore_keys=ignore_keys, head=None if recipe is None else recipe.head,
-            mesh=sizes,
-            dense_memory=dense_memory,
+            mesh=sizes, dense_memory=dense_memory,
         )  # fmt: skip
     for note in model.notes:
         progress.note(note)
