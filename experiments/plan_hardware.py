@@ -4,8 +4,8 @@ Claim     a model whose unquantized and packed blocks do not fit a chip side by 
           there all the same, if the unquantized ones lie in the host's memory and are streamed:
           Llama-3-8B on a v5e, Gemma-3-27B on a v6e.
 Command   python experiments/plan_hardware.py --out experiments/results/plans.json
-Cost      about 6 minutes on 2 cores, 6 GB of memory; no weights, no accelerator. Needs libtpu.
-Expect    see experiments/results/plans.json; 6.0 GiB of a v5e for Llama-3-8B, 13.7 GiB of a v6e for
+Cost      about 11 minutes on 2 busy cores, 6 GB of memory; no weights, no chip. Needs libtpu.
+Expect    see experiments/results/plans.json; 5.9 GiB of a v5e for Llama-3-8B, 13.5 GiB of a v6e for
           Gemma-3-27B. "compiled" are the compiler's figures, "summed" are sums of sizes, as
           `ttq plan --arithmetic` makes them. Nothing ran on a chip.
 """

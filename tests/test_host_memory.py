@@ -97,7 +97,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "default" else []) for name in CASES],
+)
 def test_answers_are_the_same(case):
     config, recipe, how = CASES[case]
     device, host = (answer(model, recipe, **how) for model in BOTH[config])

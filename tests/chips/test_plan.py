@@ -24,9 +24,9 @@ LLAMA = released_config("llama-3-8b")
 @pytest.mark.parametrize(
     ("model", "chip", "bits", "memory", "fits", "gib"),
     [
-        ("llama-3-8b", "v5e", 4, "host", True, 6.02),
+        ("llama-3-8b", "v5e", 4, "host", True, 5.92),
         ("llama-3-8b", "v5e", 4, "device", False, 18.62),
-        ("gemma-3-27b", "v6e", 3, "host", True, 13.7),
+        ("gemma-3-27b", "v6e", 3, "host", True, 13.48),
     ],
 )
 def test_a_model_that_outgrows_a_chip_is_streamed(model, chip, bits, memory, fits, gib):
@@ -36,11 +36,11 @@ def test_a_model_that_outgrows_a_chip_is_streamed(model, chip, bits, memory, fit
     assert (made.by, made.fits) == ("compiler", fits)
     assert made.total / GIB == pytest.approx(gib, rel=0.02)
     assert (made.device["dense"] == 0) == (memory == "host") == (made.host > 0)
-    # Packed weights and cache, a layer or two of dense weights, activations, and nothing else.
+    # Packed weights and cache, a layer of dense weights, activations, and nothing else.
     summed = plan(config, chip, **how, compiled=False)
     assert summed.by == "arithmetic"
     assert summed.fits == fits
-    assert summed.total < made.total < summed.total + 4 * made.host / config.n_layers + GIB
+    assert summed.total == pytest.approx(made.total, rel=0.03)
 
 
 def test_sums_say_what_is_where():

@@ -51,7 +51,7 @@ class Plan:
     """What a program takes of a chip.
 
     Attributes:
-      by: "compiler", or "arithmetic": then `temporaries` are at least what it says.
+      by: "compiler", or "arithmetic": then `temporaries` are an estimate.
       why: why there was no compiler; "" if there was one.
       device: bytes in the device's memory by kind: "dense" blocks, "packed" blocks, "tables" (and
         norms and biases), "cache", "temporaries"; the last is what the compiler adds to the rest.
@@ -149,9 +149,9 @@ def plan(
     device = _sizes(config, dense, shapes, batch, read + made, dtype)
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
-    least = _activations(config, dense, batch, read, dtype)
+    extra = _activations(config, dense, batch, read, dtype)
     if host:
-        least += host // config.n_layers
+        extra += host // config.n_layers
     by, why, total = "arithmetic", "as asked", 0
     if compiled:
         try:
@@ -162,8 +162,8 @@ def plan(
         except ChipError as e:
             by, why = "arithmetic", str(e)
     counted = sum(device.values())
-    device["temporaries"] = max(total - counted, 0) if by == "compiler" else least
-    total = total if by == "compiler" else counted + least
+    device["temporaries"] = max(total - counted, 0) if by == "compiler" else extra
+    total = total if by == "compiler" else counted + extra
     usable = it.memory if by == "compiler" else it.memory * (1 - _UNCOUNTED)
     return Plan(
         by=by, why=why, device=device, total=total, host=host, memory=it.memory,
@@ -201,7 +201,7 @@ def _sizes(
 
 
 def _activations(config: ModelConfig, dense: Params, batch: int, tokens: int, dtype: str) -> int:
-    """Bytes that a layer's activations take at least: the stream, the hidden units, the logits."""
+    """Bytes of a layer's activations: the stream, the hidden units; and of the logits."""
     wide = 1 if not config.gated else 2
     rows = batch * tokens * (config.experts_per_token or 1)
     item = jax.numpy.dtype(dtype).itemsize

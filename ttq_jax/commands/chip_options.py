@@ -77,4 +77,4 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="speed at which the device reads the host's memory (default: PCIe's, see --json)"
         )  # fmt: skip
     add("--arithmetic", action="store_true",
-        help="compile nothing: add up the sizes, without the temporaries")  # fmt: skip
+        help="compile nothing: add up the sizes, and estimate the temporaries")  # fmt: skip

@@ -92,7 +92,7 @@ def _in_words(args: argparse.Namespace, made: Plan, speeds: dict[str, Any]) -> s
     size = lambda n: f"{n / _GIB:.2f} GiB"  # noqa: E731
     rows = [[_KINDS[kind], size(n)] for kind, n in made.device.items() if n]
     if made.by == "arithmetic":
-        rows[-1][0] += ", at least"
+        rows[-1][0] += ", about"
     rows += [["on the device", f"{size(made.total)} of {size(made.memory)}"]]
     if made.host:
         rows += [["in the host's memory", size(made.host)]]
