@@ -108,6 +108,7 @@ def quantize_pack(
     store_dtype: jax.typing.DTypeLike,
     scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
+    row_axes: tuple[str, ...] = (),
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> Packed:
@@ -127,6 +128,7 @@ def quantize_pack(
         float32 or bfloat16, and for zero points in eight bits; or ``"coded4"`` for `CodedPairs`,
         which need the zero point ``"float"`` and at most 5 bits.
       shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
+      row_axes: Inside a `shard_map`, the mesh axes that a column's other rows are on.
       layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
         are that layer's own. None: there is no such axis.
       implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
@@ -141,7 +143,7 @@ def quantize_pack(
     _check_weight(w, channel_scale, importance, low_rank, layer)
     problem = rounding_problem(
         w, channel_scale, low_rank, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, scales=scales, shrinks=shrinks,
+        store_dtype=store_dtype, scales=scales, shrinks=shrinks, row_axes=row_axes,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
 
@@ -167,6 +169,7 @@ def prefill_quantize(
     scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
     quantized: bool = False,
+    row_axes: tuple[str, ...] = (),
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, Packed]:
@@ -185,6 +188,7 @@ def prefill_quantize(
       scales: See `quantize_pack`.
       shrinks: See `quantize_pack`.
       quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
+      row_axes: See `quantize_pack`.
       layer: See `quantize_pack`.
       implementation: None, or one of `choice.IMPLEMENTATIONS` to force it.
 
@@ -204,6 +208,7 @@ def prefill_quantize(
     problem = rounding_problem(
         w, channel_scale, low_rank, x, bits=bits, group_size=group_size, zero_point=zero_point,
         store_dtype=store_dtype, scales=scales, shrinks=shrinks, quantized=quantized,
+        row_axes=row_axes,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
     rows = x.reshape(-1, d_in)

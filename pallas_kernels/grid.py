@@ -101,6 +101,7 @@ def column_scales(
     scales: str,
     store_dtype: jax.typing.DTypeLike,
     stored: Stored = as_stored,
+    row_axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """What the coded scales of a column are multiples of.
 
@@ -112,12 +113,15 @@ def column_scales(
       scales: One of `SCALES`, not "float".
       store_dtype: See `CodedScales.columns`.
       stored: See `fit`.
+      row_axes: Mesh axes that the column's other groups are on, of a `shard_map` around.
 
     Returns:
       ``float32[1, n]``, exactly representable in ``store_dtype``.
     """
     span, part = _span(low, high, bits, zero_point)
-    columns = stored(jnp.max(span, axis=0, keepdims=True) * (part / most(scales)), store_dtype)
+    span = jnp.max(span, axis=0, keepdims=True)
+    span = jax.lax.pmax(span, row_axes) if row_axes else span
+    columns = stored(span * (part / most(scales)), store_dtype)
     return jnp.where(columns > SMALLEST, columns, 1.0)
 
 
@@ -362,12 +366,7 @@ def put_together(per_group: Any, columns: Any, kind: str) -> Any:
 
 
 def encode(
-    w: jax.Array,
-    scales: jax.Array,
-    zeros: jax.Array,
-    *,
-    bits: int,
-    nearest: Nearest = jnp.round,
+    w: jax.Array, scales: jax.Array, zeros: jax.Array, *, bits: int, nearest: Nearest = jnp.round
 ) -> jax.Array:
     """The nearest code of each weight (round to nearest, ties to even).
 

@@ -43,6 +43,7 @@ class Problem:
       quantized: `prefill_quantize` multiplies with the quantized weight.
       scaled: there is a channel scale.
       out_dtype: of the product, one of `FLOATS`; None is `dtype`.
+      row_axes: mesh axes that the other rows of a column are on; () if all are here.
 
     Raises:
       ValueError: an option that is none.
@@ -63,6 +64,7 @@ class Problem:
     quantized: bool = False
     scaled: bool = False
     out_dtype: str | None = None
+    row_axes: tuple[str, ...] = ()
 
     def __post_init__(self):
         # Any row count serves, it is padded to whole groups: the check is of the two numbers.
@@ -178,6 +180,7 @@ def rounding_problem(
     w: Any, channel_scale: Any = None, low_rank: tuple[Any, Any] | None = None, x: Any = None, *,
     bits: int, group_size: int, zero_point: str, store_dtype: jax.typing.DTypeLike,
     scales: str = "float", shrinks: tuple[float, ...] = (1.0,), quantized: bool = False,
+    row_axes: tuple[str, ...] = (),
 ) -> Problem:  # fmt: skip
     """The problem of a `prefill_quantize`, or of a `quantize_pack` without x.
 
@@ -193,6 +196,7 @@ def rounding_problem(
       scales: see `Problem`.
       shrinks: see `Problem`.
       quantized: see `Problem`.
+      row_axes: see `Problem`.
 
     Returns:
       The problem.
@@ -204,4 +208,5 @@ def rounding_problem(
         group_size=group_size, zero_point=zero_point, dtype=(w if x is None else x).dtype.name,
         store_dtype=jnp.dtype(store_dtype).name, scales=scales, rank=_rank(low_rank),
         shrinks=tuple(map(float, shrinks)), quantized=quantized, scaled=channel_scale is not None,
+        row_axes=row_axes,
     )  # fmt: skip

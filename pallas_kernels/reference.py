@@ -129,7 +129,7 @@ def quantize_pack(
     bits, shrinks = problem.bits, problem.shrinks
     groups = _groups(w, channel_scale, low_rank, problem)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    columns = grid.column_scales(low, high, **problem.grid) if problem.coded else None
+    columns = _columns(low, high, problem) if problem.coded else None
 
     def fit(shrink: Any) -> tuple[jax.Array, jax.Array]:
         return grid.fit(low * shrink, high * shrink, columns, **problem.grid)
@@ -195,7 +195,11 @@ def column_scales(
         return None
     one = jax.lax.dynamic_index_in_dim(w, layer, keepdims=False, allow_negative_indices=False)
     groups = _groups(one, channel_scale, low_rank, problem)
-    return grid.column_scales(jnp.min(groups, axis=1), jnp.max(groups, axis=1), **problem.grid)
+    return _columns(jnp.min(groups, axis=1), jnp.max(groups, axis=1), problem)
+
+
+def _columns(low: jax.Array, high: jax.Array, problem: Problem) -> jax.Array:
+    return grid.column_scales(low, high, **problem.grid, row_axes=problem.row_axes)
 
 
 def with_columns(scales: jax.Array, of_columns: jax.Array | None, problem: Problem) -> Scales:

@@ -17,6 +17,8 @@ if JAXLIB < (0, 11, 1):
     # jaxlib 0.11.1 dropped this flag. On a flag that it does not know, XLA aborts the process
     # without an exception; which it knows cannot be asked: hence the version.
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+# So many devices for tests of meshes; all others run on the first, and as fast.
+DEVICES = "--xla_force_host_platform_device_count=8"
 # Environment of a process that compiles as fast; XLA_FLAGS would reach libtpu, which knows others.
 QUICKLY = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 

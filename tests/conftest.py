@@ -29,12 +29,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import jaxtyping
 import pytest
-from compilers import QUICK
+from compilers import DEVICES, QUICK
 
 # XLA reads its flags once: the CPU's compiler keeps these, while libtpu's, which knows others, and
 # processes that a test starts never see them.
 with pytest.MonkeyPatch.context() as flags:
-    flags.setenv("XLA_FLAGS", f"{QUICK} {os.environ.get('XLA_FLAGS', '')}")
+    flags.setenv("XLA_FLAGS", f"{QUICK} {DEVICES} {os.environ.get('XLA_FLAGS', '')}")
     jax.devices()
 
 ARRAY_CODE = ["types", "linear", "experts", "models", "quant", "prompts", "prefill", "decode",

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttq_jax.checkpoint.placing import placed_in
+from ttq_jax.checkpoint.placing import pinned_memory, streams
 from ttq_jax.config import ModelConfig, Rope
 from ttq_jax.models.decoder import init_params
 from ttq_jax.types import Prompts
@@ -40,9 +40,13 @@ def small_params(config: ModelConfig, seed: int = 0):
 
 def in_host(params):
     """The tree as `load(dense_memory="host")` places it."""
-    place = placed_in("host")
-    named = lambda path: tuple(str(key.key) for key in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, a: place(named(path), a), params)
+    pinned = pinned_memory()
+
+    def place(path, array):
+        there = pinned if streams(tuple(str(key.key) for key in path)) else None
+        return jax.device_put(array, there, may_alias=True)
+
+    return jax.tree_util.tree_map_with_path(place, params)
 
 
 def prompts_of(rows, length: int, side: str = "right", fill: int = 0) -> Prompts:

@@ -20,6 +20,8 @@ ORDER = [
     {"_version", "errors"},
     {"foreign", "host"},
     {"config", "files", "text", "types"},
+    {"partition"},
+    {"mesh"},
     {"linear", "prompts", "sampling"},
     {"experts"},
     {"models", "quant"},
@@ -38,7 +40,8 @@ ORDER = [
 # The package's face names what everybody may use; `python -m ttq_jax` is the command line.
 TOP = {"ttq_jax", "ttq_jax.__main__"}
 KERNEL_USERS = {
-    "ttq_jax.linear", "ttq_jax.quant.convert", "ttq_jax.quant.grid", "ttq_jax.commands.kernels",
+    "ttq_jax.types", "ttq_jax.partition", "ttq_jax.linear", "ttq_jax.experts",
+    "ttq_jax.quant.convert", "ttq_jax.quant.grid", "ttq_jax.commands.kernels",
     "ttq_jax.chips.comparison", "ttq_jax.chips.device_times", "ttq_jax.models.prompt_attention",
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from tiny_files import write_model
 from ttq_jax.checkpoint import CheckpointError, load, placing
 from ttq_jax.checkpoint.fingerprint import fingerprint
 from ttq_jax.checkpoint.model import Model
-from ttq_jax.checkpoint.placing import placed_in
+from ttq_jax.checkpoint.placing import check_memory, pinned_memory
 from ttq_jax.errors import NotFiniteError
 from ttq_jax.evaluation.acceptance import compare_window
 from ttq_jax.evaluation.perplexity import Protocol, window_nll
@@ -189,7 +189,9 @@ def test_the_device_holds_no_block(tiny_model):
 
 def test_another_word_and_a_device_that_cannot_are_refused(monkeypatch):
     with pytest.raises(CheckpointError, match="expected device or host, got 'disk'"):
-        placed_in("disk")
+        check_memory("disk", None)
+    with pytest.raises(CheckpointError, match="is for one device, and mesh was given, too"):
+        check_memory("host", {"model": 2})
     monkeypatch.setattr(placing, "PINNED", "no_such_memory")
     with pytest.raises(CheckpointError, match=r"cpu has .* alone; load without dense_memory"):
-        placed_in("host")
+        pinned_memory()

@@ -9,15 +9,19 @@ XLA computes it as one product with all experts, and it takes no packed weight.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import Split
 from ttq_jax.host import on_host, slab_of
 from ttq_jax.linear import linear
+from ttq_jax.partition import kernel_specs, on_several, shared
 from ttq_jax.types import Leaf, MixedLinear, Params, QuantizedLinear, Stacked
 
 # Rows that share one reading of a weight; with more, most blocks would be padding.
@@ -139,6 +143,44 @@ def for_each_expert(make: Callable[..., Any], operands: Any, n_experts: int | No
     return jax.lax.map(lambda at: make(*at), (experts, operands))
 
 
+def for_own_experts(
+    make: Callable[..., Any], operands: Any, stacks: Any, n_experts: int | None = None
+) -> Any:
+    """`for_each_expert` of weights: on a mesh, every device makes it of its own experts.
+
+    Args:
+      make: (expert's index, its index in the stacks, its operands, the stacks) -> arrays.
+      operands: see `for_each_expert`.
+      stacks: dense weights, stacked over layers and experts.
+      n_experts: see `for_each_expert`.
+
+    Returns:
+      See `for_each_expert`.
+    """
+    if n_experts is None:
+        return make(None, None, operands, stacks)
+    axes = shared()
+
+    def run(operands: Any, stacks: Any) -> Any:
+        first, count = _own(axes, n_experts)
+        at = (jnp.arange(count, dtype=jnp.int32), operands)
+        return jax.lax.map(lambda at: make(first + at[0], *at, stacks), at)
+
+    if not on_several():
+        return run(operands, stacks)
+    own = P(axes or None)
+    specs = (own, jax.tree.map(lambda _: P(None, axes or None), stacks))
+    return jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)(operands, stacks)
+
+
+def _own(axes: tuple[str, ...], n_experts: int) -> tuple[Any, int]:
+    """The first of a device's own experts, and how many these are."""
+    if not axes:
+        return jnp.zeros((), jnp.int32), n_experts
+    count = n_experts // jax.lax.axis_size(axes)
+    return jax.lax.axis_index(axes).astype(jnp.int32) * count, count
+
+
 def _merged(stack: Any) -> Any:
     """Arrays [L, E, …] as [L·E, …]."""
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stack)
@@ -184,6 +226,9 @@ def _on_device(kernel: Any) -> Any:
 def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Array, "N R d_out"]]:
     """Each block's product with its expert's weights.
 
+    On a mesh every device multiplies the blocks of its own experts, and the results are added: the
+    others' are zeros.
+
     Args:
       x: sorted activations.
       weights: by projection, {"kernel"}: all experts of one layer.
@@ -191,12 +236,24 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
     Returns:
       By projection, the rows' outputs.
     """
+    kernels = {name: w["kernel"] for name, w in weights.items()}
     if len(x.expert) >= x.n_experts:
         # There are blocks for all experts: each is fetched once, not for each of its blocks.
-        weights = {n: {**w, "kernel": _on_device(w["kernel"])} for n, w in weights.items()}
+        kernels = {name: _on_device(kernel) for name, kernel in kernels.items()}
+    if not on_several():
+        return _products(x, kernels, ())
+    axes = shared()
+    specs = (jax.tree.map(lambda _: P(), x), kernel_specs(kernels, Split(), (None, axes or None)))
+    run = partial(_products, axes=axes)
+    return jax.shard_map(run, in_specs=specs, out_specs=P(), check_vma=False)(x, kernels)
+
+
+def _products(x: Routed, kernels: dict[str, Any], axes: tuple[str, ...]) -> dict[str, Array]:
+    """`routed_linear` on one device, whose experts are its share over these mesh axes."""
+    begin, count = _own(axes, x.n_experts)
 
     def product(rows: Array, expert: Array) -> dict[str, Array]:
-        return {n: linear(rows, of_expert(w["kernel"], expert)) for n, w in weights.items()}
+        return {name: linear(rows, of_expert(w, expert)) for name, w in kernels.items()}
 
     def empty(rows: Array, expert: Array) -> dict[str, Array]:
         shapes = jax.eval_shape(product, rows, expert)
@@ -205,9 +262,14 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
     def block(_: None, at: tuple[Array, Array, Array]) -> tuple[None, dict[str, Array]]:
         used, rows, expert = at
         # A block of one row is a token's own: only padding would leave it empty.
-        if len(rows) == 1:
+        if len(rows) == 1 and not axes:
             return None, product(rows, expert)
         return None, jax.lax.cond(used, product, empty, rows, expert)
 
     used = jnp.arange(len(x.expert), dtype=jnp.int32) < x.first[-1]
-    return jax.lax.scan(block, None, (used, x.rows, x.expert))[1]
+    expert = x.expert
+    if axes:
+        expert = x.expert - begin
+        used = used & (expert >= 0) & (expert < count)
+    ys = jax.lax.scan(block, None, (used, x.rows, expert))[1]
+    return jax.lax.psum(ys, axes) if axes else ys

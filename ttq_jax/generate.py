@@ -25,6 +25,7 @@ from ttq_jax.finite import raise_not_finite
 from ttq_jax.generation import Drafts, Generation, made_of
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.partition import each_of, on, on_its_mesh, put, whole
 from ttq_jax.prefill import first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.head import joined
@@ -182,13 +183,16 @@ def generate_tokens(
         eos_ids=eos_ids, drafts=drafts,
     )  # fmt: skip
     if recipe is None or recipe.batch == "pooled":
-        return run(params, prompts, offline, key, limit)
+        out, counts, finite, moments, *rest = run(params, prompts, offline, key, limit)
+        out, counts, finite, *rest = whole((out, counts, finite, *rest))
+        return out, counts, finite, moments, *rest
     rows, keys = separately(prompts, key)
     one = lambda row, k: run(params, row, offline, k, limit)  # noqa: E731
-    out, counts, finite, _, unreached, stats = jax.vmap(one)(rows, keys)
+    out, counts, finite, _, unreached, stats = each_of(one, rows, keys)
     unreached = None if unreached is None else jnp.mean(unreached)
     stats = None if stats is None else stats[:, 0]
-    return out[:, 0], counts[:, 0], jnp.all(finite), {}, unreached, stats
+    found = whole((out[:, 0], counts[:, 0], jnp.all(finite), unreached, stats))
+    return *found[:3], {}, *found[3:]
 
 
 def arguments(
@@ -243,9 +247,10 @@ def arguments(
     params, besides = model.params, offline
     if not speculate:
         params, besides = joined(params, recipe, offline)
-    return (params, prompts, besides, make_key(int(seed))), how, offline
+    return (params, prompts, besides, put(make_key(int(seed)))), how, offline
 
 
+@on_its_mesh
 def program(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None, **rest: Any
 ) -> tuple[Callable[[int], Any], Prompts, Offline]:
@@ -263,9 +268,15 @@ def program(
     """
     arrays, how, offline = arguments(model, texts, recipe=recipe, offline=offline, **rest)
     run = partial(generate_tokens, *arrays, **how)
-    return lambda n: jax.block_until_ready(run(jax.device_put(np.int32(n)))), arrays[1], offline
+
+    def upto(limit: int) -> Any:
+        with on(model.mesh):
+            return jax.block_until_ready(run(put(np.int32(limit))))
+
+    return upto, arrays[1], offline
 
 
+@on_its_mesh
 def generate(
     model: Model,
     texts: Sequence[Any] | Asked,

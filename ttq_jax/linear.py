@@ -1,12 +1,13 @@
 """The one dispatch on how a weight is stored: every product of a model goes through it."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dequantize, packed_matmul
+from pallas_kernels import Split, dequantize, pack, packed_matmul, unpack
 from ttq_jax.types import MixedLinear, QuantizedLinear, Stacked
 
 
@@ -34,7 +35,7 @@ def linear(
         y = packed_matmul(
             x, w.planes, w.scales, w.zeros, w.channel_scale,
             None if w.low_rank is None else w.low_rank.factors(),
-            bits=w.bits, group_size=w.group_size, layer=w.layer,
+            bits=w.bits, group_size=w.group_size, layer=w.layer, split=split_of(w),
         )  # fmt: skip
     else:
         kernel = w.kernel if isinstance(w, Stacked) else w
@@ -54,8 +55,52 @@ def scores(x: Float[Array, "*batch d_in"], w: QuantizedLinear) -> Float[Array, "
     """
     return packed_matmul(
         x, w.planes, w.scales, w.zeros, bits=w.bits, group_size=w.group_size,
-        out_dtype=jnp.float32,
+        out_dtype=jnp.float32, split=split_of(w),
     )  # fmt: skip
+
+
+def split_of(w: QuantizedLinear) -> Split | None:
+    """How the devices of this program's mesh share a packed weight; None for one device.
+
+    Args:
+      w: the weight.
+
+    Returns:
+      Its split, with the axes that there are.
+
+    Raises:
+      ValueError: its rows are packed in other blocks than the devices have.
+    """
+    split = None if w.split is None else w.split.here()
+    blocks = 1 if split is None else split.row_blocks
+    if blocks != w.row_blocks:
+        raise ValueError(
+            f"a packed weight: expected rows in {blocks} blocks, as many as the devices that share "
+            f"them, got {w.row_blocks}; use it on the mesh that it was packed on, or save and load "
+            "it with that of this model"
+        )
+    return split
+
+
+def repacked(w: QuantizedLinear, row_blocks: int) -> QuantizedLinear:
+    """The same weight with its rows packed in another number of blocks; pure and jittable.
+
+    Args:
+      w: packed; may be stacked over layers.
+      row_blocks: divides the weight's groups.
+
+    Returns:
+      The packed weight.
+    """
+
+    def blocks(plane: Array) -> Array:
+        *lead, _, n = plane.shape
+        return plane.reshape(*lead, w.row_blocks, -1, n)
+
+    codes = unpack([blocks(plane) for plane in w.planes], bits=w.bits)
+    codes = codes.reshape(*w.planes[0].shape[:-2], -1, codes.shape[-1])
+    planes = pack(codes, bits=w.bits, row_blocks=row_blocks)
+    return dataclasses.replace(w, planes=planes, row_blocks=row_blocks)
 
 
 def columns(w: QuantizedLinear, at: Int[Array, "*batch"]) -> Float[Array, "*batch d_in"]:
@@ -101,7 +146,9 @@ def dense_weight(w: QuantizedLinear) -> Float[Array, "*layers d_in d_out"]:
     Returns:
       float32[..., d_in, d_out].
     """
-    dense = dequantize(w.planes, w.scales, w.zeros, bits=w.bits, group_size=w.group_size)
+    dense = dequantize(
+        w.planes, w.scales, w.zeros, bits=w.bits, group_size=w.group_size, row_blocks=w.row_blocks
+    )
     dense = dense[..., : w.d_in, :]
     if w.channel_scale is not None:
         dense = dense / w.channel_scale.astype(jnp.float32)[..., :, None]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ttq_jax.config import ModelConfig
-from ttq_jax.experts import Routed, for_each_expert, routed_linear
+from ttq_jax.experts import Routed, for_each_expert, for_own_experts, routed_linear
 from ttq_jax.linear import add_bias, linear
 from ttq_jax.models.cache import activation_dtype, empty_cache, map_rows
 from ttq_jax.models.decoder import forward, plain
@@ -198,7 +198,9 @@ def quantizing(
         streams = apart(x, valid, recipe.correction) if both else None
         seen_by = x if streams is None else streams.drifted
 
-        def make(expert: Array | None, mine: tuple) -> tuple[dict, dict, Moments | None]:
+        def make(
+            expert: Array | None, here: Array | None, mine: tuple, stacks: dict[str, Array]
+        ) -> tuple[dict, dict, Moments | None]:
             moments, carried, low_rank = mine
             seen = None
             if source.of == "prompt":
@@ -211,13 +213,13 @@ def quantizing(
                 return {}, {}, seen
             beside = None if routed else streams or x
             ys, packed = quantize_layer(
-                stacks, moments, recipe, low_rank, layer=at, expert=expert, x=beside
+                stacks, moments, recipe, low_rank, layer=at, expert=here, x=beside
             )
             return ys, packed, seen
 
         factors = {name: layer.low_rank[name] for name in stacks if name in layer.low_rank}
         mine = (layer.moments.get(site), layer.carried.get(site), factors)
-        ys, packed, seen = for_each_expert(make, mine, n_experts(x))
+        ys, packed, seen = for_own_experts(make, mine, stacks, n_experts(x))
         if routed:
             made = packed if recipe.prefill == "quantized" else {}
             ys = routed_linear(x, weights | _as_weights(made, recipe, config.n_layers, at))

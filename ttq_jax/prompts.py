@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ttq_jax.errors import Error, shown
+from ttq_jax.partition import put
 from ttq_jax.types import Prompts
 
 SMALLEST_BUCKET = 32
@@ -151,4 +152,4 @@ def pad_prompts(
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         valid[i, : len(row)] = True
-    return jax.device_put(Prompts(tokens, valid))
+    return put(Prompts(tokens, valid), batch=True)

@@ -21,6 +21,7 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import answer, arguments, carried, read, separately
 from ttq_jax.generation import Drafts, Generation, made_of
+from ttq_jax.mesh import check_alone
 from ttq_jax.prompts import SMALLEST_BUCKET
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
@@ -186,6 +187,7 @@ class Stream:
           limit: most new tokens.
           began: when the caller called, by `time.perf_counter`.
         """
+        check_alone(model, "stream")
         self._model, self._rows, self._limit, self._began = model, rows, limit, began
         self._params, self._prompts, self._offline, _ = arrays
         self._begun, self._state = start(*arrays, **how)

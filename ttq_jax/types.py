@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pallas_kernels import Split
 from ttq_jax.host import layer_of
 
 Params = dict[str, Any]
@@ -172,7 +173,9 @@ class QuantizedLinear:
                   + (A B)[i, j],   (A, B) = low_rank.factors(),   g = i // group_size
 
     where `codes = unpack(planes)`, the zero point is 2^(bits−1) if `zeros` is None, the channel
-    scale is 1 if None and the low-rank term 0 if None. Coded scales are columns[j] · codes[g, j]
+    scale is 1 if None and the low-rank term 0 if None. On a mesh whose devices have blocks of rows,
+    each of the row_blocks is packed by itself: `unpack` is then of every block's planes, one block
+    after another. Coded scales are columns[j] · codes[g, j]
     of `pallas_kernels.CodedScales`, the zero points beside them count in 2^(bits−8); `CodedPairs`
     have both. Rows from d_in up to n_group · group_size are padding: their inputs are zeros.
 
@@ -188,6 +191,8 @@ class QuantizedLinear:
       group_size: rows of one column that share a scale; a multiple of 8.
       d_in: input channels, before padding.
       d_out: output channels.
+      split: how the devices of a mesh share it; None on one device, or for whole ones.
+      row_blocks: equal runs of rows that are packed by themselves.
     """
 
     planes: tuple[Leaf, ...]
@@ -200,6 +205,8 @@ class QuantizedLinear:
     group_size: int = struct.field(pytree_node=False, kw_only=True)
     d_in: int = struct.field(pytree_node=False, kw_only=True)
     d_out: int = struct.field(pytree_node=False, kw_only=True)
+    split: Split | None = struct.field(pytree_node=False, kw_only=True, default=None)
+    row_blocks: int = struct.field(pytree_node=False, kw_only=True, default=1)
 
     def at(self, layer: jax.Array) -> "QuantizedLinear":
         """One layer of a stack. The large arrays stay stacked; a kernel indexes them.

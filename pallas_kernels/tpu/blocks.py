@@ -61,7 +61,7 @@ class Rounding(Problem):
     @property
     def finds_columns(self) -> bool:
         """Whether coded scales' columns are found here: where a block has all of a column."""
-        return self.coded and self.steps == 1
+        return self.coded and self.steps == 1 and not self.row_axes
 
     @property
     def padded_groups(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_files import VOCAB, WIDTH, tensors, write_model
 
-from ttq_jax.checkpoint import CheckpointError, assemble, load
+from ttq_jax.checkpoint import CheckpointError, assemble, load, placing
 from ttq_jax.checkpoint.store import fingerprint, load_offline, save_offline
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.perplexity import Protocol, perplexity
@@ -46,11 +46,12 @@ def test_the_bits_and_the_fingerprint_are_those_of_the_dense_model(
     path = request.getfixturevalue(which)
     dense = load(path, dtype=dtype)
     largest = []
-    allocate = assemble._allocate
+    allocate = placing.allocate
     monkeypatch.setattr(assemble, "BLOCK", 100)  # 264 tokens: the last block begins early
-    monkeypatch.setattr(
-        assemble, "_allocate", lambda shape, d: largest.append((shape, d)) or allocate(shape, d)
-    )
+    for module in (assemble, placing):
+        monkeypatch.setattr(
+            module, "allocate", lambda shape, d: largest.append((shape, d)) or allocate(shape, d)
+        )
     told = []
     packed = load(path, dtype=dtype, head=bits, progress=lambda *now: told.append(now))
     want = jax.jit(pack_head, static_argnames="bits")(dense.params, bits=bits)

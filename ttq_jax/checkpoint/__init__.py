@@ -5,7 +5,7 @@ model that is almost right still writes fluent text, and nobody would notice.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from ttq_jax.checkpoint.huggingface import load_directory
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.checkpoint.packaged import ALIASES
-from ttq_jax.checkpoint.placing import Memory, placed_in
+from ttq_jax.checkpoint.placing import Memory, check_memory
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import expect, shown
 from ttq_jax.quant.grid import BITS
@@ -36,6 +36,7 @@ def load(
     ignore_keys: Sequence[str] = (),
     head: int | None = None,
     dense_memory: Memory = "device",
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -54,12 +55,16 @@ def load(
         weights, the tables and the cache. Results are the same. Every further pass over
         unquantized weights fetches them again: each token without a recipe, each refresh, each
         cycle of `speculate`. For one device.
+      mesh: how many devices share the weights and the prompts, as in {"data": 2, "model": 4}, see
+        `partition`; None for one device. In a program of several processes it counts the devices
+        of all, and each reads its own part.
 
     Returns:
-      The model, its weights on JAX's default device or as `dense_memory` says.
+      The model, its weights on JAX's default device, on the mesh, or as `dense_memory` says.
 
     Raises:
       CheckpointError: the model cannot be found or served; the message says why and what to do.
+      ConfigError: a mesh that does not fit the devices or the model.
 
     References:
       Formats: huggingface.co/docs/safetensors; github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -70,12 +75,13 @@ def load(
         raise CheckpointError(
             f"head: expected one of {', '.join(map(str, BITS))}, or None, got {shown(head)}"
         )
+    expect("mesh", mesh, (Mapping, type(None)), 'devices by axis, as in {"data": 2, "model": 4}')
     expect("model", model, (str, Path), "a path, a hub id or an alias")
-    place = placed_in(dense_memory)
+    check_memory(dense_memory, mesh)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
-        head=head, place=place,
+        head=head, mesh=mesh, memory=dense_memory,
     )  # fmt: skip
     return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

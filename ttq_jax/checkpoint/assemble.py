@@ -8,6 +8,7 @@ exists.
 import dataclasses
 import fnmatch
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,26 +18,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.fingerprint import places, said
-from ttq_jax.checkpoint.placing import Place, on_default_device
+from ttq_jax.checkpoint.placing import Memory, Parts, allocate, parts_of, placed, shardings
 from ttq_jax.checkpoint.source import Source
 from ttq_jax.config import ModelConfig
 from ttq_jax.foreign import named
 from ttq_jax.models.decoder import init_params
 from ttq_jax.models.family import Edit
+from ttq_jax.partition import TABLE, kernel_specs
 from ttq_jax.quant.head import BLOCK, pack_columns
 from ttq_jax.types import SITE_OF, Params, QuantizedLinear
 
 Progress = Callable[[int, int, str], None]
-# (a matrix to fill, tensor name, its first row there, first row to read, row after the last)
-_Job = tuple[np.ndarray, str, int, int, int]
+# (what to fill, tensor name, its first row there, first row to read, row after the last)
+_Job = tuple[list["_Target"], str, int, int, int]
 
 _SUFFIX = {"kernel": ".weight", "embedding": ".weight", "scale": ".weight", "bias": ".bias"}
 # Small enough for a chunk and its temporaries to stay in a core's cache.
 _CHUNK = 2**18
-_ALIGNMENT = 64
 # What `quant.head` packs.
 _TABLES = (("embed", "embedding"), ("head", "kernel"))
 _TOGETHER = "configuration and weights are of the same model"
@@ -63,6 +65,11 @@ class _Leaf:
     def rows(self) -> int:
         """How many rows of each tensor in the file are this leaf's."""
         return self.shape[-1] if self.transposed else self.shape[0]
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*self.stack, *self.shape)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -165,12 +172,34 @@ def _check(source: Source, leaves: list[_Leaf], ignored: tuple[str, ...]) -> Non
         )
 
 
-def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialized memory that JAX can adopt on a CPU without a copy."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A part of one element of a leaf's stack, by the rows of its tensor."""
+
+    out: np.ndarray  # [rows, *row]
+    rows: tuple[int, int]
+    row: tuple[slice, ...]
+
+    def put(self, rows: np.ndarray, start: int, stop: int) -> None:
+        """Writes what it takes of the tensor's rows from start on."""
+        first, last = max(start, self.rows[0]), min(stop, self.rows[1])
+        if first < last:
+            mine = rows[(slice(first - start, last - start), *self.row)]
+            self.out[first - self.rows[0] : last - self.rows[0]] = mine
+
+
+def _targets(leaf: _Leaf, parts: Parts, element: int) -> list[_Target]:
+    """The parts that hold some of one element of the stack."""
+    at = np.unravel_index(element, leaf.stack) if leaf.stack else ()
+    found = []
+    for box, array in parts.boxes.items():
+        stack, axes = box[: len(leaf.stack)], box[len(leaf.stack) :]
+        if all(first <= i < last for i, (first, last) in zip(at, stack, strict=True)):
+            own = array[tuple(i - first for i, (first, _) in zip(at, stack, strict=True))]
+            rows, *row = axes[::-1] if leaf.transposed else axes
+            cut = tuple(slice(*one) for one in row)
+            found.append(_Target(own.T if leaf.transposed else own, rows, cut))
+    return found
 
 
 def _edited(rows: np.ndarray, edit: Edit | None, head_dim: int) -> np.ndarray:
@@ -189,7 +218,7 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
     Raises:
       CheckpointError: a weight is NaN or infinite.
     """
-    out, name, first, start, stop = job
+    targets, name, first, start, stop = job
     rows = source.read(name, first + start, first + stop)
     if not np.isfinite(rows).all():
         raise CheckpointError(
@@ -197,28 +226,31 @@ def _fill(source: Source, leaf: _Leaf, head_dim: int, job: _Job) -> int:
             "Download the checkpoint again or use another"
         )
     rows = _edited(rows, leaf.edit, head_dim)
-    (out.T if leaf.transposed else out)[start:stop] = rows
+    for target in targets:
+        target.put(rows, start, stop)
     return rows.size
 
 
-def _jobs(leaf: _Leaf, out: np.ndarray, head_dim: int) -> Iterator[_Job]:
-    """Chunks of rows that one thread reads at a time."""
-    parts = out.reshape(len(leaf.names), *leaf.shape)
-    for i, (part, name) in enumerate(zip(parts, leaf.names, strict=True)):
-        n_rows = leaf.rows
+def _jobs(leaf: _Leaf, parts: Parts, head_dim: int) -> Iterator[_Job]:
+    """Chunks of rows that one thread reads at a time; what nobody here holds is not read."""
+    n_rows, size = leaf.rows, math.prod(leaf.shape)
+    step = n_rows if len(leaf.shape) == 1 else max(1, _CHUNK * n_rows // size)
+    if leaf.edit == "unpermute":
+        step = -(-step // head_dim) * head_dim
+    for i, name in enumerate(leaf.names):
+        targets = _targets(leaf, parts, i)
         first = leaf.first + (i % leaf.together * leaf.stored_rows if leaf.together else 0)
-        step = n_rows if part.ndim == 1 else max(1, _CHUNK * n_rows // part.size)
-        if leaf.edit == "unpermute":
-            step = -(-step // head_dim) * head_dim
         for start in range(0, n_rows, step):
-            yield part, name, first, start, min(start + step, n_rows)
+            stop = min(start + step, n_rows)
+            if any(start < t.rows[1] and t.rows[0] < stop for t in targets):
+                yield targets, name, first, start, stop
 
 
 _pack = jax.jit(pack_columns, static_argnames="bits")
 
 
 def _packed(
-    leaf: _Leaf, fill: Callable[[_Leaf, np.ndarray], None], dtype: np.dtype, bits: int
+    leaf: _Leaf, fill: Callable[[_Leaf, Parts], None], dtype: np.dtype, bits: int
 ) -> tuple[QuantizedLinear, str, bytes]:
     """A table that is packed while it is read, so that it never exists as a whole.
 
@@ -232,19 +264,20 @@ def _packed(
     for begin in range(0, n, size):
         start = min(begin, n - size)
         shape = (leaf.shape[0], size) if leaf.transposed else (size, leaf.shape[1])
-        rows = _allocate(shape, dtype)
-        fill(dataclasses.replace(leaf, shape=shape, first=leaf.first + start), rows)
+        parts = parts_of(shape, dtype, None)
+        fill(dataclasses.replace(leaf, shape=shape, first=leaf.first + start), parts)
+        (rows,) = parts.boxes.values()
         here = (at[axis] >= start) & (at[axis] < start + size)
         inside = [i[here] - (start if j == axis else 0) for j, i in enumerate(at)]
         sample[here] = rows[tuple(inside)]
-        block = jax.device_put(rows if leaf.transposed else rows.T)
-        made = dataclasses.replace(_pack(block, bits=bits), d_out=n)
+        given = jax.device_put(rows if leaf.transposed else rows.T)
+        made = dataclasses.replace(_pack(given, bits=bits), d_out=n)
         if out is None:
-            wide = lambda a: _allocate((*a.shape[:-1], n), a.dtype)  # noqa: E731
+            wide = lambda a: allocate((*a.shape[:-1], n), a.dtype)  # noqa: E731
             out = jax.tree.map(wide, made)
-        parts = jax.device_get(jax.tree.leaves(made))
-        for whole, part in zip(jax.tree.leaves(out), parts, strict=True):
-            whole[..., start : start + size] = part
+        blocks = jax.device_get(jax.tree.leaves(made))
+        for whole, block in zip(jax.tree.leaves(out), blocks, strict=True):
+            whole[..., start : start + size] = block
     assert out is not None
     name = "".join(f"[{key!r}]" for key in leaf.path)
     return out, name, said(name, leaf.shape, sample)
@@ -260,7 +293,8 @@ def assemble(
     dtype: Any = np.float32,
     progress: Progress | None = None,
     head: int | None = None,
-    place: Place = on_default_device,
+    mesh: Mesh | None = None,
+    memory: Memory = "device",
 ) -> tuple[Params, dict[str, bytes]]:
     """Loads a parameter tree.
 
@@ -273,11 +307,13 @@ def assemble(
       dtype: of every leaf, float32 or bfloat16.
       progress: called as progress(done, total, "weights"), in elements.
       head: packs the vocabulary's tables in this many bits, see `Recipe.head`; None for dense ones.
-      place: where each array goes, see `placing`.
+      mesh: whose devices share the arrays, see `partition`; None for the default device alone. A
+        process reads what its own devices hold, and has in its memory that and one array.
+      memory: of the blocks' kernels, see `placing`.
 
     Returns:
-      A tree of the form of `decoder.init_params`; and of each packed table, by path, what its
-      fingerprint says of it.
+      A tree of the form of `decoder.init_params`, on its devices; and of each packed table, by
+      path, what its fingerprint says of it.
 
     Raises:
       CheckpointError: a tensor is missing, unknown, of another shape, or not finite.
@@ -290,26 +326,31 @@ def assemble(
     tables: dict[str, bytes] = {}
     done = 0
 
-    def fill(leaf: _Leaf, out: np.ndarray) -> None:
+    def fill(leaf: _Leaf, parts: Parts) -> None:
         nonlocal done
-        jobs = _jobs(leaf, out, config.head_dim)
+        jobs = _jobs(leaf, parts, config.head_dim)
         for size in pool.map(partial(_fill, source, leaf, config.head_dim), jobs):
             done = min(done + size, total)
             if progress:
                 progress(done, total, "weights")
 
     kind = np.dtype(jnp.dtype(dtype))
+    where = shardings(jax.eval_shape(lambda: init_params(config, jax.random.key(0))), mesh, memory)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for leaf in leaves:
             out: Any
             if head is not None and leaf.path in _TABLES:
                 out, name, entry = _packed(leaf, fill, kind, head)
                 tables[name] = entry
+                out = placed(out, kernel_specs(out, TABLE, ()), mesh)
+                if mesh is not None:
+                    out = dataclasses.replace(out, split=TABLE)
             else:
-                out = _allocate((*leaf.stack, *leaf.shape), kind)
-                fill(leaf, out)
+                parts = parts_of(leaf.whole, kind, where[leaf.path])
+                fill(leaf, parts)
+                out = parts.on_devices()
             node = params
             for key in leaf.path[:-1]:
                 node = node.setdefault(key, {})
-            node[leaf.path[-1]] = place(leaf.path, out)
+            node[leaf.path[-1]] = out
     return params, tables

@@ -1,6 +1,7 @@
 """Loads a GGUF file (llama.cpp's format): config, weights and tokenizer from one file."""
 
 import dataclasses
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.gguf_file import GgufFile, open_gguf
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.model import Model
-from ttq_jax.checkpoint.placing import Place, on_default_device
+from ttq_jax.checkpoint.placing import Memory
 from ttq_jax.config import ConfigError, ModelConfig, Rope
 from ttq_jax.errors import shown
+from ttq_jax.mesh import make_mesh
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import Family, Settings
 from ttq_jax.models.rope import stretched
@@ -118,7 +120,8 @@ def read_config(
 
 def load_gguf(
     path: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (), head: int | None = None, place: Place = on_default_device,
+    ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    mesh: Mapping[str, int] | None = None, memory: Memory = "device",
 ) -> Model:  # fmt: skip
     """Loads a GGUF file.
 
@@ -129,7 +132,8 @@ def load_gguf(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
-      place: see `assemble.assemble`.
+      mesh: see `checkpoint.load`.
+      memory: see `assemble.assemble`.
 
     Returns:
       The model.
@@ -143,6 +147,7 @@ def load_gguf(
             config, notes = read_config(file, family, ignore_keys)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
+        devices = None if mesh is None else make_mesh(mesh, config)
         # Merges that are not in the file take seconds on one core; the weights are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(
@@ -158,11 +163,13 @@ def load_gguf(
                 dtype=dtype,
                 progress=progress,
                 head=head,
-                place=place,
+                mesh=devices,
+                memory=memory,
             )
             tokenizer = future.result()
         chat = gguf_template(file.metadata, tokenizer, file.label)
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, format=file.quantization,
         notes=(*notes, *tokenizer.notes), chat=chat, tables=tables,
+        mesh=devices,
     )  # fmt: skip

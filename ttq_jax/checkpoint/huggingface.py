@@ -1,6 +1,7 @@
 """Loads a Hugging Face directory: config.json, safetensors and the tokenizer's files."""
 
 import dataclasses
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from ttq_jax.checkpoint.ends import read_optional
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.hf_tokenizer import load_tokenizer
 from ttq_jax.checkpoint.model import Model
-from ttq_jax.checkpoint.placing import Place, on_default_device
+from ttq_jax.checkpoint.placing import Memory
 from ttq_jax.checkpoint.safetensors import Safetensors, open_safetensors
 from ttq_jax.checkpoint.unservable import check_unquantized, check_whole_model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
 from ttq_jax.foreign import COUNT, named, read_json
+from ttq_jax.mesh import make_mesh
 from ttq_jax.models.families import FAMILIES
 from ttq_jax.models.family import DERIVED, Family, Settings
 from ttq_jax.models.rope import stretched
@@ -157,7 +159,8 @@ def _tied(
 
 def load_directory(
     directory: Path, *, name: str, dtype: Any = np.float32, progress: Progress | None = None,
-    ignore_keys: tuple[str, ...] = (), head: int | None = None, place: Place = on_default_device,
+    ignore_keys: tuple[str, ...] = (), head: int | None = None,
+    mesh: Mapping[str, int] | None = None, memory: Memory = "device",
 ) -> Model:  # fmt: skip
     """Loads a Hugging Face directory.
 
@@ -168,7 +171,8 @@ def load_directory(
       progress: see `assemble.assemble`.
       ignore_keys: see `checkpoint.load`.
       head: see `checkpoint.load`.
-      place: see `assemble.assemble`.
+      mesh: see `checkpoint.load`.
+      memory: see `assemble.assemble`.
 
     Returns:
       The model.
@@ -185,10 +189,11 @@ def load_directory(
         if config.n_experts:
             source.split_experts(config.n_experts)
         config, modules, read_so = _tied(config, source, _modules(family, source))
+        devices = None if mesh is None else make_mesh(mesh, config)
         table = modules["head"] + ".weight"
         params, tables = assemble(
             config, source, modules, family.hf_edits, dtype=dtype, progress=progress, head=head,
-            ignored=(table,) if config.tie_embeddings else (), place=place,
+            ignored=(table,) if config.tie_embeddings else (), mesh=devices, memory=memory,
         )  # fmt: skip
     chat, untold = read_template(directory, tokenizer)
     parts = [
@@ -199,5 +204,5 @@ def load_directory(
     notes = [*notes, *damaged, *source.notes, *read_so, *tokenizer.notes, *untold]
     return Model(
         config, params, tokenizer, name, tokenizer.eos_ids, notes=tuple(notes), chat=chat,
-        tables=tables,
+        tables=tables, mesh=devices,
     )  # fmt: skip

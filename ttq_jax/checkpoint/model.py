@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
+
 from ttq_jax.checkpoint.chat_template import ChatTemplate
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.checkpoint.tokenizer import Tokenizer
@@ -26,6 +28,7 @@ class Model:
       notes: what its files left open or got wrong, and how it was read; a sentence each.
       chat: how it wants messages to be written; None for a model that has no such form.
       tables: of each table that is packed already, what its fingerprint says of it; by path.
+      mesh: whose devices share it, see `partition.make_mesh`; None on one.
     """
 
     config: ModelConfig
@@ -38,6 +41,7 @@ class Model:
     notes: tuple[str, ...] = ()
     chat: ChatTemplate | None = None
     tables: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    mesh: Mesh | None = None
 
     @property
     def dtype(self) -> str:

@@ -1,23 +1,105 @@
-"""Where a loaded array goes: to the default device, or into the host's memory.
+"""Where a loaded array goes: to the default device, to a mesh, or into the host's memory.
 
-In the host's memory are the kernels of the blocks, pinned, so that a device fetches them without a
-copy by the processor. A program reads one layer of them at a time (`types.Stacked`). Norms, biases
-and the vocabulary's tables are read at every token and stay on the device.
+Of an array on a mesh, a process reads the parts that its own devices hold. In the host's memory are
+the kernels of the blocks, pinned, so that a device fetches them without a copy by the processor. A
+program reads one layer of them at a time (`types.Stacked`). Norms, biases and the vocabulary's
+tables are read at every token and stay on the device.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.errors import shown
+from ttq_jax.partition import param_specs
+from ttq_jax.types import Params
 
-# (path in the tree, the array or a packed table's arrays) -> the same, placed
-Place = Callable[[tuple[str, ...], Any], Any]
 Memory = Literal["device", "host"]
 PINNED = "pinned_host"
+
+_ALIGNMENT = 64
+
+Index = tuple[tuple[int, int], ...]
+"""A box of an array: per axis the first index, and the one after the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An array that is filled in the host's memory, and then lies on its devices.
+
+    Attributes:
+      shape: of the whole array.
+      sharding: where it will lie; None for JAX's default device.
+      boxes: its parts, each once; one box, the whole array, without a sharding.
+    """
+
+    shape: tuple[int, ...]
+    sharding: Sharding | None
+    boxes: dict[Index, np.ndarray]
+
+    def on_devices(self) -> jax.Array:
+        """The filled array."""
+        if self.sharding is None or isinstance(self.sharding, SingleDeviceSharding):
+            (only,) = self.boxes.values()
+            return jax.device_put(only, self.sharding, may_alias=True)
+        part = lambda index: self.boxes[_box(index, self.shape)]  # noqa: E731
+        return jax.make_array_from_callback(self.shape, self.sharding, part)
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialized memory that JAX can adopt on a CPU without a copy."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Index:
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def parts_of(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> Parts:
+    """Room for an array, of a sharded one only for what this process holds.
+
+    Args:
+      shape: of the whole array.
+      dtype: of the array.
+      sharding: where it will lie; None for JAX's default device.
+
+    Returns:
+      Parts to fill.
+    """
+    boxes = {tuple((0, n) for n in shape)}
+    if sharding is not None:
+        found = sharding.addressable_devices_indices_map(shape).values()
+        boxes = {_box(index, shape) for index in found if index is not None}
+    room = {box: allocate(tuple(stop - start for start, stop in box), dtype) for box in boxes}
+    return Parts(shape, sharding, room)
+
+
+def placed(tree: Any, specs: Any, mesh: Mesh | None) -> Any:
+    """Arrays of the host's memory on their devices.
+
+    Args:
+      tree: of arrays, the same in every process.
+      specs: the same tree of specs.
+      mesh: None for JAX's default device.
+
+    Returns:
+      The tree.
+    """
+    if mesh is None:
+        return jax.tree.map(lambda a: jax.device_put(a, may_alias=True), tree)
+
+    def one(a: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), lambda i: a[i])
+
+    return jax.tree.map(one, tree, specs)
 
 
 def streams(path: tuple[str, ...]) -> bool:
@@ -25,28 +107,34 @@ def streams(path: tuple[str, ...]) -> bool:
     return path[0] == "layers" and path[-1] == "kernel"
 
 
-def on_default_device(path: tuple[str, ...], array: Any) -> Any:
-    """Places everything on JAX's default device."""
-    del path
-    return jax.device_put(array, may_alias=True)
-
-
-def placed_in(memory: Memory) -> Place:
-    """How arrays are placed for `load`'s `dense_memory`.
+def check_memory(memory: Any, mesh: Mapping[str, int] | None) -> None:
+    """Refuses what `load`'s `dense_memory` cannot be.
 
     Args:
-      memory: "device" or "host", see `load`.
-
-    Returns:
-      What `assemble` takes.
+      memory: "device" or "host".
+      mesh: sizes by axis; None for one device.
 
     Raises:
-      CheckpointError: it is another word, or the default device cannot read the host's memory.
+      CheckpointError: another word, or "host" on a mesh.
     """
     if memory not in get_args(Memory):
         raise CheckpointError(f"dense_memory: expected device or host, got {shown(memory)}")
-    if memory == "device":
-        return on_default_device
+    if memory == "host" and mesh is not None:
+        raise CheckpointError(
+            "dense_memory = 'host' is for one device, and mesh was given, too; leave one of them "
+            "out: on a mesh each device holds a part of the unquantized weights"
+        )
+
+
+def pinned_memory() -> Sharding:
+    """The host's memory beside JAX's default device.
+
+    Returns:
+      Where it is.
+
+    Raises:
+      CheckpointError: that device cannot read it.
+    """
     there = jax.device_put(np.float32(0)).sharding
     (device,) = there.device_set
     kinds = [memory.kind for memory in device.addressable_memories()]
@@ -55,11 +143,30 @@ def placed_in(memory: Memory) -> Place:
             f"dense_memory: expected a device that reads the host's memory ({PINNED}), but "
             f"{device.device_kind} has {', '.join(kinds)} alone; load without dense_memory"
         )
-    pinned = there.with_memory_kind(PINNED)
+    return there.with_memory_kind(PINNED)
 
-    def place(path: tuple[str, ...], array: Any) -> Any:
-        if not streams(path):
-            return on_default_device(path, array)
-        return jax.device_put(array, pinned, may_alias=True)
 
-    return place
+def shardings(shapes: Params, mesh: Mesh | None, memory: Memory = "device") -> Any:
+    """Where the arrays of a model lie.
+
+    Args:
+      shapes: its tree of shapes.
+      mesh: None for JAX's default device.
+      memory: of the blocks' kernels; "host" is for one device.
+
+    Returns:
+      {path: sharding or None}, a path being the keys from the root.
+
+    Raises:
+      CheckpointError: the device cannot read the host's memory.
+    """
+    pinned = pinned_memory() if memory == "host" else None
+    specs = jax.tree.leaves_with_path(param_specs(shapes))
+
+    def where(path: tuple[str, ...], spec: PartitionSpec) -> Sharding | None:
+        if mesh is not None:
+            return NamedSharding(mesh, spec)
+        return pinned if streams(path) else None
+
+    keys = [(tuple(str(k.key) for k in path), spec) for path, spec in specs]
+    return {path: where(path, spec) for path, spec in keys}

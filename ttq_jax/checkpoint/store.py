@@ -21,7 +21,9 @@ from ttq_jax.checkpoint.store_files import (
     shapes,
     write,
 )
+from ttq_jax.checkpoint.store_mesh import on_this_mesh, shardings
 from ttq_jax.foreign import named
+from ttq_jax.partition import on
 from ttq_jax.quant.head import check_head, head_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
@@ -97,6 +99,9 @@ def load_offline(
 ) -> Offline:
     """Loads what `save_offline` wrote; every bit is as it was.
 
+    A tree that was packed on one mesh, or on one device, may be loaded onto another: what devices
+    share by rows is packed anew where their number differs.
+
     The recipe may differ from the saved one in settings that do not change the saved data: a
     corpus's moments serve any number of prior tokens, but a packed tree only its own recipe.
 
@@ -104,7 +109,7 @@ def load_offline(
       path: the directory.
       model: the model it was made for, dense.
       recipe: the one that will use it.
-      sharding: where the arrays go: None for JAX's default device; a sharding for all of them; or
+      sharding: where the arrays go: None for where the model's are; a sharding for all of them; or
         a function of an array's name ("packed.q.planes.0", "moments.attn_in.sums") and shape
         that gives its sharding or None. The model's own arrays stay where they are.
 
@@ -113,6 +118,7 @@ def load_offline(
 
     Raises:
       StoreError: not such a store, of another format, model or recipe, incomplete or damaged.
+      ConfigError: a group of input channels would lie on several devices of the model's mesh.
     """
     header, offline = _fitting(path, "offline", model)
     _check_recipe(path, header["recipe"], recipe, offline)
@@ -120,11 +126,16 @@ def load_offline(
     check_head(model.params, recipe)
     if offline.packed is not None:
         check_packed(path, offline.packed, model.params, recipe)
-    offline = dataclasses.replace(read(path, header, sharding), head=head_of(model.params, recipe))
-    if offline.packed is None:
-        return offline
+    with on(model.mesh):
+        if model.mesh is not None and sharding is None:
+            sharding = shardings(offline, model.mesh)
+        offline = read(path, header, sharding)
+        offline = dataclasses.replace(offline, head=head_of(model.params, recipe))
+        if offline.packed is None:
+            return offline
+        packed = on_this_mesh(offline.packed, model.mesh)
     tree = {**model.params, **(offline.head or {})}
-    return dataclasses.replace(offline, packed=replace_kernels(tree, offline.packed))
+    return dataclasses.replace(offline, packed=replace_kernels(tree, packed))
 
 
 def save_conversation(

@@ -76,7 +76,8 @@ def _taken_apart(tree: Any, name: str, arrays: dict[str, Any]) -> Any:
             value = getattr(tree, field.name)
             if field.metadata.get("pytree_node", True):
                 fields[field.name] = below(field.name, value)
-            else:
+            elif field.name != "split" and value != field.default:
+                # Which devices share a weight is the mesh's that it is loaded onto.
                 static[field.name] = plain(value)
         return {"node": type(tree).__name__, "static": static, "fields": fields}
     arrays[name] = tree
@@ -119,6 +120,11 @@ def write(path: str | Path, about: dict[str, Any], tree: Any) -> None:
     Raises:
       StoreError: the path is in use, or cannot be written.
     """
+    if jax.process_count() > 1:
+        raise StoreError(
+            f"{path}: not saved: expected one process, got {jax.process_count()}; save from a "
+            "program that has all devices in one process, and load it in any"
+        )
     place = Path(path).expanduser().resolve()
     with _writing(path):
         _refuse_to_replace(place)

@@ -29,7 +29,7 @@ _QUANTIZED = _node(
         "planes": {"tuple": [_ARRAY]}, "scales": (_ARRAY, _CODED, _PAIRS), "zeros": _MAYBE,
         "channel_scale": _MAYBE, "low_rank": (None, _LOW_RANK), "layer": None,
     },
-    dict.fromkeys(("bits", "group_size", "d_in", "d_out"), COUNT),
+    dict.fromkeys(("bits", "group_size", "d_in", "d_out", "row_blocks?"), COUNT),
 )  # fmt: skip
 _MIXED = _node(
     "MixedLinear",

@@ -134,7 +134,7 @@ _SHARED = {(7, 5): (65536, 65536), (8, 0): (167936, 166912), (8, 9): (102400, 10
            (9, 0): (233472, 232448)}  # fmt: skip
 
 # Without these libtpu asks a metadata server for its surroundings, or refuses a second process.
-_QUIET = {
+QUIET = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -203,7 +203,7 @@ def device(name: str) -> Any:
     """
     it = chip(name)
     if it.platform == "tpu":
-        for key, value in _QUIET.items():
+        for key, value in QUIET.items():
             os.environ.setdefault(key, value)
         # Unless told otherwise, libtpu 0.0.42 takes a host to have four chips and refuses fewer.
         found = topologies.get_topology_desc(
@@ -235,7 +235,7 @@ def tracing_for(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _compiled_afresh() -> Iterator[None]:
+def compiled_afresh() -> Iterator[None]:
     """Turns jax's persistent cache off: a program for an absent chip cannot be loaded from it."""
     option = "jax_enable_compilation_cache"
     before = getattr(jax.config, option)
@@ -297,6 +297,6 @@ def compile_for(
         lambda path, s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place(path)), shapes
     )
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn)
-    with tracing_for(name), _compiled_afresh():
+    with tracing_for(name), compiled_afresh():
         traced = jitted.trace(*shapes, **static)
         return traced.lower(lowering_platforms=(CHIPS[name].platform,)).compile()

@@ -1,4 +1,4 @@
-"""The options of the commands about chips, and where weights lie."""
+"""The options of the commands about chips."""
 
 import argparse
 
@@ -6,20 +6,6 @@ ESTIMATED = ("v5e", "v5p", "v6e", "tpu7x")
 MEASURED = ("gpu", "cpu")
 COMPILED = ("v4", *ESTIMATED, "t4", "a100", "l4", "h100")
 PLANNED = (*COMPILED, "a100-40")
-
-
-def add_dense_memory(parser: argparse.ArgumentParser) -> None:
-    """Adds --dense-memory.
-
-    Args:
-      parser: of the command.
-    """
-    parser.add_argument(
-        "--dense-memory", default="device", choices=("device", "host"),
-        help="where the unquantized weights of the blocks lie; host: in pinned host memory, "
-        "fetched layer by layer whenever they are read, so that the device need not hold them "
-        "beside the packed ones (default: %(default)s)",
-    )  # fmt: skip
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +39,7 @@ def _add_released(parser: argparse.ArgumentParser) -> None:
 
 
 def add_kernels(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `ttq kernels`, but the recipe's.
+    """Adds the options of `ttq kernels`, but the recipe's and --mesh.
 
     Args:
       parser: of the command.
@@ -70,7 +56,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `ttq plan`, but the recipe's and --dense-memory.
+    """Adds the options of `ttq plan`, but the recipe's and where weights lie.
 
     Args:
       parser: of the command.

@@ -24,6 +24,8 @@ from ttq_jax.evaluation.progress import Progress
 from ttq_jax.evaluation.timings import Timings, time_answers
 from ttq_jax.generate import generate
 from ttq_jax.generation import Generation
+from ttq_jax.mesh import parse as parse_mesh
+from ttq_jax.partition import on
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
@@ -138,6 +140,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--stream: expected --batch-size 1, one answer at a time, got {args.batch_size}"
         )
+    if args.mesh is not None:
+        for option in ("stream", "conversation"):
+            if getattr(args, option):
+                raise ConfigError(
+                    f"--mesh: --{option} answers on one device only; leave out one of the two"
+                )
+        parse_mesh(args.mesh)
 
 
 def _questions(
@@ -244,9 +253,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     # What verifies needs the unquantized tables.
     tables = None if args.speculate else recipe
     model, _ = load_model(
-        args.model, args.dtype, progress, args.ignore_key, tables, args.dense_memory
-    )
-    check_selection(model.params, recipe)
+        args.model, args.dtype, progress, args.ignore_key, tables,
+        mesh=args.mesh, dense_memory=args.dense_memory,
+    )  # fmt: skip
+    with on(model.mesh):
+        check_selection(model.params, recipe)
     if model.chat is not None and not args.chat:
         progress.note(
             f"{args.model} is an instruct model: --chat asks it in the form it was taught"

@@ -186,8 +186,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     """
     recipe = recipe_of(args)
     model, _ = load_model(
-        args.model, args.dtype, progress, args.ignore_key, recipe, args.dense_memory
-    )
+        args.model, args.dtype, progress, args.ignore_key, recipe,
+        dense_memory=args.dense_memory,
+    )  # fmt: skip
     check_selection(model.params, recipe)
     found = inspect_model(model, recipe)
     if args.json:

@@ -5,6 +5,7 @@ also decides while a program is traced.
 """
 
 import argparse
+import contextlib
 from typing import Any
 
 from pallas_kernels import Problem, Target, choose, current_target
@@ -17,7 +18,9 @@ from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.experts import rows_per_block
+from ttq_jax.mesh import check_rows, in_shape, parse
 from ttq_jax.models.prompt_attention import refusal
+from ttq_jax.partition import SPLITS, count, own_rows, own_shape, shared
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
 from ttq_jax.quant.head import BLOCK, grid_of
@@ -43,7 +46,7 @@ def listing(
     """A row per projection and kernel, in the order in which a prompt meets them.
 
     Args:
-      config: the model's.
+      config: the model's; on a mesh (`partition.in_shape`) the rows are of one of its devices.
       recipe: how it is quantized.
       target: what the program runs on.
       batch: prompts read together.
@@ -55,12 +58,13 @@ def listing(
       ones are the head's, if the recipe packs it.
 
     Raises:
-      ConfigError: the recipe selects no projection.
+      ConfigError: the recipe selects no projection, or its groups do not fit the mesh.
     """
     rows = []
     # A recipe that reads no prompt is packed before it: there is no product beside.
     ahead = recipe.source.of != "prompt"
     pooled = batch if recipe.batch == "pooled" else 1
+    pooled = own_rows(pooled)
     rounding = recipe.rounding
     # Empty: a rounding without a kernel.
     shrinks = rounding.shrinks if has_kernel(rounding) else ()
@@ -68,6 +72,11 @@ def listing(
     for name in recipe.selected(sizes):
         d_in, d_out = sizes[name]
         routed = config.n_experts and SITE_OF[name] in EXPERT_SITES
+        # Experts are dealt out whole.
+        split = None if routed else SPLITS[name].here()
+        for grid in recipe.grids(name, config.n_layers) if split else ():
+            check_rows(name, d_in, grid.group_size)
+        d_in, d_out = (d_in, d_out) if routed else own_shape(name, d_in, d_out)
         # Which of the prompt's rows are an expert's is not known when its weight is rounded, and a
         # corrected weight multiplies none.
         alone = ahead or routed or recipe.prefill == "both"
@@ -101,6 +110,7 @@ def listing(
                     shrinks=shrinks if quantizes else (),
                     quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
                     scaled=not isinstance(recipe.scale, NoScale),
+                    row_axes=split.rows if quantizes and split else (),
                 )  # fmt: skip
                 choice = choose(problem, target)
                 rows.append({
@@ -116,7 +126,8 @@ def _of_head(
     config: ModelConfig, bits: int, target: Target, *, rows: int, dtype: str
 ) -> list[dict[str, Any]]:
     """The table that gives the logits: rounded once per model, multiplied at each token."""
-    d_in, n, packing = config.embed_dim, config.vocab_size, grid_of(bits).packing(config.embed_dim)
+    d_in, packing = config.embed_dim, grid_of(bits).packing(config.embed_dim)
+    n = config.vocab_size // count(shared())
     group = packing["group_size"]
     problems = (
         Problem(kernel="quantize_pack", m=0, d_in=d_in, n=min(BLOCK, n), dtype=dtype, **packing,
@@ -165,10 +176,12 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         # Only its sizes are used, and checkpoints are not loaded as float16.
         config = load_model(args.model, "bfloat16", progress, args.ignore_key)[0].config
     target = target_of(args.chip)
-    rows = listing(
-        config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
-        dtype=args.dtype,
-    )  # fmt: skip
+    sizes = None if args.mesh is None else parse(args.mesh)
+    with contextlib.nullcontext() if sizes is None else in_shape(sizes, config):
+        rows = listing(
+            config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
+            dtype=args.dtype,
+        )  # fmt: skip
     place = target.chip or target.platform
     why = refusal(args.prompt_tokens, config.head_dim, target)
     attention = {
@@ -177,7 +190,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if args.json:
         print_json({
             "model": args.model, "chip": place, "dtype": args.dtype, "recipe": recipe.describe(),
-            "versions": versions(), "kernels": rows,
+            "versions": versions(), "kernels": rows, **({"mesh": sizes} if sizes else {}),
             "attention": attention,
         })  # fmt: skip
         return
@@ -187,6 +200,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
          r["implementation"] + (" (fallback)" if r["fallback"] else ""), r["reason"]]
         for r in rows
     ]  # fmt: skip
+    if args.mesh is not None:
+        place = f"each {place} of a mesh of {args.mesh}"
     text = f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}"
     said = f"{attention['implementation']} ({attention['reason']})"
     text += f"\n\nattention to prompts of {args.prompt_tokens} tokens: {said}"

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
-from ttq_jax.commands.chip_options import add_bench, add_dense_memory, add_kernels, add_plan
+from ttq_jax.commands.chip_options import add_bench, add_kernels, add_plan
+from ttq_jax.commands.loading import add_dense_memory, add_ignore_key, add_mesh, add_model
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
 from ttq_jax.quant.names import DEFAULT, METHODS, PREFILLS, misnamed
@@ -53,28 +54,6 @@ def _add_common(parser: argparse.ArgumentParser, *, json: bool = True) -> None:
     group.add_argument(
         "--no-compilation-cache", action="store_true", help="do not cache compiled programs"
     )
-
-
-def _add_ignore_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--ignore-key", action="append", default=[], metavar="NAME",
-        help="a setting of the model's files that ttq does not know and that you know to change "
-        "nothing; may be repeated",
-    )  # fmt: skip
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="M",
-        help="Hugging Face directory or hub id, .gguf file, or the alias of a model that is "
-        "installed as a Python package: smollm2, gemma3-270m",
-    )  # fmt: skip
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"),
-        help="dtype of the unquantized weights and of the activations (default: %(default)s)",
-    )  # fmt: skip
-    add_dense_memory(parser)
-    _add_ignore_key(parser)
 
 
 def _recipe_name(text: str) -> str:
@@ -179,7 +158,8 @@ def _add_quantizing(parser: argparse.ArgumentParser) -> None:
 
 def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue prompts, with weights made for each")
-    _add_model(parser)
+    add_model(parser)
+    add_mesh(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
     prompts.add_argument(
@@ -206,7 +186,7 @@ def _chat_parser(commands: Any) -> None:
         "chat", help=about, description=f"{about}. The vocabulary's tables stay in memory as they "
         "are, beside packed ones: /recipe may ask for another width."
     )  # fmt: skip
-    _add_model(parser)
+    add_model(parser)
     add_system(parser)
     add_asking(parser, 512)
     add_conversation(parser)
@@ -217,7 +197,8 @@ def _chat_parser(commands: Any) -> None:
 
 def _perplexity_parser(commands: Any) -> None:
     parser = commands.add_parser("perplexity", help="score a text, window by window")
-    _add_model(parser)
+    add_model(parser)
+    add_mesh(parser)
     add = parser.add_argument
     add_text(parser)
     add("--protocol", default="causal", choices=("causal", "window"),
@@ -233,7 +214,7 @@ def _acceptance_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "acceptance", help="compare quantized weights with the unquantized ones, token by token"
     )
-    _add_model(parser)
+    add_model(parser)
     add_text(parser)
     add_window(parser)
     _add_quantizing(parser)
@@ -243,7 +224,7 @@ def _prepare_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "prepare", help="compute and save what a recipe needs before any prompt"
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
         help="save it here, for --prepared; replaces what an earlier ttq prepare saved",
@@ -257,7 +238,7 @@ def _allocate_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "allocate", help="choose the bits of each projection of each layer within a budget"
     )
-    _add_model(parser)
+    add_model(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
         help="text to choose the bits on, named as for ttq perplexity; do not score on it later"
@@ -295,6 +276,7 @@ def _sweep_parser(commands: Any) -> None:
         )  # fmt: skip
     add("--retry", action="store_true", help="run failed cells again")
     add("--dry-run", action="store_true", help="list the cells and their state; run nothing")
+    add_mesh(parser)
     _add_common(parser)
 
 
@@ -334,7 +316,8 @@ def _kernels_parser(commands: Any) -> None:
         "kernels", help="list which kernel serves each projection of a model, and why"
     )
     add_kernels(parser)
-    _add_ignore_key(parser)
+    add_mesh(parser)
+    add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)
 
@@ -344,7 +327,7 @@ def _plan_parser(commands: Any) -> None:
     parser = commands.add_parser("plan", help=about, description=f"{about}.")
     add_plan(parser)
     add_dense_memory(parser)
-    _add_ignore_key(parser)
+    add_ignore_key(parser)
     _add_recipe(parser)
     _add_common(parser)
 
@@ -376,7 +359,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="show a model's parameters, and which of them would be quantized"
     )
-    _add_model(inspect)
+    add_model(inspect)
     _add_recipe(inspect)
     _add_common(inspect)
     _recipes_parser(commands)

@@ -45,8 +45,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_destination(place)
     text = calibration_text(needs, progress)
     model, _ = load_model(
-        args.model, args.dtype, progress, args.ignore_key, recipe, args.dense_memory
-    )
+        args.model, args.dtype, progress, args.ignore_key, recipe,
+        dense_memory=args.dense_memory,
+    )  # fmt: skip
     check_selection(model.params, recipe)
     offline, seconds = prepare_offline(needs, model, text, progress)
     found = parts(offline)

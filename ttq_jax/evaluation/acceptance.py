@@ -31,6 +31,7 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import expect
 from ttq_jax.evaluation.intervals import mean95
 from ttq_jax.finite import raise_not_finite
+from ttq_jax.mesh import check_alone
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
@@ -155,6 +156,7 @@ def stream(
       NotFiniteError: see there.
     """
     speculation.check(1, recipe, model)
+    check_alone(model, "acceptance")
     windows = check_windows(windows, model.config.vocab_size, model.tokenizer)
     length, context = windows.shape[1], model.config.max_positions
     if not 1 <= prompt_tokens < length - 1:

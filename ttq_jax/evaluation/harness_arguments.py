@@ -100,7 +100,7 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     keys = str(given["ignore_key"] or "").split()
     model, _ = load_model(
         str(given["model"]), given["dtype"] or "float32", progress, keys, recipe,
-        given["dense_memory"] or "device",
+        dense_memory=given["dense_memory"] or "device",
     )  # fmt: skip
     check_selection(model.params, recipe)
     offline, _ = prepare_offline(needs, model, text, progress)

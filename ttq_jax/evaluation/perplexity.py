@@ -31,6 +31,7 @@ from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.partition import on_its_mesh, put
 from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.head import joined
@@ -204,6 +205,7 @@ def read_refreshing(
     return hidden.reshape(-1, hidden.shape[-1])[:length]
 
 
+@on_its_mesh
 def window_nll(
     model: Model, window: np.ndarray, *, recipe: Recipe | None, offline: Offline,
     protocol: Protocol,
@@ -225,7 +227,7 @@ def window_nll(
     """
     how: dict[str, Any] = {"config": model.config, "recipe": recipe}
     params, offline = joined(model.params, recipe, offline)
-    one = score_window(params, jax.device_put(window), offline, protocol=protocol, **how)
+    one = score_window(params, put(window), offline, protocol=protocol, **how)
     nll = float(jax.device_get(one))
     if not math.isfinite(nll):
         read = [window[: protocol.read].tolist()]

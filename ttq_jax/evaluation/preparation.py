@@ -18,6 +18,7 @@ from ttq_jax.checkpoint.store import load_offline
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
@@ -53,7 +54,8 @@ class Needs:
 
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
-    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, dense_memory: Memory = "device",
+    ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, *,
+    mesh: str | None = None, dense_memory: Memory = "device",
 ) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
@@ -64,17 +66,18 @@ def load_model(
       ignore_keys: see `checkpoint.load`.
       recipe: the only one that the model is for, whose tables are packed while they are read; None
         for several, or the unquantized model.
+      mesh: such as "data=2,model=4"; None for one device.
       dense_memory: see `checkpoint.load`.
 
     Returns:
       The model and the seconds it took.
     """
-    start = time.perf_counter()
+    sizes, start = None if mesh is None else parse_mesh(mesh), time.perf_counter()
     with progress.stage(f"loading {name}") as update:
         model = load(
             name, dtype=dtype, progress=lambda done, total, _: update(done, total),
             ignore_keys=ignore_keys, head=None if recipe is None else recipe.head,
-            dense_memory=dense_memory,
+            mesh=sizes, dense_memory=dense_memory,
         )  # fmt: skip
     for note in model.notes:
         progress.note(note)

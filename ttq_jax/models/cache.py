@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from ttq_jax.config import ModelConfig
+from ttq_jax.partition import DATA, with_batch
 from ttq_jax.types import Cache, MixedLinear, Params, QuantizedLinear
 
 # A plain 0 beside an int32 index would be an int64 where 64-bit types are enabled.
@@ -37,9 +38,10 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike
       A cache of zeros, all slots invalid.
     """
     shape = (config.n_layers, batch, capacity, config.n_kv_heads, config.head_dim)
+    axes = (None, DATA, None, "kv", None)
     return Cache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
+        k=with_batch(jnp.zeros(shape, dtype), axes),
+        v=with_batch(jnp.zeros(shape, dtype), axes),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         valid=jnp.zeros((batch, capacity), bool),
         used=jnp.zeros((), jnp.int32),

@@ -30,6 +30,7 @@ from ttq_jax.models.cache import (
 from ttq_jax.models.layer_constants import growths, layer_constants
 from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
 from ttq_jax.models.prompt_attention import attend_slots
+from ttq_jax.partition import lookup
 from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, QuantizedLinear, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
@@ -188,9 +189,9 @@ def embed(
     """Token embeddings (and learned positions, where the family has them)."""
     table = params["embed"]["embedding"]
     if isinstance(table, QuantizedLinear):
-        rows = columns(table, tokens).astype(activation_dtype(params))
+        rows = lookup(columns, table, tokens).astype(activation_dtype(params))
     else:
-        rows = table[tokens]
+        rows = lookup(lambda table, at: table[at], table, tokens)
     x = scaled(rows, config.embed_scale)
     if "project_in" in params:
         x = linear(x, params["project_in"]["kernel"])

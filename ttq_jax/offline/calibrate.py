@@ -22,6 +22,7 @@ from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.offline.samples import sample_windows
+from ttq_jax.partition import on_its_mesh, put
 from ttq_jax.prefill import observing
 from ttq_jax.prompts import check_windows
 from ttq_jax.quant.head import check_head, head_of
@@ -54,6 +55,7 @@ def observe_tokens(
     return moments
 
 
+@on_its_mesh
 def calibrate(
     model: Model,
     windows: np.ndarray | Array,
@@ -79,7 +81,7 @@ def calibrate(
     total: dict[str, Moments] | None = None
     checked = check_windows(windows, model.config.vocab_size, model.tokenizer)
     for i, window in enumerate(checked):
-        tokens = jax.device_put(window[None])
+        tokens = put(window[None])
         seen = observe_tokens(model.params, tokens, config=model.config, reads=reads)
         total = seen if total is None else {site: total[site] + m for site, m in seen.items()}
         progress(i + 1, len(windows))
@@ -87,6 +89,7 @@ def calibrate(
     return total
 
 
+@on_its_mesh
 def prepare(
     model: Model,
     recipe: Recipe | None,
@@ -132,6 +135,7 @@ def _replaced(model: Model, head: Params | None) -> Model:
     )
 
 
+@on_its_mesh
 def with_head(model: Model, recipe: Recipe | None) -> Model:
     """The model with its tables as a recipe packs them, for many uses of one width.
 
@@ -145,6 +149,7 @@ def with_head(model: Model, recipe: Recipe | None) -> Model:
     return _replaced(model, head_of(model.params, recipe))
 
 
+@on_its_mesh
 def prepare_unpacked(
     model: Model,
     recipe: Recipe | None,

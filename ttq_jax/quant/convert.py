@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import pack, prefill_quantize, quantize_pack
+from pallas_kernels import Split, by_columns, pack, prefill_quantize, quantize_pack
 from ttq_jax.linear import dense_weight, linear
+from ttq_jax.mesh import check_rows
+from ttq_jax.partition import SPLITS
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import (
     Grid,
@@ -25,6 +27,7 @@ from ttq_jax.quant.grid import (
     for_weight,
     split_groups,
     store,
+    with_columns,
     write,
 )
 from ttq_jax.quant.half_quadratic import HalfQuadratic
@@ -47,6 +50,7 @@ class _Ready:
       factors: the static low-rank factors as stored, or None.
       scale: D as stored, [d_in], or None.
       grid: the codes' grid.
+      split: how the devices of a mesh share it; None on one.
     """
 
     stack: Array
@@ -54,6 +58,7 @@ class _Ready:
     factors: LowRank | None
     scale: Array | None
     grid: Grid
+    split: Split | None = None
 
     @property
     def weight(self) -> Float[Array, "d_in d_out"]:
@@ -128,6 +133,7 @@ def _round_by_kernel(
         **ready.grid.packing(ready.stack.shape[-2]),
         "shrinks": rule.shrinks,
         "layer": ready.layer,
+        "split": ready.split,
     }
     if x is None:
         return None, _assembled(quantize_pack(ready.stack, scale, second, factors, **how), ready)
@@ -149,16 +155,27 @@ def _round_together(
         gram = gram / jnp.where(d > 0, d, 1.0)[:, None, :]
     elif 2.0 in rule.powers and (second := _second(moments)) is not None:
         gram = (second / jnp.square(first.divisor))[:, None, None]
-    wide = jnp.concatenate([one.residual * one.divisor[:, None] for one in ready], axis=1)
-    grid = for_weight(first.grid, split_groups(wide, first.grid.rows_per_group(d_in)))
-    codes, scales, zeros = rule.round(wide, gram, grid)
-    made, at = [], 0
-    for one in ready:
-        columns = slice(at, at := at + one.stack.shape[-1])
-        planes = pack(codes[:, columns], bits=grid.bits)
-        stored = write(scales[:, columns], zeros[:, columns], grid.of(columns))
-        made.append(_assembled((planes, *stored), one))
-    return made
+
+    def of_columns(weights: tuple[Array, ...], gram: Array | None) -> tuple[Any, ...]:
+        wide = jnp.concatenate(weights, axis=1)
+        grid = for_weight(first.grid, split_groups(wide, first.grid.rows_per_group(d_in)))
+        codes, scales, zeros = rule.round(wide, gram, grid)
+        made, at = [], 0
+        for w in weights:
+            columns = slice(at, at := at + w.shape[-1])
+            found = (codes[:, columns], scales[:, columns], zeros[:, columns])
+            made.append((*found, grid.of(columns).columns))
+        return tuple(made)
+
+    weights = tuple(one.residual * one.divisor[:, None] for one in ready)
+    made = by_columns(of_columns, weights, gram, splits=[one.split for one in ready])
+    packed = []
+    for one, (codes, scales, zeros, columns) in zip(ready, made, strict=True):
+        blocks = 1 if one.split is None else one.split.row_blocks
+        planes = pack(codes, bits=first.grid.bits, row_blocks=blocks)
+        stored = write(scales, zeros, with_columns(first.grid, columns))
+        packed.append(_assembled((planes, *stored), one))
+    return packed
 
 
 def _corrected(
@@ -197,6 +214,9 @@ def quantize_site(
 
     Returns:
       ({projection: x·W without a bias} or {} without x, {projection: packed weight of one layer}).
+
+    Raises:
+      ConfigError: a group of input channels would lie on several devices.
     """
     if isinstance(x, Streams):
         return _in_both_streams(weights, moments, recipe, low_rank, grids, layer, x)
@@ -205,7 +225,10 @@ def quantize_site(
     for name, w in weights.items():
         factors = low_rank.get(name)
         kept = None if factors is None else stored_factors(factors, rule, dtype)
-        ready[name] = _Ready(w, layer, kept, None, grids[name] if grids else recipe.grid)
+        grid = grids[name] if grids else recipe.grid
+        check_rows(name, w.shape[-2], grid.group_size)
+        split = SPLITS[name].here() if name in SPLITS else None
+        ready[name] = _Ready(w, layer, kept, None, grid, split)
     ready = _scaled(ready, moments, recipe)
     ys: dict[str, Array] = {}
     packed: dict[str, QuantizedLinear] = {}
@@ -294,4 +317,6 @@ def _assembled(arrays: Any, ready: _Ready) -> QuantizedLinear:
         group_size=ready.grid.rows_per_group(d_in),
         d_in=d_in,
         d_out=d_out,
+        split=ready.split,
+        row_blocks=1 if ready.split is None else ready.split.row_blocks,
     )

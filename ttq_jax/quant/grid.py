@@ -165,6 +165,11 @@ def for_weight(grid: Grid, groups: Float[Array, "n_group rows d_out"]) -> Column
     if grid.scales != "float":
         low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
         columns = formula.column_scales(low, high, **_stored(grid))
+    return with_columns(grid, columns)
+
+
+def with_columns(grid: Grid, columns: Float[Array, "1 d_out"] | None) -> ColumnGrid:
+    """The grid of a weight whose columns' numbers are known, see `ColumnGrid`."""
     fields = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Grid)}
     return ColumnGrid(**fields, columns=columns)
 

@@ -6,13 +6,16 @@ A tied table is stored once: read by rows for the embedding, multiplied for the 
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
+from ttq_jax.partition import TABLE, count, kernel_specs, on_several, shared
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.recipe import Recipe
@@ -51,10 +54,26 @@ def pack_head(params: Params, bits: int) -> Params:
     Returns:
       The entries that take the place of the tree's own: "embed", and "head" if it is untied.
     """
-    packed: Params = {"embed": {"embedding": _packed(params["embed"]["embedding"], 0, bits)}}
+    packed: Params = {"embed": {"embedding": _shared(params["embed"]["embedding"], 0, bits)}}
     if "head" in params:
-        packed["head"] = {"kernel": _packed(params["head"]["kernel"], 1, bits)}
+        packed["head"] = {"kernel": _shared(params["head"]["kernel"], 1, bits)}
     return packed
+
+
+def _shared(table: Array, tokens: int, bits: int) -> QuantizedLinear:
+    """`_packed` on one device; on a mesh every device packs its own tokens."""
+    run = partial(_packed, tokens=tokens, bits=bits)
+    if not on_several():
+        return run(table)
+    split, axes = TABLE.here(), shared() or None
+    assert split is not None
+    given = P(axes) if tokens == 0 else P(None, axes)
+    shape = list(table.shape)
+    shape[tokens] //= count(shared())
+    made = jax.eval_shape(run, jax.ShapeDtypeStruct(tuple(shape), table.dtype))
+    specs = kernel_specs(made, split, ())
+    own = jax.shard_map(run, in_specs=given, out_specs=specs, check_vma=False)(table)
+    return dataclasses.replace(own, d_out=table.shape[tokens], split=split)
 
 
 def _packed(table: Array, tokens: int, bits: int) -> QuantizedLinear:

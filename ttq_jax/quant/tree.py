@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
-from ttq_jax.experts import for_each_expert
+from ttq_jax.experts import for_own_experts
 from ttq_jax.host import on_device
+from ttq_jax.mesh import check_rows
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import factor_layers
@@ -45,7 +46,7 @@ def quantize_layer(
       recipe: how.
       low_rank: this layer's (and expert's) static factors by projection.
       layer: which layer.
-      expert: which expert; None where there are none.
+      expert: which expert of the stacks; None where there are none.
       x: see `quantize_site`.
 
     Returns:
@@ -160,7 +161,8 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
 
     Raises:
       ConfigError: no projection is selected, a width rule matches none, groups are wider than
-        every input, or a mixture of experts would be read in two streams.
+        every input, one would lie on several devices of
+        the current mesh, or a mixture of experts would be read in two streams.
     """
     if recipe is None:
         return
@@ -177,6 +179,10 @@ def check_selection(params: Params, recipe: Recipe | None) -> None:
             "prefill = 'both' does not serve mixtures of experts, because the two streams of a "
             "token may reach different experts; choose prefill = 'full'"
         )
+    for name in names:
+        # Experts are dealt out whole.
+        for grid in recipe.grids(name, len(stacks[name])) if stacks[name].ndim == 3 else ():
+            check_rows(name, stacks[name].shape[-2], grid.group_size)
     widest = max(stacks[name].shape[-2] for name in names)
     for grid in {grid for name in names for grid in recipe.grids(name, len(stacks[name]))}:
         if grid.group_size > -(-widest // 8) * 8:
@@ -263,10 +269,10 @@ def _layer_from_moments(stacks: dict[str, Array], recipe: Recipe, *at: Any) -> d
     """One layer's packed projections of a site; of all its experts, if their number is given."""
     *n_experts, (layer, moments, low_rank) = at
 
-    def make(expert: Array | None, mine: tuple) -> dict[str, Any]:
+    def make(_: Any, expert: Array | None, mine: tuple, stacks: dict[str, Array]) -> dict[str, Any]:
         return quantize_layer(stacks, mine[0], recipe, mine[1], layer=layer, expert=expert)[1]
 
-    return for_each_expert(make, (moments, low_rank), *n_experts)
+    return for_own_experts(make, (moments, low_rank), stacks, *n_experts)
 
 
 @partial(jax.jit, static_argnames="recipe")

@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_co
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
 from ttq_jax.offline.calibrate import calibrate, prepare, with_head
+from ttq_jax.partition import on
 from ttq_jax.quant.head import head_of as tables_of
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
@@ -110,13 +111,16 @@ class _Kept:
 class Runner:
     """Runs cells, one after the other."""
 
-    def __init__(self, note: Callable[[str], Any] = lambda text: None):
+    def __init__(
+        self, note: Callable[[str], Any] = lambda text: None, mesh: Mapping[str, int] | None = None
+    ):
         """Begins without anything kept.
 
         Args:
           note: called with what is to be known of a model's files, once it is loaded.
+          mesh: whose devices share the models, see `checkpoint.load`; None for one device.
         """
-        self._note = note
+        self._note, self._mesh = note, mesh
         self._heads = _Kept(1)
         self._models, self._texts, self._windows = _Kept(1), _Kept(16), _Kept(16)
         self._origins = _Kept(16)
@@ -151,7 +155,8 @@ class Runner:
         options, memory, start = cell.options, PeakMemory(), time.perf_counter()
         which = (options.model, options.dtype, options.ignore_key, options.dense_memory)
         dense: Model = self._models.get(which, lambda: self._load(*which))
-        check_selection(dense.params, cell.recipe)
+        with on(dense.mesh):
+            check_selection(dense.params, cell.recipe)
         head = None if cell.recipe is None else cell.recipe.head
         model: Model = self._heads.get((which, head), lambda: with_head(dense, cell.recipe))
         text = self.text(options.corpus)
@@ -191,7 +196,10 @@ class Runner:
         """Another model; everything of the one before is released first."""
         for kept in (self._heads, self._windows, self._moments, self._offline):
             kept.made.clear()
-        model = load(name, dtype=dtype, ignore_keys=ignore_keys.split(), dense_memory=dense_memory)
+        model = load(
+            name, dtype=dtype, ignore_keys=ignore_keys.split(), dense_memory=dense_memory,
+            mesh=self._mesh,
+        )  # fmt: skip
         for note in model.notes:
             self._note(f"{model.origin['file']}: {note}")
         return model

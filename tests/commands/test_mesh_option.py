@@ -1,0 +1,75 @@
+"""--mesh at the commands that have it."""
+
+import json
+
+import pytest
+
+CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
+
+
+def test_perplexity_is_that_of_one_device(cli_json, tiny, text_file):
+    asked = (
+        "perplexity", "--model", tiny, "--corpus", text_file, "--window", 32, "--max-windows", 2,
+        "--prompt-tokens", 16, *CHEAP,
+    )  # fmt: skip
+    (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "data=2,model=4")
+    assert shared["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+    assert shared["effective_bits"] == alone["effective_bits"]
+
+
+def test_a_sweep_and_a_prompt_are_for_a_mesh_too(cli_json, cli, tiny, text_file, tmp_path):
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        f"model = {json.dumps([tiny])}\ncorpus = {json.dumps([text_file])}\nrecipe = ['ttq']\n"
+        "group_size = [8, 32]\nselect = ['layers/down']\nwindow = [32]\nmax_windows = [1]\n"
+        "prompt_tokens = [16]\n"
+    )
+    code, _, err = cli("sweep", grid, "--out", tmp_path / "out", "--mesh", "model=4", "--quiet")
+    rows = [json.loads(s) for s in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [("error" in row) for row in rows] == [False, True]
+    assert "4 devices share the 96 input channels of down, 24 each" in rows[1]["error"]
+    assert code == 2, err
+    asked = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *CHEAP)
+    (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=4")
+    assert shared["text"] == alone["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--mesh", "tensor=2"), "mesh: expected sizes of data and model, as in data=2,model=4"),
+        (("--mesh", "model=16"), "take 16 devices, and there are 8"),
+        (("--mesh", "model=3"), "4 heads, which 3 devices cannot share equally"),
+        (("--mesh", "model=2", "--stream"), "--mesh: --stream answers on one device only"),
+        (("--mesh", "model=2", "--conversation", "d"), "--mesh: --conversation answers on one"),
+        (("--mesh", "model=4", "--group-size", "64"), "of down, 24 each, and groups of 64 would"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(cli, tiny, options, said):
+    code, out, err = cli("generate", "--model", tiny, "--prompt", "Hi", *CHEAP, *options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.rstrip().splitlines()[-1].startswith("ttq: error: ")
+
+
+def test_the_kernels_of_a_device_are_listed(cli_json, cli):
+    asked = ("kernels", "--model", "llama-3-8b", "--chip", "v5e", "--bits", 3)
+    (whole,), (own,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=8")
+    assert own["mesh"] == {"data": 1, "model": 8}
+
+    def sizes(found):
+        return {r["projection"]: (r["k"], r["n"]) for r in found["kernels"]}
+
+    assert sizes(whole)["down"] == (14336, 4096)
+    assert {name: sizes(own)[name] for name in ("q", "k", "o", "gate", "down", "head")} == {
+        "q": (4096, 512), "k": (4096, 128), "o": (512, 4096), "gate": (4096, 1792),
+        "down": (1792, 4096), "head": (4096, 16032),
+    }  # fmt: skip
+    assert not any(row["fallback"] for row in own["kernels"])
+    # Two of 16 devices have a copy of each key-value head; down has too few rows for 3 bits.
+    (many,) = cli_json(*asked, "--mesh", "model=16")
+    assert [r["projection"] for r in many["kernels"] if r["fallback"]] == ["down"]
+    assert sizes(many)["k"] == (4096, 128)
+    code, _, err = cli(*asked, "--mesh", "model=32", "--group-size", 128)
+    assert code == 2
+    assert "32 devices share the 14336 input channels of down, 448 each" in err
