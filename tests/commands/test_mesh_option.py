@@ -1,8 +1,13 @@
 """--mesh at the commands that have it."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
+from compilers import QUICKLY
 
 CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
 
@@ -34,6 +39,28 @@ def test_a_sweep_and_a_prompt_are_for_a_mesh_too(cli_json, cli, tiny, text_file,
     assert shared["text"] == alone["text"]
 
 
+@pytest.mark.slow
+def test_one_of_two_processes_prints_the_answer(cli_json, tiny):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    asked = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *CHEAP)
+    words = [*map(str, asked), "--mesh", "model=4", "--json", "--quiet"]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ttq_jax", *words, "--processes", f"localhost:{port},2,{index}"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | QUICKLY | flags,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    (first, err), (second, _) = (process.communicate(timeout=300) for process in both)
+    assert [process.returncode for process in both] == [0, 0], err
+    assert json.loads(first)["text"] == cli_json(*asked)[0]["text"]
+    assert second == ""
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -43,6 +70,9 @@ def test_a_sweep_and_a_prompt_are_for_a_mesh_too(cli_json, cli, tiny, text_file,
         (("--mesh", "model=2", "--stream"), "--mesh: --stream answers on one device only"),
         (("--mesh", "model=2", "--conversation", "d"), "--mesh: --conversation answers on one"),
         (("--mesh", "model=4", "--group-size", "64"), "of down, 24 each, and groups of 64 would"),
+        (("--processes", "auto"), "--processes: expected --mesh beside it"),
+        (("--mesh", "model=2", "--processes", "here:1,2,2"), "INDEX below COUNT, such as 10.0.0.1"),
+        (("--mesh", "model=2", "--processes", "2"), "expected auto, or HOST:PORT,COUNT,INDEX"),
     ],
 )
 def test_what_does_not_fit_is_one_line(cli, tiny, options, said):

@@ -60,3 +60,17 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
         help="share every weight among M devices, and deal the prompts of a batch out over D such "
         "groups; an axis that is left out is 1 (default: one device)",
     )  # fmt: skip
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds --processes.
+
+    Args:
+      parser: of the command.
+    """
+    parser.add_argument(
+        "--processes", metavar="auto|HOST:PORT,COUNT,INDEX",
+        help="this is one of several processes that run the same command, as on the hosts of a "
+        "slice, and --mesh is over the devices of all; auto: on Cloud TPU, Slurm and other "
+        "clusters that JAX knows. The first one prints the results",
+    )  # fmt: skip

@@ -28,9 +28,14 @@ def _run(args: argparse.Namespace) -> None:
     """Runs one command."""
     from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
     from ttq_jax.commands.platform import choose_platform
+    from ttq_jax.commands.processes import first_speaks, join
     from ttq_jax.evaluation.progress import Progress
 
+    processes = getattr(args, "processes", None)
+    join(processes, getattr(args, "mesh", None))
     choose_platform()
+    if processes:
+        first_speaks()
     progress = Progress(enabled=not args.quiet)
     if not args.no_compilation_cache:
         keep_compiled_programs(cache_directory(args.cache_dir), progress)

@@ -10,7 +10,13 @@ from typing import Any, NoReturn
 from ttq_jax._version import __version__
 from ttq_jax.commands.asking import add_asking, add_chat, add_conversation, add_system
 from ttq_jax.commands.chip_options import add_bench, add_kernels, add_plan
-from ttq_jax.commands.loading import add_dense_memory, add_ignore_key, add_mesh, add_model
+from ttq_jax.commands.loading import (
+    add_dense_memory,
+    add_ignore_key,
+    add_mesh,
+    add_model,
+    add_processes,
+)
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
 from ttq_jax.quant.names import DEFAULT, METHODS, PREFILLS, misnamed
@@ -160,6 +166,7 @@ def _generate_parser(commands: Any) -> None:
     parser = commands.add_parser("generate", help="continue prompts, with weights made for each")
     add_model(parser)
     add_mesh(parser)
+    add_processes(parser)
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="one prompt")
     prompts.add_argument(
@@ -199,6 +206,7 @@ def _perplexity_parser(commands: Any) -> None:
     parser = commands.add_parser("perplexity", help="score a text, window by window")
     add_model(parser)
     add_mesh(parser)
+    add_processes(parser)
     add = parser.add_argument
     add_text(parser)
     add("--protocol", default="causal", choices=("causal", "window"),
