@@ -78,7 +78,7 @@ CASES = {
     "best-gemma": ((1, 4), GEMMA, preset("best"), [20, 9, 13, 30, 7], {}),
     "paper-opt": ((1, 8), OPT | {"n_kv_heads": 8}, preset("paper", group_size=32), [20], {}),
     "mixture": ((1, 8), MIXTURE, preset("fast", group_size=32), [20, 9, 13, 30], {}),
-    "data": ((8, 1), {}, preset("ttq", bits=3), [20, 9, 13, 30, 7, 3, 11, 25], {}),
+    "data": ((8, 1), {}, preset("ttq", bits=3, prefill="both"), [20, 9, 13, 30, 7, 3, 11, 25], {}),
     "all-rules": (
         (2, 4), {"tie_embeddings": False},
         preset("ttq", rank=4, scale=SearchedAlpha(steps=3), head=4, scales="coded4",
@@ -110,7 +110,8 @@ def test_tokens_are_those_of_one_device_and_logits_too(case):
 def test_drafts_and_prompts_of_their_own_are_shared_too(how):
     config = small_config(**BASE)
     batch = "per_prompt" if how == "per_prompt" else "pooled"
-    recipe = preset("ttq", group_size=32, batch=batch)
+    prefill = "both" if how == "speculate" else "full"
+    recipe = preset("ttq", group_size=32, batch=batch, prefill=prefill)
 
     def run(params, _, *rest):
         return generate_tokens(
