@@ -241,11 +241,12 @@ def _times(
     token = (each - streamed + cache) / chip.bandwidth + streamed / link
     on_device = weights - host
     read = max(on_device / chip.bandwidth, host / link)
+    streams = 2 if recipe is not None and recipe.prefill == "both" else 1
     return {
         "bytes_per_token": each + cache,
         "token_seconds": token,
         "first_token_seconds": {
-            "read": read, "multiply": 2 * _used_weights(config) * tokens / chip.flops,
+            "read": read, "multiply": streams * 2 * _used_weights(config) * tokens / chip.flops,
         },
     }  # fmt: skip
 
