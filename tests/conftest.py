@@ -84,6 +84,7 @@ _LONG = {
     "test_tpu_compile.py", "test_notebooks.py", "test_gpu_compile.py", "test_parity_real.py",
     "test_programs.py", "test_plan.py", "test_jax_switches.py", "test_generate.py",
     "test_learned_recipe.py", "test_sweep_command.py", "test_xla.py", "test_docs.py",
+    "test_mesh.py", "test_slices.py", "test_host_memory.py", "test_speculation.py",
 }  # fmt: skip
 
 

@@ -88,7 +88,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+# What shares most runs on every Python.
+QUICK = ("fast-sampled", "mixture")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in CASES]
+)
 def test_tokens_are_those_of_one_device_and_logits_too(case):
     (data, model), changes, recipe, lengths, how = CASES[case]
     config = small_config(**BASE | changes)

@@ -84,7 +84,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("two", "five", "per prompt, two streams", "mixture")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in CASES]
+)
 def test_greedy_answers_are_the_unquantized_models(name):
     lengths, drafts, case = CASES[name]
     side = "left" if name in {"five", "sliding window"} else "right"

@@ -54,7 +54,7 @@ def types_of(array):
 @pytest.mark.parametrize(
     ("model", "chip", "group_size"),
     [
-        ("llama-3-8b", "v6e", 128),
+        pytest.param("llama-3-8b", "v6e", 128, marks=pytest.mark.slow),
         ("llama-3-8b", "h100", 32),
     ],
 )

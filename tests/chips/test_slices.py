@@ -14,6 +14,7 @@ pytestmark = needs_compilers
 TTQ = preset("ttq", bits=4, group_size=128)
 
 
+@pytest.mark.slow
 def test_a_layer_sums_twice_and_nothing_is_gathered():
     compiled = compile_on_slice("llama-3-8b", "v5e:2x4", {"model": 8}, TTQ)
     text = compiled.as_text()
