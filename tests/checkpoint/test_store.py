@@ -43,6 +43,9 @@ from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.recipe import Recipe, preset
 from ttq_jax.types import LowRank, MixedLinear, Offline, QuantizedLinear, kernels
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_restored_decodes_as_before(tmp_path, case):

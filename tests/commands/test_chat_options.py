@@ -7,6 +7,9 @@ import pytest
 import ttq_jax as ttq
 from ttq_jax.checkpoint.store import load_messages
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 SELECT = ("--recipe", "rtn", "--select", "layers/q")
 SHORT = ("--max-new-tokens", 4, *SELECT)
 

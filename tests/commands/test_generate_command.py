@@ -7,6 +7,9 @@ from stores import MIXTURE
 from ttq_jax.quant.names import DEFAULT, METHODS
 from ttq_jax.quant.recipe import PRESETS
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 HEAD = {"model", "dtype", "method", "recipe", "device", "versions", "effective_bits"}
 
 
@@ -49,7 +52,7 @@ def test_json_of_every_method(cli_json, tiny, text_file, method):
 
 
 def test_the_share_of_experts_without_a_token_is_told(cli, cli_json, monkeypatch):
-    monkeypatch.setattr("ttq_jax.commands.generate.load_model", lambda *_: (MIXTURE, None))
+    monkeypatch.setattr("ttq_jax.commands.generate.load_model", lambda *_, **how: (MIXTURE, None))
     options = ["--model", "mixture", "--prompt", "x", "--max-new-tokens", 1]
     options += ["--select", "layers/down", "--group-size", 16]
     (got,) = cli_json("generate", *options)

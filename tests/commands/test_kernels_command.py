@@ -20,6 +20,9 @@ from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, Prompts
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 SERVES = {"t4": "xla", "cpu": "xla"} | {
     c: "triton" if c in {"a100", "l4", "h100"} else "tpu" for c in COMPILED if c != "t4"
 }

@@ -24,6 +24,9 @@ from ttq_jax.sweeps import run
 from ttq_jax.sweeps.axes import read_sweep
 from ttq_jax.sweeps.rows import Rows, read_rows
 
+# Shorter tests ask the newest jax the same.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(capsys):
