@@ -62,7 +62,8 @@ def test_the_axes_are_the_options_of_ttq_perplexity():
     given = build_parser().parse_args(["perplexity", "--model", "m", "--corpus", "c"])
     options = {"recipe" if name == "method" else name: v for name, v in vars(given).items()}
     no_axes = {"with_baseline", "prepared", "save_recipe", "settings", "json", "quiet", "debug",
-               "cache_dir", "no_compilation_cache", "command", "mesh"}  # fmt: skip
+               "cache_dir", "no_compilation_cache", "command", "mesh",
+               "processes"}  # fmt: skip
     assert options.keys() - no_axes == AXES.keys() - {"seed", "acceptance"}
     for name, value in vars(Options(model="m", corpus="c")).items():
         # Of an option that may be repeated none is an empty list.
