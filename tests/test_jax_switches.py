@@ -55,8 +55,8 @@ MODEL = Model(
     config=CONFIG, params=small_params(CONFIG), tokenizer=LETTERS, name="tiny", eos_ids=(5,)
 )
 MIXED = dataclasses.replace(CONFIG, n_experts=4, experts_per_token=2, norm_topk=True)
-MIXTURE = dataclasses.replace(MODEL, config=MIXED, params=small_params(MIXED))
 IN_HOST = dataclasses.replace(MODEL, params=in_host(MODEL.params))
+MIXTURE = dataclasses.replace(MODEL, config=MIXED, params=small_params(MIXED))
 WINDOWS = np.asarray(random_rows([24, 24], seed=5), np.int64)
 TEXTS = ["The capital", "of France is Paris"]
 # Nearly all the time here is compilation: one projection, where one shows all there is.
@@ -151,13 +151,11 @@ def kernels():
 def functions():
     """A user's own function: its static parts, a reading, and a run over packed weights."""
     recipe = Recipe(grid=ttq.Grid(bits=3, group_size=16), low_rank=LowRankRule(rank=2))
-
     fn = lambda w, x: jax.lax.scan(lambda x, w: (x, jnp.tanh(x @ w)), x, w)[1]  # noqa: E731
 
     @jax.jit
     def program(w, x):
-        static = ttq.static_factors(fn, recipe)(w, x)
-        packed = ttq.read(fn, recipe, static=static)(w, x)[1]
+        _, packed = ttq.read(fn, recipe, static=ttq.static_factors(fn, recipe)(w, x))(w, x)
         return packed, ttq.run(fn)(packed, x)
 
     return program(*jax.device_put((_W, _X)))

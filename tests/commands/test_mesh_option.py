@@ -83,9 +83,13 @@ def test_what_does_not_fit_is_one_line(cli, tiny, options, said):
 
 
 def test_the_kernels_of_a_device_are_listed(cli_json, cli):
-    asked = ("kernels", "--model", "llama-3-8b", "--chip", "v5e", "--bits", 3)
+    asked = ("kernels", "--model", "llama-3-8b", "--chip", "v5e", "--bits", 3,
+             "--prompt-tokens", 2048)  # fmt: skip
     (whole,), (own,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=8")
     assert own["mesh"] == {"data": 1, "model": 8}
+    assert own["attention"]["implementation"] == "xla"
+    assert own["attention"]["reason"] == "a mesh cannot cut the kernel's call"
+    assert whole["attention"] == {"implementation": "splash", "reason": "the kernel for v5e"}
 
     def sizes(found):
         return {r["projection"]: (r["k"], r["n"]) for r in found["kernels"]}

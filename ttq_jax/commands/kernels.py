@@ -182,8 +182,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
             dtype=args.dtype,
         )  # fmt: skip
+        why = refusal(args.prompt_tokens, config.head_dim, target)
     place = target.chip or target.platform
-    why = refusal(args.prompt_tokens, config.head_dim, target)
     attention = {
         "implementation": "xla" if why else "splash", "reason": why or f"the kernel for {place}",
     }  # fmt: skip
