@@ -1,6 +1,7 @@
 """One set-up for the whole suite: CPU, strict dtypes, shapes checked at run time."""
 
 import gc
+import importlib
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# A compiled program need not know which line each of its steps came from.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # XLA's threads: the two cores of a simulated TPU wait for each other, on one processor for ever.
 os.environ.setdefault("NPROC", str(max(2, os.cpu_count() or 1)))
 # Torch's threads wait for each other by spinning: over tiny models, beside another worker's, they
@@ -44,6 +47,10 @@ jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The product of a row has every term of a partial sum written out. Eight of them, for speed, make
+# a 3-bit model three times as long to compile.
+xla = importlib.import_module("pallas_kernels.xla")
+TERMS, xla._UNROLLED = xla._UNROLLED, 1
 # Tracing makes many objects, and few of them are garbage.
 gc.set_threshold(50_000, 20, 100)
 
@@ -88,8 +95,21 @@ _LONG = {
 }  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
-    """The long files come first."""
+def pytest_addoption(parser):
+    """`--one-case`, for a second jax: every check once, and not for every bit width."""
+    parser.addoption(
+        "--one-case", action="store_true", help="of a parametrized test only the first case"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """The long files come first; after the marks have chosen, one case may be enough."""
+    if config.getoption("one_case"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        kept = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     items.sort(key=lambda item: item.path.name not in _LONG)
 
 
@@ -97,6 +117,15 @@ def pytest_collection_finish():
     """The modules of every test stay to the end: the garbage collector need not look at them."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def terms_as_released():
+    """The product of a row is the one that users run: for tests of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "_UNROLLED", TERMS)
+        jax.clear_caches()
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

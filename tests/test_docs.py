@@ -41,6 +41,7 @@ def test_a_quantizer_of_your_own(tmp_path):
     assert max(found["PowerLaw"], found["PowersOfTwo"]) < found["NoScale"]
 
 
+@pytest.mark.slow
 def test_a_chat_of_your_own(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", GUIDES["ttq_jax/chat/README.md"], re.S)
     done = subprocess.run(

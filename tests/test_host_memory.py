@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import in_host, prompts_of, random_rows, small_config, small_params
 from tiny_files import write_model
 
@@ -97,10 +98,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(name, marks=[pytest.mark.slow] if name != "default" else []) for name in CASES],
-)
+@pytest.mark.parametrize("case", slow_but(CASES, ["default"]))
 def test_answers_are_the_same(case):
     config, recipe, how = CASES[case]
     device, host = (answer(model, recipe, **how) for model in BOTH[config])

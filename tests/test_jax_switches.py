@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from compilers import QUICKLY, needs_compilers
 from jax.extend.core import jaxprs_in_params
+from marks import slow_but
 from small import in_host, prompts_of, random_rows, small_config, small_params
 from stores import same_bits
 from tiny_files import write_model
@@ -232,12 +233,8 @@ def assert_same(got, expected):
     assert same_bits(*arrays)
 
 
-# What refuses 32-bit types' mistakes refuses them beside 64-bit ones: two cases show both.
-@pytest.mark.parametrize(
-    ("name", "wide"),
-    [*((name, True) for name in CASES), ("generate, fast", False), ("generate, the rest", False)],
-)
-def test_switches_change_nothing(name, wide):
+@pytest.mark.parametrize("name", slow_but(CASES, ["generate, the rest"]))
+def test_switches_change_nothing(name, wide=True):
     expected = plainly(name)
     with switched(wide=wide):
         got = jax.block_until_ready(CASES[name]())
@@ -247,6 +244,10 @@ def test_switches_change_nothing(name, wide):
         np.testing.assert_allclose(got[0]["q"], expected[0]["q"], rtol=97 * 2.0**-24)
         got, expected = got[1:], expected[1:]
     assert_same(got, expected)
+
+
+def test_they_change_nothing_beside_32_bit_types():
+    test_switches_change_nothing("generate, the rest", wide=False)
 
 
 def test_a_store_is_the_same(tmp_path):
@@ -371,8 +372,7 @@ def test_the_command_line_under_every_switch(tmp_path):
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_kernels_compile_under_every_switch(chip):
     """Mosaic has no 64-bit integers, and refuses more than one pass of bfloat16."""
-    shape = jax.ShapeDtypeStruct
-    k, n, kind = 256, 256, {"bits": 4, "group_size": 128}
+    shape, k, n, kind = jax.ShapeDtypeStruct, 256, 256, {"bits": 4, "group_size": 128}
 
     def both(x, w, d, layer):
         y, made = pallas_kernels.prefill_quantize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import OPT, prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.config import ConfigError
@@ -92,9 +93,7 @@ CASES = {
 QUICK = ("fast-sampled", "mixture")
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in CASES]
-)
+@pytest.mark.parametrize("case", slow_but(CASES, QUICK))
 def test_tokens_are_those_of_one_device_and_logits_too(case):
     (data, model), changes, recipe, lengths, how = CASES[case]
     config = small_config(**BASE | changes)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from scipy import stats
 from small import OPT, prompts_of, random_rows, small_config, small_params
 
@@ -87,9 +88,7 @@ CASES = {
 QUICK = ("two", "five", "per prompt, two streams", "mixture")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in CASES]
-)
+@pytest.mark.parametrize("name", slow_but(CASES, QUICK))
 def test_greedy_answers_are_the_unquantized_models(name):
     lengths, drafts, case = CASES[name]
     side = "left" if name in {"five", "sliding window"} else "right"

@@ -190,6 +190,7 @@ def check(variant, changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", list(KEYS))
 def test_any_config(variant):
     one = st.sampled_from(sorted(KEYS[variant])).flatmap(

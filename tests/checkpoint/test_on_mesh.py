@@ -71,6 +71,7 @@ def test_a_store_is_loaded_onto_another_mesh(path, tmp_path):
         store.load_offline(tmp_path / "wide", models[1], wide)
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_device(path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -174,6 +174,7 @@ def test_drafting_and_verifying_copy_no_packed_weight():
             assert makers(loop, types_of(array)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
 def test_every_expert_runs_on_a_kernel(chip, no_fallback):
     """And compiles: on a TPU a kernel must not be fused with the stack of a loop over experts."""

@@ -96,7 +96,9 @@ def check_simulated():
             check(run(w[None], d, None, None, jnp.zeros((), jnp.int32)), bits, **kind)
 
 
-@pytest.mark.parametrize("what", ["check_xla", "check_simulated"])
+@pytest.mark.parametrize(
+    "what", ["check_xla", pytest.param("check_simulated", marks=pytest.mark.slow)]
+)
 def test_codes_chosen_under_jit_are_the_oracles(what):
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))

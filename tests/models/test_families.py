@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from marks import slow_but
 from tiny_models import write_checkpoint
 
 import ttq_jax as ttq
@@ -10,7 +11,7 @@ import ttq_jax as ttq
 VARIANTS = ("gemma2", "phi3", "smollm3-list-sliding", "olmo2", "granite", "olmoe")
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=slow_but(VARIANTS, ("gemma2", "olmoe")))
 def model(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     write_checkpoint(directory, request.param)

