@@ -126,7 +126,7 @@ def test_a_broken_end_is_told_where_byte_fallback_spoils_what_was_said(model):
     texts = iter(["", "ab€", "ab" + 4 * "\ufffd", "ab" + 5 * "\ufffd"])
     answer = ttq.stream(model, "x", recipe=None, max_new_tokens=4)
     tokenizer = SimpleNamespace(continuation=lambda prompt, new: next(texts))
-    answer._model = SimpleNamespace(tokenizer=tokenizer)
+    answer._model = SimpleNamespace(tokenizer=tokenizer, mesh=None)
     ends = iter([([1], False), ([1, 2], False), ([1, 2, 3], True)])
     answer._new, answer._ended, answer._seen = [0], False, lambda: next(ends)
     assert list(answer) == ["ab€", 4 * "\ufffd"]
