@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import answer, arguments, carried, read, separately
 from ttq_jax.generation import Drafts, Generation, made_of
@@ -286,11 +286,16 @@ def stream(
 
     Raises:
       PromptError: see `generate`.
-      ConfigError: see `generate`.
+      ConfigError: see `generate`; or several processes share the model.
       NotFiniteError: the logits are not finite.
       Error: an argument of another type.
     """
     began = time.perf_counter()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "stream: expected one process, which has all of an answer while it is decoded, got "
+            f"{jax.process_count()}; use generate"
+        )
     asked = ask(model, prompt if isinstance(prompt, Asked) else [prompt], chat=chat)
     arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,

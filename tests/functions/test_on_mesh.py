@@ -1,16 +1,20 @@
 """Packed weights lie as the parameters do that they were made from, and answer as on one device."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from compilers import needs_compilers
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import ttq_jax as ttq
 from ttq_jax.checkpoint.packed_store import load_packed, save_packed
+from ttq_jax.chips.absent import QUIET, compiled_afresh
 from ttq_jax.config import ConfigError
 from ttq_jax.functions.sharding import split_of
 from ttq_jax.functions.sites import Operand
@@ -120,6 +124,39 @@ def test_outside_of_a_jit_nothing_has_to_be_said():
         ttq.run(fn)({"kernel": packed}, x), wanted, atol=1e-5 * np.abs(wanted).max()
     )
     assert out.shape == (2, 8, D)
+
+
+@needs_compilers
+def test_each_of_four_tpus_multiplies_its_own_codes(monkeypatch):
+    """By the real compiler, for which a kernel is opaque: nothing is gathered."""
+    for key, value in QUIET.items():
+        monkeypatch.setenv(key, value)
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    mesh = Mesh(np.array(found.devices), ("model",), axis_types=(AxisType.Auto,))
+    lie = {
+        name: NamedSharding(mesh, spec)
+        for name, spec in (("up", P(None, "model")), ("down", P("model")))
+    }
+    shape = lambda size, sharding: jax.ShapeDtypeStruct(  # noqa: E731
+        size, jnp.bfloat16, sharding=sharding
+    )
+    params = {"up": shape((256, 1024), lie["up"]), "down": shape((1024, 256), lie["down"])}
+    fn = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]  # noqa: E731
+
+    def program(params, x):
+        recipe = ttq.preset("rtn", bits=4, group_size=128)
+        _, observed = ttq.observe(fn, recipe)(params, x)
+        return ttq.run(fn)(ttq.quantize(params, observed, recipe, shardings=lie), x[:1])
+
+    x = shape((128, 256), NamedSharding(mesh, P()))
+    with use_abstract_mesh(mesh.abstract_mesh), compiled_afresh():
+        traced = jax.jit(program).trace(params, x)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    assert re.findall(rf"= (\S+?)\{{\S* ({kinds})", text) == [("bf16[1,256]", "all-reduce")]
+    assert text.count("tpu_custom_call") >= 4
+    # 256 x 256 codes of either weight on each device, two in a byte.
+    assert set(re.findall(r"u8\[([\d,]+)\]", text)) <= {"128,256", "1,128,256"}
 
 
 def product(equation):

@@ -35,7 +35,7 @@ from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
-from ttq_jax.partition import on_its_mesh, put
+from ttq_jax.partition import on_its_mesh, put, whole
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.recipe import Recipe
@@ -133,7 +133,7 @@ def compare_window(
     tree, valid = speculation.drafter(packed, offline), jnp.ones(rest.shape, bool)
     hidden, _, _ = forward(config, params, rest, valid, cache)
     drafted, _, _ = forward(config, tree, rest, valid, cache)
-    return _compare(config, params, tree, hidden[0], drafted[0]) / rest.size
+    return whole(_compare(config, params, tree, hidden[0], drafted[0]) / rest.size)
 
 
 def stream(

@@ -21,7 +21,7 @@ from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
-from ttq_jax.partition import on_its_mesh, put
+from ttq_jax.partition import on_its_mesh, put, whole
 from ttq_jax.prefill import last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, check_ids, pad_prompts
 from ttq_jax.quant.head import joined
@@ -104,7 +104,7 @@ def score_padded(
 
     chunks = rows.reshape(-1, together, width), lengths.reshape(-1, together)
     scores, greedy = jax.lax.map(score, chunks)
-    return scores.reshape(-1), greedy.reshape(-1)
+    return whole((scores.reshape(-1), greedy.reshape(-1)))
 
 
 @on_its_mesh
