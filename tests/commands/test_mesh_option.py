@@ -14,6 +14,7 @@ from ttq_jax.commands import generate
 from ttq_jax.commands.parsers import build_parser
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.continuations import score_continuations
+from ttq_jax.evaluation.harness_arguments import load_arguments
 from ttq_jax.evaluation.progress import Progress
 
 CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
@@ -78,6 +79,11 @@ def test_texts_are_scored_on_a_mesh_as_on_one_device(tiny):
 
     ((alone, _),), ((shared, _),) = scored(None), scored({"model": 4})
     assert shared == pytest.approx(alone, rel=1e-5)
+
+
+def test_lm_eval_s_model_is_on_a_mesh_too(tiny):
+    made = load_arguments({"model": tiny, "recipe": "none", "mesh": "model=4"})["model"]
+    assert dict(made.mesh.shape) == {"data": 1, "kv": 2, "rep": 2}
 
 
 @pytest.mark.slow

@@ -103,8 +103,8 @@ def _in_words(args: argparse.Namespace, made: Plan, speeds: dict[str, Any]) -> s
     rows += [[where, f"{size(made.total)} of {size(made.memory)}"]]
     if several:
         host = made.per_host
-        many = f"{host['hosts']} hosts of" if host["hosts"] > 1 else "one host of"
-        rows += [[f"on {many} {host['devices']}, each", size(host["device_bytes"])]]
+        of = f"each of {host['hosts']} hosts" if host["hosts"] > 1 else "the host"
+        rows += [[f"on the {host['devices']} devices of {of}", size(host["device_bytes"])]]
     if made.host:
         rows += [["in the host's memory", size(made.host)]]
     rows += [["largest array that a host reads", size(made.per_host["reading"])]]
