@@ -3,8 +3,8 @@
 Claim     a model that is shared among the devices of a slice takes its share of each one's memory,
           and the devices sum twice in every layer of a decoded token and gather no weight.
 Command   python experiments/compile_slices.py --out experiments/results/compiled_slices.json
-Cost      about 2 minutes on 2 idle cores, 3 GB of memory; no weights, no accelerator. Needs the TPU
-          compiler of the test extra.
+Cost      about 15 minutes on 2 busy cores, 3 GB of memory; no weights, no accelerator. Needs the
+          TPU compiler of the test extra.
 Expect    see experiments/results/compiled_slices.json; Llama-3-8B takes about 2.3 GiB of each of
           eight v5e. Figures are the compiler's own, none was checked on a chip.
 
@@ -29,6 +29,7 @@ from ttq_jax.mesh import parse
 
 PROGRAMS = (
     ("llama-3-8b", "v5e:2x4", "data=1,model=8"), ("llama-3-8b", "v5e:2x2", "data=1,model=4"),
+    ("llama-3-70b", "v5e:4x4", "data=1,model=16"),
 )  # fmt: skip
 PROMPT, NEW = 512, 128
 
@@ -52,18 +53,25 @@ def figures(model: str, slice_: str, mesh: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--model", help="compile this one alone; --out keeps the others' rows")
     args = parser.parse_args()
     if args.out:
         check_destination(args.out)
+    made_with, kept = versions("libtpu"), {}
+    if args.model and args.out and args.out.exists():
+        before = json.loads(args.out.read_text())
+        if before["versions"] != made_with:
+            raise SystemExit(f"{args.out} was made with {before['versions']}; make all of it anew")
+        kept = {(one["model"], one["slice"], one["mesh"]): one for one in before["programs"]}
     # Nothing runs on a device; the compiler is asked for by name.
     jax.config.update("jax_platforms", "cpu")
-    records = []
-    for model, slice_, mesh in PROGRAMS:
-        print(f"{model} for {slice_}, {mesh}", file=sys.stderr, flush=True)
-        records.append(figures(model, slice_, mesh))
+    for program in PROGRAMS:
+        if args.model in (None, program[0]):
+            print("{} for {}, {}".format(*program), file=sys.stderr, flush=True)
+            kept[program] = figures(*program)
     results = {
-        "command": "python experiments/compile_slices.py", "versions": versions("libtpu"),
-        "programs": records,
+        "command": "python experiments/compile_slices.py", "versions": made_with,
+        "programs": [kept[program] for program in PROGRAMS if program in kept],
     }  # fmt: skip
     text = json.dumps(results, indent=1)
     print(text)

@@ -1,8 +1,9 @@
-"""What fits one chip: released models, with and without their unquantized weights on the host.
+"""What fits a chip, or eight: released models, with and without unquantized weights on the host.
 
 Claim     a model whose unquantized and packed blocks do not fit a chip side by side is quantized
           there all the same, if the unquantized ones lie in the host's memory and are streamed:
-          Llama-3-8B on a v5e, Gemma-3-27B on a v6e.
+          Llama-3-8B on a v5e, Gemma-3-27B on a v6e. Eight v5e that share a model hold larger ones
+          without that.
 Command   python experiments/plan_hardware.py --out experiments/results/plans.json
 Cost      about 11 minutes on 2 busy cores, 6 GB of memory; no weights, no chip. Needs libtpu.
 Expect    see experiments/results/plans.json; 5.9 GiB of a v5e for Llama-3-8B, 13.5 GiB of a v6e for
@@ -33,7 +34,14 @@ MODELS = (
     "qwen3-1.7b", "phi-4-mini", "llama-3-8b", "qwen3-8b", "mistral-nemo-12b", "gemma-3-27b",
     "qwen3-30b-a3b", "llama-3-70b",
 )  # fmt: skip
-CHIPS = ("v5e", "v6e", "h100", "a100-40", "l4", "t4")
+CHIPS = ("v5e", "v6e", "v5e-8", "h100", "a100-40", "l4", "t4")
+SLICES = {"v5e-8": ("v5e", {"data": 1, "model": 8})}
+"""What is several chips, and the mesh of them."""
+
+
+def memories(chip: str) -> tuple[str, ...]:
+    """Where the unquantized blocks may lie: those of a mesh are on its devices."""
+    return ("device",) if chip in SLICES else ("device", "host")
 
 
 def planned(model: str, chip: str, bits: int, memory: str) -> dict:
@@ -59,26 +67,37 @@ def compiled(model: str, chip: str, bits: int, memory: str) -> dict:
 def ask(model: str, chip: str, bits: int, memory: str, *, compiled: bool) -> Plan:
     """The plan."""
     recipe = ttq.preset("ttq", bits=bits, group_size=128)
-    return plan(released_config(model), chip, recipe, dense_memory=memory, compiled=compiled)
+    chip, mesh = SLICES.get(chip, (chip, None))
+    return plan(
+        released_config(model), chip, recipe, dense_memory=memory, compiled=compiled, mesh=mesh
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument(
+        "--sums", action="store_true", help="the sums alone; --out keeps what the compiler said"
+    )
     args = parser.parse_args()
     if args.out:
         check_destination(args.out)
+    made_with = versions("libtpu")
+    if args.sums:
+        before = json.loads(args.out.read_text())
+        if before["versions"] != made_with:
+            raise SystemExit(f"{args.out} was made with {before['versions']}; make all of it anew")
     # Nothing runs on a device; the compilers are asked for by name.
     jax.config.update("jax_platforms", "cpu")
     results = {
         "command": "python experiments/plan_hardware.py",
-        "versions": versions("libtpu"),
+        "versions": made_with,
         "recipe": "ttq", "group_size": 128, "dtype": "bfloat16", "batch": 1,
         "prompt_tokens": 512, "new_tokens": 128,
-        "compiled": [compiled(*which) for which in COMPILED],
+        "compiled": before["compiled"] if args.sums else [compiled(*which) for which in COMPILED],
         "summed": [
             planned(model, chip, 4, memory)
-            for model in MODELS for chip in CHIPS for memory in ("device", "host")
+            for model in MODELS for chip in CHIPS for memory in memories(chip)
         ],
     }  # fmt: skip
     text = json.dumps(results, indent=1)

@@ -33,48 +33,60 @@ class Split:
     Attributes:
       rows: those of its input channels.
       columns: those of its output channels.
+      mesh: a mesh of its own; None for that of the program.
     """
 
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    mesh: Any = None
 
     def here(self) -> Split | None:
-        """The axes that have several devices on the mesh of this program; None without a mesh.
+        """The axes that have several devices on the weight's mesh; None without a mesh.
 
         Inside a `shard_map` there is none: every array is a device's own.
         """
-        sizes = mesh_sizes()
+        sizes = mesh_sizes(self.mesh)
         if all(size == 1 for size in sizes.values()):
             return None
 
         def shared(axes: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
-        return Split(shared(self.rows), shared(self.columns))
+        return Split(shared(self.rows), shared(self.columns), self.mesh)
 
     @property
     def row_blocks(self) -> int:
-        """How many blocks the rows are in, on the mesh of this program."""
-        return math.prod(mesh_sizes().get(axis, 1) for axis in self.rows)
+        """How many blocks the rows are in, on its mesh."""
+        return math.prod(mesh_sizes(self.mesh).get(axis, 1) for axis in self.rows)
 
 
-def mesh_sizes() -> dict[str, int]:
-    """The mesh axes of the program that is traced, by name; {} without, or inside a `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {} if mesh.empty or mesh.manual_axes else dict(mesh.shape)
+def mesh_sizes(mesh: Any = None) -> dict[str, int]:
+    """The axes of a mesh by name; {} without one, or inside a `shard_map`.
+
+    Args:
+      mesh: which; None for that of the program that is traced.
+
+    Returns:
+      How many devices each has.
+    """
+    traced = jax.sharding.get_abstract_mesh()
+    mesh = traced if mesh is None else mesh
+    return {} if mesh.empty or traced.manual_axes else dict(mesh.shape)
 
 
-def rows_spec(shape: tuple[int, ...], last: Any = None) -> P:
+def rows_spec(shape: tuple[int, ...], split: Split, last: Any = None) -> P:
     """How activations lie: their first axis over the batch's devices if these divide it.
 
     Args:
       shape: of the activations.
+      split: of the weight; the batch is not dealt out over what the weight is.
       last: mesh axes of their last axis, or None.
 
     Returns:
       The spec.
     """
-    size = mesh_sizes().get(BATCH, 1)
+    size = mesh_sizes(split.mesh).get(BATCH, 1)
+    size = 1 if BATCH in (*split.rows, *split.columns) else size
     first = BATCH if len(shape) > 1 and size > 1 and shape[0] % size == 0 else None
     return P(*([first] + [None] * (len(shape) - 2))[: len(shape) - 1], last)
 
@@ -107,13 +119,13 @@ def _mapped(
     """`run` of every device's blocks."""
     rows, columns = split.rows or None, split.columns or None
     specs = (
-        None if x is None else rows_spec(x.shape, rows),
+        None if x is None else rows_spec(x.shape, split, rows),
         weight_specs(weight, split),
         jax.tree.map(lambda _: P(rows), channel),
         None if factors is None else (P(rows, None), P(None, columns)),
         None if layer is None else P(),
     )
-    mapped = jax.shard_map(run, in_specs=specs, out_specs=out, check_vma=False)
+    mapped = jax.shard_map(run, mesh=split.mesh, in_specs=specs, out_specs=out, check_vma=False)
     return mapped(x, weight, channel, factors, layer)
 
 
@@ -161,7 +173,7 @@ def packed_matmul(
         y = dispatch.packed_matmul(x, planes, scales, zeros, d, factors, layer=layer, **how)
         return _summed(y, split)
 
-    out = rows_spec(x.shape, split.columns or None)
+    out = rows_spec(x.shape, split, split.columns or None)
     weight = (tuple(planes), scales, zeros)
     return _mapped(run, split, x, weight, channel_scale, low_rank, layer, out)
 
@@ -252,7 +264,7 @@ def prefill_quantize(
         return _summed(y, split), packed
 
     channel = (channel_scale, importance)
-    out = (rows_spec(x.shape, split.columns or None), _packed_specs(split, how))
+    out = (rows_spec(x.shape, split, split.columns or None), _packed_specs(split, how))
     return _mapped(run, split, x, w, channel, low_rank, layer, out)
 
 
@@ -335,4 +347,8 @@ def by_columns(
         return run(weights, *others)
     dealt = tuple(P(None, (s.columns or s.rows) or None) for s in here if s is not None)
     specs = (dealt, *(P() for _ in others))
-    return jax.shard_map(run, in_specs=specs, out_specs=dealt, check_vma=False)(weights, *others)
+    mapped = jax.shard_map(
+        run, mesh=next(s.mesh for s in here if s is not None), in_specs=specs, out_specs=dealt,
+        check_vma=False,
+    )  # fmt: skip
+    return mapped(weights, *others)

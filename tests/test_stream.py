@@ -10,6 +10,7 @@ from small import prompts_of, random_rows, small_config, small_params
 from tiny_files import write_model
 
 import ttq_jax as ttq
+from ttq_jax.config import ConfigError
 from ttq_jax.generate import carried, generate_tokens
 from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.prefill import first_turn
@@ -126,10 +127,16 @@ def test_a_broken_end_is_told_where_byte_fallback_spoils_what_was_said(model):
     texts = iter(["", "ab€", "ab" + 4 * "\ufffd", "ab" + 5 * "\ufffd"])
     answer = ttq.stream(model, "x", recipe=None, max_new_tokens=4)
     tokenizer = SimpleNamespace(continuation=lambda prompt, new: next(texts))
-    answer._model = SimpleNamespace(tokenizer=tokenizer)
+    answer._model = SimpleNamespace(tokenizer=tokenizer, mesh=None)
     ends = iter([([1], False), ([1, 2], False), ([1, 2, 3], True)])
     answer._new, answer._ended, answer._seen = [0], False, lambda: next(ends)
     assert list(answer) == ["ab€", 4 * "\ufffd"]
+
+
+def test_several_processes_have_no_answer_before_its_end(model, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"stream: expected one process, .* got 2; use gener"):
+        ttq.stream(model, "Hello", recipe=None)
 
 
 def test_a_reader_may_stop(model):

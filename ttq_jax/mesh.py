@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, use_abstract_mesh
 
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import shown
-from ttq_jax.partition import DATA, SPLITS, WIDE
+from ttq_jax.partition import DATA, SPLITS, WIDE, Split
 
 
 def parse(text: str) -> dict[str, int]:
@@ -100,6 +100,26 @@ def in_shape(sizes: Mapping[str, int], config: ModelConfig) -> contextlib.Abstra
     return use_abstract_mesh(AbstractMesh(shape, (DATA, *WIDE), (AxisType.Auto,) * 3))
 
 
+def undivided(sizes: Mapping[str, int] | None, batch: int) -> str:
+    """Says of a batch that "data" does not divide that every device reads it whole.
+
+    Args:
+      sizes: of a mesh, by axis; None for one device.
+      batch: prompts read together.
+
+    Returns:
+      A line; "" if the batch is dealt out.
+    """
+    data = (sizes or {}).get(DATA, 1)
+    if batch % data == 0:
+        return ""
+    prompts = "a prompt by itself" if batch == 1 else f"a batch of {batch} prompts"
+    return (
+        f"data={data} of the mesh does not divide {prompts}: each of its {data} groups of devices "
+        "reads it whole, and none is faster for it"
+    )
+
+
 def check_model(config: ModelConfig, model: int) -> None:
     """Refuses a model that so many devices cannot share.
 
@@ -130,35 +150,20 @@ def check_model(config: ModelConfig, model: int) -> None:
         )
 
 
-def check_alone(model: Any, what: str) -> None:
-    """Refuses a model on a mesh where only one device is served.
-
-    Args:
-      model: as loaded.
-      what: is asked for.
-
-    Raises:
-      ConfigError: it is on a mesh.
-    """
-    if model.mesh is not None:
-        raise ConfigError(
-            f"{what}: expected a model on one device, got one on a mesh of "
-            f"{model.mesh.size}; load it without mesh="
-        )
-
-
-def check_rows(name: str, d_in: int, group_size: int) -> None:
+def check_rows(name: str, d_in: int, group_size: int, split: Split | None = None) -> None:
     """Refuses groups of input channels that would lie on several devices of the current mesh.
 
     Args:
       name: of a projection.
       d_in: its input channels.
       group_size: of its grid; -1 for all input channels.
+      split: how devices share it; None for as one of our own decoder's with that name.
 
     Raises:
       ConfigError: a device would have a part of a group.
     """
-    split = SPLITS[name].here() if name in SPLITS else None
+    if split is None:
+        split = SPLITS[name].here() if name in SPLITS else None
     blocks = 1 if split is None else split.row_blocks
     if blocks == 1 or (group_size != -1 and (d_in // blocks) % group_size == 0):
         return

@@ -19,6 +19,7 @@ from ttq_jax.experts import Routed, for_each_expert, for_own_experts, routed_lin
 from ttq_jax.linear import add_bias, linear
 from ttq_jax.models.cache import activation_dtype, empty_cache, map_rows
 from ttq_jax.models.decoder import forward, plain
+from ttq_jax.partition import put
 from ttq_jax.quant.head import head_bits, pack_head
 from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
@@ -325,4 +326,4 @@ def first_turn(params: Params, config: ModelConfig, recipe: Recipe) -> dict[str,
         return forward(config, params, valid.astype(jnp.int32), valid, cache, project=see)[2]
 
     shapes = jax.eval_shape(run, params)
-    return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))
+    return put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes))

@@ -17,11 +17,11 @@ from jaxtyping import Array, Int
 from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import answer, arguments, carried, read, separately
 from ttq_jax.generation import Drafts, Generation, made_of
-from ttq_jax.mesh import check_alone
+from ttq_jax.partition import on, on_its_mesh, put
 from ttq_jax.prompts import SMALLEST_BUCKET
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import replace_kernels
@@ -187,7 +187,6 @@ class Stream:
           limit: most new tokens.
           began: when the caller called, by `time.perf_counter`.
         """
-        check_alone(model, "stream")
         self._model, self._rows, self._limit, self._began = model, rows, limit, began
         self._params, self._prompts, self._offline, _ = arrays
         self._begun, self._state = start(*arrays, **how)
@@ -234,12 +233,14 @@ class Stream:
             if self._ended:
                 return
             limit = min(len(self._new) + _CHUNK, self._limit)
-            begun, self._state = go_on(
-                self._params, self._offline, self._begun, self._state,
-                jax.device_put(np.int32(limit)), **self._how,
-            )  # fmt: skip
-            self._begun = begun or self._begun
-            self._new, self._ended = self._seen()
+            # Not around the yield: whoever takes the text goes on without our mesh.
+            with on(self._model.mesh):
+                begun, self._state = go_on(
+                    self._params, self._offline, self._begun, self._state,
+                    put(np.int32(limit)), **self._how,
+                )  # fmt: skip
+                self._begun = begun or self._begun
+                self._new, self._ended = self._seen()
 
     @property
     def generation(self) -> Generation:
@@ -259,6 +260,7 @@ class Stream:
         )  # fmt: skip
 
 
+@on_its_mesh
 def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
@@ -284,11 +286,16 @@ def stream(
 
     Raises:
       PromptError: see `generate`.
-      ConfigError: see `generate`.
+      ConfigError: see `generate`; or several processes share the model.
       NotFiniteError: the logits are not finite.
       Error: an argument of another type.
     """
     began = time.perf_counter()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "stream: expected one process, which has all of an answer while it is decoded, got "
+            f"{jax.process_count()}; use generate"
+        )
     asked = ask(model, prompt if isinstance(prompt, Asked) else [prompt], chat=chat)
     arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,

@@ -1,5 +1,6 @@
 """Models and stores on a mesh: read by one process or by two, and moved to another mesh."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -16,14 +17,13 @@ from tiny_files import write_model
 from ttq_jax.checkpoint import load, store
 from ttq_jax.checkpoint.fingerprint import fingerprint
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.acceptance import acceptance
 from ttq_jax.generate import generate
 from ttq_jax.linear import dense_weight
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.partition import param_specs
 from ttq_jax.quant.recipe import preset
-from ttq_jax.stream import stream
-from ttq_jax.types import QuantizedLinear, kernels
+from ttq_jax.quant.source import Source
+from ttq_jax.types import kernels
 
 RTN = preset("rtn", bits=3, group_size=8, select="layers/(q|down)")
 
@@ -98,12 +98,19 @@ def test_two_processes_answer_as_one_device(path):
     assert all(one["held"] < 0.6 * held for one in said), "a process holds its half"
 
 
-def test_what_is_for_one_device_refuses_a_mesh(path):
-    model = load(path, mesh={"model": 2})
-    windows = np.zeros((1, 16), np.int32)
-    recipe = preset("ttq", group_size=8)
-    with pytest.raises(ConfigError, match="stream: expected a model on one device, got one on a"):
-        stream(model, "Hello", recipe=recipe)
-    with pytest.raises(ConfigError, match="acceptance: expected a model on one device"):
-        acceptance(model, windows, recipe=recipe, prompt_tokens=8)
-    assert not isinstance(model.params["embed"]["embedding"], QuantizedLinear)
+@pytest.mark.slow
+def test_a_conversation_goes_on_on_a_mesh(path, tmp_path):
+    recipe = preset("ttq", group_size=8, select="layers/down", moments=Source(decay=0.5))
+    model, shared = load(path), load(path, mesh={"model": 4})
+    first = generate(model, ["Hello"], recipe=recipe, max_new_tokens=4)
+    store.save_conversation(tmp_path / "kept", model, recipe, first.moments)
+
+    def second(model):
+        carried = store.load_conversation(tmp_path / "kept", model, recipe)
+        offline = dataclasses.replace(prepare(model, recipe), carried=carried)
+        return generate(model, ["Go on"], recipe=recipe, offline=offline, max_new_tokens=4)
+
+    alone, other = second(model), second(shared)
+    assert other.tokens == alone.tokens
+    for one, same in zip(*map(jax.tree.leaves, (alone.moments, other.moments)), strict=True):
+        np.testing.assert_allclose(same, one, rtol=1e-4)

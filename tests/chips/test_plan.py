@@ -1,22 +1,29 @@
 """What a model takes of a chip: by its compiler, and by sums that must agree with it."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import pytest
 from compilers import needs_compilers
+from jax.experimental import topologies
 from small import small_config
 
+from ttq_jax.checkpoint.errors import CheckpointError
 from ttq_jax.chips import plan as planning
-from ttq_jax.chips.absent import CHIPS, ChipError
+from ttq_jax.chips.absent import CHIPS, QUIET, ChipError
 from ttq_jax.chips.plan import chip_of, plan
 from ttq_jax.chips.released import released_config
+from ttq_jax.chips.share import slice_of
 from ttq_jax.config import ConfigError
+from ttq_jax.mesh import parse
 from ttq_jax.quant.recipe import preset
 
 TTQ = preset("ttq", bits=4, group_size=128)
 GIB = 2**30
 LLAMA = released_config("llama-3-8b")
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 
 
 @needs_compilers
@@ -97,6 +104,106 @@ def test_what_the_compiler_refuses_for_another_reason_is_not_a_plan(monkeypatch)
         plan(LLAMA, "v5e", TTQ)
 
 
+def test_a_device_of_a_mesh_has_its_share():
+    one = plan(LLAMA, "v5e", TTQ, compiled=False)
+    eight = plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"data": 1, "model": 8})
+    for kind in ("dense", "packed"):
+        # Each device has all of D where it has some of the columns.
+        assert eight.device[kind] * 8 == pytest.approx(one.device[kind], rel=3e-3), kind
+    # Norms are whole everywhere, and so are the positions and the marks of the cache's slots.
+    norms = 2 * 4096 * (2 * 32 + 1)
+    assert eight.device["tables"] == (one.device["tables"] - norms) // 8 + norms
+    assert eight.device["cache"] == (one.device["cache"] - 5 * 640 - 4) // 8 + 5 * 640 + 4
+    assert eight.fits
+    assert eight.token_seconds == eight.bytes_per_token / 820e9 < one.token_seconds / 7
+    assert eight.first_token_seconds["multiply"] == one.first_token_seconds["multiply"] / 8
+    assert eight.collectives == {"token's layer": ["bf16[1,1,4096] all-reduce"] * 2}
+    assert eight.collectives_by == "arithmetic"
+    # gate, up and down are the largest: 32 layers of 4096 x 14336, of which one host has all.
+    assert eight.per_host == {
+        "hosts": 1, "devices": 8, "device_bytes": 8 * eight.total,
+        "reading": 2 * 32 * 4096 * 14336,
+    }  # fmt: skip
+    # Four hosts of four chips; each reads a quarter.
+    many = plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"data": 1, "model": 16}).per_host
+    assert (many["hosts"], many["devices"]) == (4, 4)
+    assert many["reading"] == 2 * 32 * 4096 * 14336 // 4
+    # Two groups of devices have a prompt each; one prompt they both read.
+    dealt, whole = (
+        plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"data": 2, "model": 4}, batch=batch)
+        for batch in (2, 1)
+    )
+    assert dealt.device == whole.device
+    assert dealt.collectives == whole.collectives == eight.collectives
+
+
+@pytest.mark.parametrize(
+    ("chip", "mesh", "why"),
+    [
+        ("v5e", {"model": 2}, "slices of 4, 8, 16, 32, 64, 128, 256 v5e, not for 2 v5e"),
+        ("h100", {"model": 8}, "for slices of v5e, v5p, v6e, tpu7x, not for 8 h100"),
+    ],
+)
+def test_a_mesh_that_no_compiler_knows_is_planned_by_arithmetic(chip, mesh, why):
+    made = plan(LLAMA, chip, TTQ, mesh=mesh)
+    assert made.by == made.collectives_by == "arithmetic"
+    assert why in made.why
+
+
+def test_the_sum_of_a_share_is_what_the_compiler_said():
+    programs = json.loads((RESULTS / "compiled_slices.json").read_text())["programs"]
+    for one in programs:
+        made = plan(
+            released_config(one["model"]), one["slice"].partition(":")[0], TTQ,
+            mesh=parse(one["mesh"]), compiled=False,
+        )  # fmt: skip
+        assert made.total / GIB == pytest.approx(one["memory_gib"]["peak"], rel=0.03), one["slice"]
+        assert made.collectives["token's layer"] == one["collectives"]["token's layer"]
+
+
+@needs_compilers
+@pytest.mark.slow
+def test_a_slice_s_compiler_tells_what_a_device_takes_and_what_is_exchanged():
+    shares = {"vocab_size": 104, "n_heads": 8, "n_kv_heads": 4, "head_dim": 32, "d_ff": 256}
+    recipe, mesh = preset("ttq", group_size=32), {"data": 1, "model": 4}
+    made = plan(small_config(**shares), "v5e", recipe, mesh=mesh)
+    summed = plan(small_config(**shares), "v5e", recipe, mesh=mesh, compiled=False)
+    assert made.by == made.collectives_by == "compiler"
+    assert made.collectives["token's layer"] == summed.collectives["token's layer"]
+    assert {"once", "token", "prompt's layer"} < made.collectives.keys()
+    kinds = ("dense", "packed", "tables", "cache")
+    assert [made.device[kind] for kind in kinds] == [summed.device[kind] for kind in kinds]
+    # Sums know nothing of a program's own buffers, which are most of so small a one.
+    assert summed.total < made.total < 8 * 2**20
+
+
+def test_a_mixture_s_experts_are_dealt_out_and_only_a_compiler_tells_what_is_exchanged():
+    config = released_config("qwen3-30b-a3b")
+    one, four = (plan(config, "v5e", TTQ, compiled=False, mesh=m) for m in (None, {"model": 4}))
+    assert four.device["packed"] * 4 == pytest.approx(one.device["packed"], rel=0.01)
+    assert four.collectives == {}
+
+
+@needs_compilers
+def test_the_compiler_knows_the_slices_that_are_asked_for(monkeypatch):
+    for key, value in QUIET.items():
+        monkeypatch.setenv(key, value)
+    for chip, devices in (("v5e", 16), ("v5p", 16), ("tpu7x", 8)):
+        name = slice_of(chip, devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        assert len(found.devices) == devices, name
+
+
+def test_a_group_may_not_lie_on_several_devices():
+    with pytest.raises(ConfigError, match="14336 input channels of down, 448 each, and groups of"):
+        plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"model": 32})
+
+
+def test_a_mesh_holds_its_weights_itself():
+    with pytest.raises(CheckpointError, match="dense_memory = 'host' is for one device, and mesh"):
+        plan(LLAMA, "v5e", TTQ, dense_memory="host", mesh={"model": 8})
+
+
 def test_a_smaller_model_of_a_chip_has_its_own_memory():
     base, chip = chip_of("a100-40")
     assert base == "a100"
@@ -110,6 +217,8 @@ def test_a_smaller_model_of_a_chip_has_its_own_memory():
         ({"link": -1.0}, "a link speed above 0"),
         ({"recipe": preset("awq")}, "a recipe that reads the prompt alone"),
         ({"recipe": preset("ttq", rank=4)}, "without static factors"),
+        ({"mesh": {"data": 1, "model": 3}}, "4 heads, which 3 devices cannot share equally"),
+        ({"mesh": {"data": 1, "model": 2}}, "97 tokens of the vocabulary, which 2 devices cannot"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes, message):

@@ -9,6 +9,14 @@ import sys
 import pytest
 from compilers import QUICKLY
 
+import ttq_jax as ttq
+from ttq_jax.commands import generate
+from ttq_jax.commands.parsers import build_parser
+from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.continuations import score_continuations
+from ttq_jax.evaluation.harness_arguments import load_arguments
+from ttq_jax.evaluation.progress import Progress
+
 CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
 
 
@@ -37,6 +45,64 @@ def test_a_sweep_and_a_prompt_are_for_a_mesh_too(cli_json, cli, tiny, text_file,
     asked = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *CHEAP)
     (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=4")
     assert shared["text"] == alone["text"]
+    # Piece by piece, of two groups of devices that both read the one prompt.
+    code, out, err = cli(*asked, "--mesh", "data=2,model=4", "--stream", "--no-compilation-cache")
+    assert code == 0, err
+    assert out == f"Hello{alone['text']}\n"
+    assert "data=2 of the mesh does not divide a prompt by itself: each of its 2 groups" in err
+
+
+def test_what_is_compared_and_prepared_on_a_mesh_is_that_of_one_device(
+    cli, cli_json, tiny, text_file, tmp_path
+):
+    asked = ("acceptance", "--model", tiny, "--corpus", text_file, "--window", 32,
+             "--prompt-tokens", 16, "--max-windows", 1, *CHEAP)  # fmt: skip
+    (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=4")
+    for measure in ("greedy", "sampled", "divergence"):
+        assert shared[measure] == pytest.approx(alone[measure], rel=1e-4), measure
+    fixed = ("--recipe", "rtn", "--group-size", 8, "--select", "layers/down")
+    store = tmp_path / "store"
+    code, _, err = cli("prepare", "--model", tiny, *fixed, "--out", store, "--mesh", "model=4")
+    assert code == 0, err
+    answer = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *fixed)
+    (plain,), (kept,) = cli_json(*answer), cli_json(*answer, "--prepared", store)
+    assert kept["text"] == plain["text"]
+
+
+def test_texts_are_scored_on_a_mesh_as_on_one_device(tiny):
+    recipe, prompt, texts = ttq.preset("rtn", group_size=8, select="layers/q"), [5, 7, 9], [[4, 8]]
+
+    def scored(mesh):
+        model = ttq.load(tiny, mesh=mesh)
+        offline = ttq.prepare(model, recipe)
+        return score_continuations(model, prompt, texts, recipe=recipe, offline=offline)
+
+    ((alone, _),), ((shared, _),) = scored(None), scored({"model": 4})
+    assert shared == pytest.approx(alone, rel=1e-5)
+
+
+def test_lm_eval_s_model_is_on_a_mesh_too(tiny):
+    made = load_arguments({"model": tiny, "recipe": "none", "mesh": "model=4"})["model"]
+    assert dict(made.mesh.shape) == {"data": 1, "kv": 2, "rep": 2}
+
+
+@pytest.mark.slow
+def test_widths_are_chosen_on_a_mesh_as_on_one_device(cli_json, tiny, text_file, tmp_path):
+    asked = ("allocate", "--model", tiny, "--corpus", text_file, "--window", 48, "--recipe", "rtn",
+             "--prompt-tokens", 16, "--max-windows", 1, "--budget", 7, "--group-size", 8,
+             "--select", "layers/(o|down)", "--widths", 2, 4, "--out", tmp_path / "mine.toml"
+             )  # fmt: skip
+    (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=4")
+    assert shared["recipe"] == alone["recipe"]
+    assert shared["divergence"] == pytest.approx(alone["divergence"], rel=1e-3)
+
+
+@pytest.mark.parametrize("option", [("--stream",), ("--conversation", "d")])
+def test_several_processes_answer_a_whole_text_at_once(tiny, option):
+    words = ["generate", "--model", tiny, "--prompt", "Hi", "--mesh", "model=2", *option]
+    args = build_parser().parse_args([*words, "--processes", "here:1,2,0"])
+    with pytest.raises(ConfigError, match=f"--processes: {option[0]} answers in one process only"):
+        generate.run(args, Progress(enabled=False))
 
 
 @pytest.mark.slow
@@ -67,8 +133,6 @@ def test_one_of_two_processes_prints_the_answer(cli_json, tiny):
         (("--mesh", "tensor=2"), "mesh: expected sizes of data and model, as in data=2,model=4"),
         (("--mesh", "model=16"), "take 16 devices, and there are 8"),
         (("--mesh", "model=3"), "4 heads, which 3 devices cannot share equally"),
-        (("--mesh", "model=2", "--stream"), "--mesh: --stream answers on one device only"),
-        (("--mesh", "model=2", "--conversation", "d"), "--mesh: --conversation answers on one"),
         (("--mesh", "model=4", "--group-size", "64"), "of down, 24 each, and groups of 64 would"),
         (("--processes", "auto"), "--processes: expected --mesh beside it"),
         (("--mesh", "model=2", "--processes", "here:1,2,2"), "INDEX below COUNT, such as 10.0.0.1"),

@@ -36,6 +36,32 @@ def test_a_given_link_is_not_assumed(cli_json):
     assert row["first_token_seconds"]["read"] == pytest.approx(row["host"] / 20e9)
 
 
+def test_a_mesh_is_planned_by_the_device_and_by_the_host(cli_json, cli):
+    words = ["plan", "--model", "llama-3-8b", "--chip", "v5e", "--mesh", "model=8", "--recipe",
+             "ttq", "--group-size", 128, "--arithmetic"]  # fmt: skip
+    (row,) = cli_json(*words)
+    assert row["mesh"] == {"data": 1, "model": 8}
+    assert row["per_host"]["device_bytes"] == 8 * row["total"]
+    assert row["collectives"] == {"token's layer": ["bf16[1,1,4096] all-reduce"] * 2}
+    code, out, _ = cli(*words)
+    assert code == 0
+    assert "llama-3-8b fits each v5e of a mesh of model=8: 512 + 128 tokens" in out
+    assert "on the 8 devices of the host" in out
+    assert "in each layer of a decoded token the devices exchange, by arithmetic: 2 x bf16" in out
+    code, _, err = cli(*words, "--dense-memory", "host")
+    assert code == 2
+    assert "dense_memory = 'host' is for one device, and mesh was given, too" in err
+
+
+def test_a_batch_that_is_not_dealt_out_is_said(cli):
+    words = ["plan", "--model", "llama-3-8b", "--chip", "v5e", "--recipe", "none", "--arithmetic"]
+    said = "data=2 of the mesh does not divide a batch of 3 prompts: each of its 2 groups"
+    for batch, told in ((3, True), (4, False)):
+        code, _, err = cli(*words, "--mesh", "data=2,model=4", "--batch-size", batch)
+        assert code == 0
+        assert (said in err) == told
+
+
 def test_what_is_no_model_is_refused(cli):
     code, out, err = cli("plan", "--model", "nowhere/model", "--chip", "v5e")
     assert (code, out) == (2, "")

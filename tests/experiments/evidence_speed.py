@@ -85,12 +85,14 @@ def _():
     plans = {(one["model"], one["chip"], one["dense_memory"]): one for one in found["summed"]}
     chips = list(dict.fromkeys(chip for _, chip, _ in plans))
     sizes = {chip: f"{one['memory'] / gib:.0f} GiB" for (_, chip, _), one in plans.items()}
-    fits = [["model", "blocks", *(f"{chip}, {sizes[chip]}" for chip in chips)]]
+    each = {chip: " each" if plans[found["summed"][0]["model"], chip, "device"]["mesh"] else ""
+            for chip in chips}  # fmt: skip
+    fits = [["model", "blocks", *(f"{chip}, {sizes[chip]}{each[chip]}" for chip in chips)]]
     for model in dict.fromkeys(model for model, _, _ in plans):
         row = [model, f"{plans[model, chips[0], 'host']['host'] / gib:.1f}"]
         for chip in chips:
-            device, host = (plans[model, chip, where] for where in ("device", "host"))
-            streamed = f"{host['total'] / gib:.1f} streamed" if host["fits"] else "no"
+            device, host = (plans.get((model, chip, where)) for where in ("device", "host"))
+            streamed = f"{host['total'] / gib:.1f} streamed" if host and host["fits"] else "no"
             row.append(f"{device['total'] / gib:.1f}" if device["fits"] else streamed)
         fits.append(row)
     return [table, fits], []

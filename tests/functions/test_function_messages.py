@@ -248,14 +248,14 @@ def test_kernels_of_sharded_code_say_so():
     assert "dense: shard_map" in str(table)
 
 
-def test_a_sharded_parameter_is_refused_by_name():
+def test_a_parameter_on_explicit_axes_is_refused_by_name():
     axis = jax.sharding.AxisType.Explicit
     mesh = jax.sharding.AbstractMesh((2,), ("model",), axis_types=(axis,))
     with jax.sharding.use_abstract_mesh(mesh):
         sharded = NamedSharding(mesh, PartitionSpec(None, "model"))
         w = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=sharded)}
         with pytest.raises(ttq.FunctionError, match=(
-            r"(?m)^kernel is sharded over devices .*: expected parameters on one device; gather it"
+            r"(?m)^kernel is sharded over explicit axes of a mesh .*: expected automatic ones"
         )):  # fmt: skip
             shapes(ttq.read(plain, RECIPE), w, X)
 
@@ -269,7 +269,7 @@ def test_a_parameter_that_may_be_sharded_is_said():
         w = {"kernel": jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=sharded)}
         with pytest.warns(UserWarning, match=(
             r"^kernel and 0 other parameters are on a mesh of automatic axes, \{'model': 2\}: .*; "
-            "put them on one device, or on a mesh of explicit axes"
+            r"pass shardings=jax.tree.map\(lambda a: a.sharding, params\), made outside of it"
         )):  # fmt: skip
             shapes(ttq.read(plain, RECIPE), w, X)
 

@@ -1,5 +1,7 @@
 """Saves and loads the packed parameters of a user's function, whole: no dense kernel is needed."""
 
+import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from ttq_jax.foreign import named
 from ttq_jax.functions.modules import path_of
 from ttq_jax.functions.packed import PackedKernel, is_packed
 from ttq_jax.functions.sites import Operand
+from ttq_jax.linear import repacked
+from ttq_jax.types import QuantizedLinear
 
 _PARTS = ("shape", "batch", "contract", "free")
 
@@ -42,7 +46,7 @@ def save_packed(path: str | Path, packed: Any) -> None:
                 "it apart from the parameters"
             )
     about = {name: _described(kernel) for name, kernel in kernels.items()}
-    parts = {name: {"views": one.views, "rows": one.rows} for name, one in kernels.items()}
+    parts = {name: {"views": _whole(one), "rows": one.rows} for name, one in kernels.items()}
     write(path, {"kind": "function", "packed": about}, {"dense": dense, "packed": parts})
 
 
@@ -88,6 +92,13 @@ def _by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by path."""
     found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)[0]
     return {path_of(path): leaf for path, leaf in found}
+
+
+def _whole(kernel: PackedKernel) -> tuple[QuantizedLinear, ...]:
+    """Its packed weights as one device has them: a store of a function knows no mesh."""
+    again = jax.jit(partial(repacked, row_blocks=1))
+    one = [again(view) if view.row_blocks > 1 else view for view in kernel.views]
+    return tuple(dataclasses.replace(view, split=None) for view in one)
 
 
 def _described(kernel: PackedKernel) -> dict[str, Any]:

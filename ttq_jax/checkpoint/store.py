@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import NamedSharding, PartitionSpec
+
 from ttq_jax.checkpoint.fingerprint import fingerprint
 from ttq_jax.checkpoint.model import Model
 from ttq_jax.checkpoint.store_checks import check_packed
@@ -202,6 +204,8 @@ def load_conversation(
     """
     header, moments = _fitting(path, "conversation", model)
     _check_moments(str(path), moments, recipe)
+    if sharding is None and model.mesh is not None:
+        sharding = NamedSharding(model.mesh, PartitionSpec())
     return read(path, header, sharding)
 
 

@@ -5,21 +5,27 @@ plan says. Times are lower bounds: what must be read over the speed at which it 
 must be multiplied over the chip's peak. Nothing here was measured.
 """
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 
-from ttq_jax.checkpoint.placing import Memory
+from ttq_jax.checkpoint.placing import Memory, check_memory
+from ttq_jax.chips import share
 from ttq_jax.chips.absent import CHIPS, Chip, ChipError
 from ttq_jax.chips.programs import compile_generate
 from ttq_jax.chips.released import params_shapes
+from ttq_jax.chips.slices import collectives, compile_on_slice
 from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.mesh import in_shape
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.prior import for_unreached
+from ttq_jax.partition import own_rows
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import bucket
 from ttq_jax.quant.recipe import Recipe
@@ -48,7 +54,7 @@ _LINK = 16e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a program takes of a chip.
+    """What a program takes of a chip; on a mesh, of each of its devices.
 
     Attributes:
       by: "compiler", or "arithmetic": then `temporaries` are an estimate.
@@ -59,9 +65,17 @@ class Plan:
       host: bytes in the host's memory.
       memory: the device's, bytes.
       fits: whether the total does.
-      bytes_per_token: weights and cache that each decoded token reads.
-      token_seconds: the same at the memory's speed; of dense blocks on the host at the link's.
+      bytes_per_token: weights and cache that each decoded token reads of a device; of experts the
+        mean over the devices.
+      token_seconds: the same at the memory's speed; of dense blocks on the host at the link's. What
+        the devices of a mesh exchange takes time beside it.
       first_token_seconds: lower bounds by cause: "read" (every weight once), "multiply".
+      mesh: devices by axis; None for one device.
+      per_host: "hosts", how many; "devices", how many each has; "device_bytes", the total of these;
+        "reading", bytes of its own memory for the largest array while the model is read.
+      collectives: what the devices exchange, see `slices.collectives`; by arithmetic only of a
+        decoded token's layer, and nothing of a mixture.
+      collectives_by: "compiler" or "arithmetic".
     """
 
     by: str
@@ -74,6 +88,10 @@ class Plan:
     bytes_per_token: int
     token_seconds: float
     first_token_seconds: dict[str, float]
+    mesh: dict[str, int] | None
+    per_host: dict[str, int]
+    collectives: dict[str, list[str]]
+    collectives_by: str
 
     def describe(self) -> dict[str, Any]:
         """JSON data."""
@@ -115,8 +133,9 @@ def plan(
     config: ModelConfig, chip: str, recipe: Recipe | None, *, dtype: str = "bfloat16",
     dense_memory: Memory = "device", batch: int = 1, prompt_tokens: int = 512,
     new_tokens: int = 128, link: float | None = None, compiled: bool = True,
+    mesh: Mapping[str, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """Plans `generate` for one device.
+    """Plans `generate` for one device, or for the devices of a mesh.
 
     Args:
       config: the model's.
@@ -129,12 +148,15 @@ def plan(
       new_tokens: most tokens of an answer.
       link: bytes per second between host and device; None for the chip's.
       compiled: ask the compiler, where there is one.
+      mesh: see `mesh.make_mesh`; None for one device.
 
     Returns:
       The plan.
 
     Raises:
-      ConfigError: a size below 1, or a recipe that needs more than the prompt.
+      ConfigError: a size below 1, a recipe that needs more than the prompt, or a model that the
+        mesh cannot share.
+      CheckpointError: weights on the host and a mesh together.
     """
     if min(batch, prompt_tokens, new_tokens) < 1 or (link is not None and link <= 0):
         raise ConfigError(
@@ -142,25 +164,24 @@ def plan(
             f"{batch}, {prompt_tokens} and {new_tokens}, {link}"
         )
     _check(recipe)
+    check_memory(dense_memory, mesh)
     base, it = chip_of(chip)
     read, made = bucket(prompt_tokens), bucket(new_tokens)
-    dense = params_shapes(config, dtype)
-    shapes = _decoded(config, recipe, dense)
-    device = _sizes(config, dense, shapes, batch, read + made, dtype)
+    mine = _share(config, recipe, dtype, batch, mesh)
+    device = _sizes(config, mine, read + made, dtype)
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
-    extra = _activations(config, dense, batch, read, dtype)
-    if host:
-        extra += host // config.n_layers
-    by, why, total = "arithmetic", "as asked", 0
+    extra = _activations(config, mine, read, dtype) + host // config.n_layers
+    by, why, total, exchanged = "arithmetic", "as asked", 0, None
     if compiled:
         try:
-            by, why, total = "compiler", "", _asked(
-                config, base, recipe, dtype=dtype, dense_memory=dense_memory, batch=batch,
+            total, exchanged = _asked(
+                config, base, recipe, mesh, dtype=dtype, dense_memory=dense_memory, batch=batch,
                 prompt_tokens=read, new_tokens=made,
             )  # fmt: skip
+            by, why = "compiler", ""
         except ChipError as e:
-            by, why = "arithmetic", str(e)
+            why = str(e)
     counted = sum(device.values())
     device["temporaries"] = max(total - counted, 0) if by == "compiler" else extra
     total = total if by == "compiler" else counted + extra
@@ -168,9 +189,70 @@ def plan(
     return Plan(
         by=by, why=why, device=device, total=total, host=host, memory=it.memory,
         fits=total <= usable,
-        **_times(config, recipe, shapes, device["cache"], it, link_speed(it, link), host,
-                 stored_bytes(dense), batch * read),
+        **_times(config, recipe, mine, device["cache"], it, link_speed(it, link), host, read),
+        mesh=None if mesh is None else dict(mesh), per_host=_per_host(base, mine, total),
+        collectives=share.sums(config, mine.sizes, mine.rows, dtype)
+        if exchanged is None else exchanged,
+        collectives_by="arithmetic" if exchanged is None else "compiler",
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """What one device has.
+
+    Attributes:
+      sizes: of the mesh, by axis; {} for one device.
+      rows: prompts of a batch.
+      whole: shapes of the whole dense tree.
+      dense: shapes of its part of it.
+      decoded: shapes of its part of the tree that is decoded.
+    """
+
+    sizes: dict[str, int]
+    rows: int
+    whole: Params
+    dense: Params
+    decoded: Params
+
+    @property
+    def model(self) -> int:
+        """How many devices share a weight."""
+        return self.sizes.get("kv", 1) * self.sizes.get("rep", 1)
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return self.model * self.sizes.get("data", 1)
+
+
+def _share(
+    config: ModelConfig, recipe: Recipe | None, dtype: str, batch: int,
+    mesh: Mapping[str, int] | None,
+) -> _Share:  # fmt: skip
+    """What one device has.
+
+    Raises:
+      ConfigError: a model that the mesh cannot share.
+    """
+    dense = params_shapes(config, dtype)
+    sizes = {"data": 1, "model": 1} | dict(mesh or {})
+    with contextlib.nullcontext() if mesh is None else in_shape(sizes, config):
+        axes = dict(jax.sharding.get_abstract_mesh().shape)
+        decoded = _decoded(config, recipe, dense)
+        return _Share(
+            axes, own_rows(batch), dense, share.own_params(dense, axes),
+            share.own_params(decoded, axes),
+        )  # fmt: skip
+
+
+def _per_host(chip: str, mine: _Share, total: int) -> dict[str, int]:
+    """What a host has, and what it reads."""
+    each = share.devices_per_host(chip, mine.devices)
+    return {
+        "hosts": -(-mine.devices // each), "devices": each, "device_bytes": each * total,
+        "reading": share.largest_read(mine.whole, mine.sizes, each),
+    }  # fmt: skip
 
 
 def _decoded(config: ModelConfig, recipe: Recipe | None, dense: Params) -> Params:
@@ -182,73 +264,102 @@ def _decoded(config: ModelConfig, recipe: Recipe | None, dense: Params) -> Param
     return decoded_shapes(dense, config, recipe, Offline(moments=moments))
 
 
-def _sizes(
-    config: ModelConfig, dense: Params, shapes: Params, batch: int, slots: int, dtype: str
-) -> dict[str, int]:
-    """Bytes by kind, but for temporaries."""
+def _sizes(config: ModelConfig, mine: _Share, slots: int, dtype: str) -> dict[str, int]:
+    """Bytes of a device by kind, but for temporaries."""
+    shapes = mine.decoded
     packed = [
         kernel
         for kernel in kernels(shapes["layers"]).values()
         if isinstance(kernel, QuantizedLinear | MixedLinear)
     ]
-    cache = jax.eval_shape(partial(empty_cache, config, batch, slots, dtype))
+    heads = share.own_cache(config, mine.sizes)
+    cache = jax.eval_shape(partial(empty_cache, heads, mine.rows, slots, dtype))
     return {
-        "dense": stored_bytes(kernels(dense["layers"])),
+        "dense": stored_bytes(kernels(mine.dense["layers"])),
         "packed": stored_bytes(packed),
         "tables": stored_bytes(shapes) - stored_bytes(kernels(shapes["layers"])),
         "cache": stored_bytes(cache),
     }
 
 
-def _activations(config: ModelConfig, dense: Params, batch: int, tokens: int, dtype: str) -> int:
+def _activations(config: ModelConfig, mine: _Share, tokens: int, dtype: str) -> int:
     """Bytes of a layer's activations: the stream, the hidden units; and of the logits."""
     wide = 1 if not config.gated else 2
-    rows = batch * tokens * (config.experts_per_token or 1)
+    rows = mine.rows * tokens * (config.experts_per_token or 1)
     item = jax.numpy.dtype(dtype).itemsize
-    return rows * (config.d_model + wide * config.d_ff) * item + 4 * batch * config.vocab_size
+    units = config.d_model + wide * config.d_ff // mine.model
+    return rows * units * item + 4 * mine.rows * config.vocab_size // mine.model
 
 
-def _asked(config: ModelConfig, chip: str, recipe: Recipe | None, **how: Any) -> int:
-    """Bytes of the device's memory that the compiler says a program takes.
+def _asked(
+    config: ModelConfig, chip: str, recipe: Recipe | None, mesh: Mapping[str, int] | None, *,
+    dense_memory: Memory, **how: Any,
+) -> tuple[int, dict[str, list[str]] | None]:  # fmt: skip
+    """What the compiler says that a program takes of a device's memory, and what devices exchange.
+
+    Returns:
+      Bytes; and see `slices.collectives`, None where there is no program to look into.
 
     Raises:
+      ChipError: there is no compiler, or none for so many devices.
       JaxRuntimeError: the compiler refuses it for another reason than memory.
     """
     try:
-        said = compile_generate(config, chip, recipe, **how).memory_analysis()
+        if mesh is None:
+            made = compile_generate(config, chip, recipe, dense_memory=dense_memory, **how)
+        else:
+            made = compile_on_slice(config, _slice(chip, mesh), mesh, recipe, **how)
     except jax.errors.JaxRuntimeError as e:
         # "… memory required for HLO temporaries (18.62G) exceeds available HBM (15.75G)": of all.
         needed = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(e))
         if needed is None:
             raise
-        return round(float(needed[1]) * {"G": 2**30, "M": 2**20}[needed[2]])
-    return (
+        return round(float(needed[1]) * {"G": 2**30, "M": 2**20}[needed[2]]), None
+    said = made.memory_analysis()
+    total = (
         said.argument_size_in_bytes + said.temp_size_in_bytes + said.output_size_in_bytes
         - said.alias_size_in_bytes + said.generated_code_size_in_bytes
     )  # fmt: skip
+    return total, {} if mesh is None else collectives(made.as_text())
+
+
+def _slice(chip: str, mesh: Mapping[str, int]) -> str:
+    """The slice of a mesh, for the TPU compiler.
+
+    Raises:
+      ChipError: there is none.
+    """
+    devices = mesh.get("data", 1) * mesh.get("model", 1)
+    found = share.slice_of(chip, devices)
+    if found is None:
+        known = share.SLICES.get(chip)
+        some = f"{', '.join(map(str, known or ()))} {chip}" if known else ", ".join(share.SLICES)
+        raise ChipError(f"a compiler is asked for slices of {some}, not for {devices} {chip}")
+    return found
 
 
 def _times(
-    config: ModelConfig, recipe: Recipe | None, shapes: Params, cache: int, chip: Chip,
-    link: float, host: int, weights: int, tokens: int,
+    config: ModelConfig, recipe: Recipe | None, mine: _Share, cache: int, chip: Chip,
+    link: float, host: int, tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The lower bounds of a plan."""
-    each = bytes_per_token(shapes, config)
+    each = bytes_per_token(mine.decoded, config)
     streamed = 0
     if recipe is None and host:
         # Without a recipe every token fetches the blocks again; of experts those it is sent to.
-        streamed = round(host * each / stored_bytes(shapes)) if config.n_experts else host
+        streamed = host
+        if config.n_experts:
+            streamed = round(host * each / stored_bytes(mine.decoded))
     token = (each - streamed + cache) / chip.bandwidth + streamed / link
-    on_device = weights - host
+    on_device = stored_bytes(mine.dense) - host
     read = max(on_device / chip.bandwidth, host / link)
     streams = 2 if recipe is not None and recipe.prefill == "both" else 1
+    flops = streams * 2 * _used_weights(config) / mine.model * mine.rows * tokens
     return {
         "bytes_per_token": each + cache,
         "token_seconds": token,
-        "first_token_seconds": {
-            "read": read, "multiply": streams * 2 * _used_weights(config) * tokens / chip.flops,
-        },
-    }  # fmt: skip
+        "first_token_seconds": {"read": read, "multiply": flops / chip.flops},
+    }
 
 
 def _used_weights(config: ModelConfig) -> float:
@@ -256,6 +367,6 @@ def _used_weights(config: ModelConfig) -> float:
     total = 0.0
     routed = {name for site in EXPERT_SITES for name in SITES[site]}
     for name, kernel in kernels(params_shapes(config)["layers"]).items():
-        share = config.experts_per_token / config.n_experts if config.n_experts else 1.0
-        total += kernel.size * (share if name in routed else 1.0)
+        part = config.experts_per_token / config.n_experts if config.n_experts else 1.0
+        total += kernel.size * (part if name in routed else 1.0)
     return total

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from ttq_jax.chips.absent import CHIPS, QUIET, ChipError, chip, compiled_afresh
 from ttq_jax.chips.released import params_shapes, released_config
+from ttq_jax.config import ModelConfig
 from ttq_jax.generate import generate_tokens
 from ttq_jax.mesh import make_mesh
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
@@ -32,19 +33,20 @@ _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 
 
 def compile_on_slice(
-    model: str, slice_: str, sizes: Mapping[str, int], recipe: Recipe, *, batch: int = 1,
-    prompt_tokens: int = 512, new_tokens: int = 128,
+    model: str | ModelConfig, slice_: str, sizes: Mapping[str, int], recipe: Recipe | None, *,
+    batch: int = 1, prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
 ) -> Any:  # fmt: skip
-    """Compiles `generate_tokens` at a released model's full size, bfloat16, on a mesh.
+    """Compiles `generate_tokens` at a model's full size on a mesh.
 
     Args:
-      model: one of `released.RELEASED`.
+      model: one of `released.RELEASED`, or the configuration of another model.
       slice_: a TPU of `chips.CHIPS` and its shape, as the compiler writes it: "v5e:2x4".
       sizes: see `mesh.make_mesh`; they take all its devices.
-      recipe: how to quantize; without a corpus and without low rank.
+      recipe: how to quantize; without a corpus and without low rank. None for not.
       batch: prompts read together.
       prompt_tokens: T.
       new_tokens: most tokens to generate.
+      dtype: of the dense weights and the activations.
 
     Returns:
       The executable; its memory is a device's.
@@ -60,7 +62,7 @@ def compile_on_slice(
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     found = topologies.get_topology_desc(platform="tpu", topology_name=slice_)
-    config = released_config(model)
+    config = released_config(model) if isinstance(model, str) else model
     mesh = make_mesh(sizes, config, found.devices)
 
     def at(shape: Any, *axes: str | None) -> Any:
@@ -68,13 +70,14 @@ def compile_on_slice(
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     with use_abstract_mesh(mesh.abstract_mesh), compiled_afresh():
-        params, moments = params_shapes(config), {}
-        if recipe.source.prior == "weights":
-            prior = partial(prior_from_weights, config=config, reads=recipe.reads)
-            moments = jax.eval_shape(prior, params)
-        see = partial(for_unreached, config=config, reads=recipe.reads)
-        moments = jax.eval_shape(see, params, moments)
-        if recipe.head is not None:
+        params, moments = params_shapes(config, dtype), {}
+        if recipe is not None:
+            if recipe.source.prior == "weights":
+                prior = partial(prior_from_weights, config=config, reads=recipe.reads)
+                moments = jax.eval_shape(prior, params)
+            see = partial(for_unreached, config=config, reads=recipe.reads)
+            moments = jax.eval_shape(see, params, moments)
+        if recipe is not None and recipe.head is not None:
             params = params | jax.eval_shape(partial(pack_head, bits=recipe.head), params)
         size, shape = (batch, prompt_tokens), jax.ShapeDtypeStruct
         prompts = Prompts(shape(size, jnp.int32), shape(size, jnp.bool_))

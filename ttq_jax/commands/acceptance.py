@@ -18,6 +18,7 @@ from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.intervals import TOO_FEW
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
+from ttq_jax.partition import on
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
@@ -46,9 +47,11 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     needs = needs_of(args, recipe)
     calibration = calibration_text(needs, progress)
     model, _ = load_model(
-        args.model, args.dtype, progress, args.ignore_key, dense_memory=args.dense_memory
-    )
-    check_selection(model.params, recipe)
+        args.model, args.dtype, progress, args.ignore_key,
+        mesh=args.mesh, dense_memory=args.dense_memory,
+    )  # fmt: skip
+    with on(model.mesh):
+        check_selection(model.params, recipe)
     windows = cut_windows(model.tokenizer, corpus, args.window, max_windows=args.max_windows)
     if args.save_recipe:
         save_recipe(args.save_recipe, recipe)

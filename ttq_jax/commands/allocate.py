@@ -16,6 +16,7 @@ from ttq_jax.evaluation.preparation import calibration_text, load_model, windows
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths
 from ttq_jax.offline.calibrate import prepare_unpacked
+from ttq_jax.partition import on
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
@@ -132,18 +133,21 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     needs = needs_of(args, recipe)
     text = calibration_text(needs, progress)
     model, _ = load_model(
-        args.model, args.dtype, progress, args.ignore_key, dense_memory=args.dense_memory
-    )
-    check_selection(model.params, recipe)
-    _check_budget(args.budget, *sizes(model, recipe, widths), widths)
+        args.model, args.dtype, progress, args.ignore_key,
+        mesh=args.mesh, dense_memory=args.dense_memory,
+    )  # fmt: skip
+    with on(model.mesh):
+        check_selection(model.params, recipe)
+        _check_budget(args.budget, *sizes(model, recipe, widths), widths)
     cut = cut_windows(model.tokenizer, corpus, args.window)
     at = np.linspace(0, len(cut) - 1, min(args.max_windows, len(cut))).astype(int)
     with progress.stage("measuring widths") as update:
         offline = prepare_unpacked(model, recipe, windows_read(needs, model, text))
-        measured = measure_widths(
-            model.params, cut[at], recipe, offline, config=model.config,
-            prompt_tokens=args.prompt_tokens, widths=widths, progress=update,
-        )  # fmt: skip
+        with on(model.mesh):
+            measured = measure_widths(
+                model.params, cut[at], recipe, offline, config=model.config,
+                prompt_tokens=args.prompt_tokens, widths=widths, progress=update,
+            )  # fmt: skip
     made = dataclasses.replace(recipe, widths=allocate(measured, args.budget))
     bits, found = judged(measured, made)
     flat = {b: dataclasses.replace(recipe.grid, bits=b) for b in widths}

@@ -30,6 +30,7 @@ from ttq_jax.evaluation.describe import describe_method
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.generation import Generation
+from ttq_jax.partition import on
 from ttq_jax.prompts import PromptError, bucket
 from ttq_jax.quant.names import misnamed
 from ttq_jax.quant.recipe import Recipe
@@ -177,7 +178,8 @@ class _Session:
             )
         recipe = recipe_named(name, {}, [])
         speculation.check(self.args.speculate, recipe)
-        check_selection(self.model.params, recipe)
+        with on(self.model.mesh):
+            check_selection(self.model.params, recipe)
         needs = dataclasses.replace(needs_of(self.args, recipe), method=name)
         text = calibration_text(needs, self.progress)
         self.offline, _ = interruptible(
@@ -294,10 +296,12 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 
     def load() -> tuple[Model, Offline]:
         model, _ = load_model(
-            args.model, args.dtype, progress, args.ignore_key, dense_memory=args.dense_memory
-        )
+            args.model, args.dtype, progress, args.ignore_key,
+            mesh=args.mesh, dense_memory=args.dense_memory,
+        )  # fmt: skip
         template_of(model)
-        check_selection(model.params, recipe)
+        with on(model.mesh):
+            check_selection(model.params, recipe)
         return model, prepare_offline(needs, model, text, progress)[0]
 
     model, offline = interruptible(load)

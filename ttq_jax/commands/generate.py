@@ -141,12 +141,13 @@ def _check(args: argparse.Namespace) -> None:
             f"--stream: expected --batch-size 1, one answer at a time, got {args.batch_size}"
         )
     if args.mesh is not None:
-        for option in ("stream", "conversation"):
-            if getattr(args, option):
-                raise ConfigError(
-                    f"--mesh: --{option} answers on one device only; leave out one of the two"
-                )
         parse_mesh(args.mesh)
+    for option in ("stream", "conversation"):
+        if args.processes is not None and getattr(args, option):
+            raise ConfigError(
+                f"--processes: --{option} answers in one process only, which reads what every "
+                "device has; leave out one of the two"
+            )
 
 
 def _questions(
@@ -255,6 +256,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     model, _ = load_model(
         args.model, args.dtype, progress, args.ignore_key, tables,
         mesh=args.mesh, dense_memory=args.dense_memory,
+        batches=dict.fromkeys(
+            min(args.batch_size, len(prompts) - at)
+            for at in range(0, len(prompts), args.batch_size)
+        ),
     )  # fmt: skip
     with on(model.mesh):
         check_selection(model.params, recipe)

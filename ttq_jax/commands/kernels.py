@@ -18,7 +18,7 @@ from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.experts import rows_per_block
-from ttq_jax.mesh import check_rows, in_shape, parse
+from ttq_jax.mesh import check_rows, in_shape, parse, undivided
 from ttq_jax.models.prompt_attention import refusal
 from ttq_jax.partition import SPLITS, count, own_rows, own_shape, shared
 from ttq_jax.quant.clip import ClipSearch
@@ -177,6 +177,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         config = load_model(args.model, "bfloat16", progress, args.ignore_key)[0].config
     target = target_of(args.chip)
     sizes = None if args.mesh is None else parse(args.mesh)
+    if note := undivided(sizes, args.batch_size):
+        progress.note(note)
     with contextlib.nullcontext() if sizes is None else in_shape(sizes, config):
         rows = listing(
             config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,

@@ -194,6 +194,7 @@ def _chat_parser(commands: Any) -> None:
         "are, beside packed ones: /recipe may ask for another width."
     )  # fmt: skip
     add_model(parser)
+    add_mesh(parser)
     add_system(parser)
     add_asking(parser, 512)
     add_conversation(parser)
@@ -223,6 +224,7 @@ def _acceptance_parser(commands: Any) -> None:
         "acceptance", help="compare quantized weights with the unquantized ones, token by token"
     )
     add_model(parser)
+    add_mesh(parser)
     add_text(parser)
     add_window(parser)
     _add_quantizing(parser)
@@ -233,6 +235,7 @@ def _prepare_parser(commands: Any) -> None:
         "prepare", help="compute and save what a recipe needs before any prompt"
     )
     add_model(parser)
+    add_mesh(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR",
         help="save it here, for --prepared; replaces what an earlier ttq prepare saved",
@@ -247,6 +250,7 @@ def _allocate_parser(commands: Any) -> None:
         "allocate", help="choose the bits of each projection of each layer within a budget"
     )
     add_model(parser)
+    add_mesh(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
         help="text to choose the bits on, named as for ttq perplexity; do not score on it later"
@@ -334,6 +338,7 @@ def _plan_parser(commands: Any) -> None:
     about = "tell whether a model fits a chip, and how fast it could be, without its weights"
     parser = commands.add_parser("plan", help=about, description=f"{about}.")
     add_plan(parser)
+    add_mesh(parser)
     add_dense_memory(parser)
     add_ignore_key(parser)
     _add_recipe(parser)

@@ -1,6 +1,7 @@
 """`ttq plan`: whether a model fits a chip, and how fast it could be at best."""
 
 import argparse
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.evaluation.describe import table, versions
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.mesh import parse, undivided
 
 _GIB = 2**30
 _KINDS = {
@@ -63,12 +65,15 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     config = config_of(args.model, args.ignore_key, progress)
     link = None if args.host_link is None else args.host_link * 1e9
+    mesh = None if args.mesh is None else parse(args.mesh)
+    if note := undivided(mesh, args.batch_size):
+        progress.note(note)
     doing = "adding up" if args.arithmetic else "compiling"
     with progress.stage(f"{doing} {args.model} for {args.chip}"):
         made = plan(
             config, args.chip, recipe, dtype=args.dtype, dense_memory=args.dense_memory,
             batch=args.batch_size, prompt_tokens=args.prompt_tokens,
-            new_tokens=args.max_new_tokens, link=link, compiled=not args.arithmetic,
+            new_tokens=args.max_new_tokens, link=link, compiled=not args.arithmetic, mesh=mesh,
         )  # fmt: skip
     _, chip = chip_of(args.chip)
     speeds = {
@@ -90,25 +95,49 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 def _in_words(args: argparse.Namespace, made: Plan, speeds: dict[str, Any]) -> str:
     """A plan for people."""
     size = lambda n: f"{n / _GIB:.2f} GiB"  # noqa: E731
+    several = made.mesh is not None
     rows = [[_KINDS[kind], size(n)] for kind, n in made.device.items() if n]
     if made.by == "arithmetic":
         rows[-1][0] += ", about"
-    rows += [["on the device", f"{size(made.total)} of {size(made.memory)}"]]
+    where = "on each device" if several else "on the device"
+    rows += [[where, f"{size(made.total)} of {size(made.memory)}"]]
+    if several:
+        host = made.per_host
+        of = f"each of {host['hosts']} hosts" if host["hosts"] > 1 else "the host"
+        rows += [[f"on the {host['devices']} devices of {of}", size(host["device_bytes"])]]
     if made.host:
         rows += [["in the host's memory", size(made.host)]]
+    rows += [["largest array that a host reads", size(made.per_host["reading"])]]
     first = made.first_token_seconds
-    verdict = f"{args.model} {'fits' if made.fits else 'does not fit'} {args.chip}"
+    place = f"each {args.chip} of a mesh of {args.mesh}" if several else args.chip
+    verdict = f"{args.model} {'fits' if made.fits else 'does not fit'} {place}"
     how = "by its compiler" if made.by == "compiler" else f"by arithmetic ({made.why})"
     link = "assumed" if speeds["host_link_assumed"] else "at its peak"
     over = f", the host's at {speeds['host_link'] / 1e9:.3g} GB/s ({link})" if made.host else ""
+    of = " of a device" if several else ""
     return "\n".join([
         f"{verdict}: {args.prompt_tokens} + {args.max_new_tokens} tokens, batch "
         f"{args.batch_size}, {how}",
         "",
         table(rows, left=1),
         "",
-        f"each token reads {size(made.bytes_per_token)}: at least "
+        f"each token reads {size(made.bytes_per_token)}{of}: at least "
         f"{1e3 * made.token_seconds:.2f} ms, {1 / made.token_seconds:.0f} per second",
         f"the first token takes at least {max(first.values()):.2g} s: {first['read']:.2g} s to "
         f"read the weights{over}, {first['multiply']:.2g} s to multiply",
+        *(_exchanged(made) if several else []),
     ])  # fmt: skip
+
+
+def _exchanged(made: Plan) -> list[str]:
+    """What the devices exchange in each layer, in lines."""
+    by = "by the compiler" if made.collectives_by == "compiler" else "by arithmetic"
+    if "token's layer" not in made.collectives:
+        return ["of what the devices of a mixture of experts exchange only a compiler tells"]
+    lines = []
+    for what, said in (("token's layer", "a decoded token"), ("prompt's layer", "the prompt")):
+        if what in made.collectives:
+            counts = collections.Counter(made.collectives[what])
+            listed = ", ".join(f"{n} x {one}" for one, n in counts.items()) or "nothing"
+            lines.append(f"in each layer of {said} the devices exchange, {by}: {listed}")
+    return [*lines, "the time that this takes is not counted"]

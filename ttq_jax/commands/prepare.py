@@ -10,6 +10,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import made_by, megabytes
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.partition import on
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.types import Offline, kernels, stored_bytes
 
@@ -46,9 +47,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     text = calibration_text(needs, progress)
     model, _ = load_model(
         args.model, args.dtype, progress, args.ignore_key, recipe,
-        dense_memory=args.dense_memory,
+        mesh=args.mesh, dense_memory=args.dense_memory,
     )  # fmt: skip
-    check_selection(model.params, recipe)
+    with on(model.mesh):
+        check_selection(model.params, recipe)
     offline, seconds = prepare_offline(needs, model, text, progress)
     found = parts(offline)
     with progress.stage(f"writing {args.out}"):

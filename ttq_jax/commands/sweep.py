@@ -10,7 +10,7 @@ from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import table
 from ttq_jax.evaluation.perplexity import Perplexity
 from ttq_jax.evaluation.progress import Progress, clock
-from ttq_jax.mesh import parse
+from ttq_jax.mesh import parse, undivided
 from ttq_jax.sweeps.axes import Cell, read_sweep, varying_axes
 from ttq_jax.sweeps.rows import Row, Rows, read_rows
 from ttq_jax.sweeps.run import Runner, git_commit, head_of
@@ -141,7 +141,10 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     rows = Rows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
     rows.repair()
     done = rows.read()
-    runner = Runner(progress.note, None if args.mesh is None else parse(args.mesh))
+    mesh = None if args.mesh is None else parse(args.mesh)
+    if note := undivided(mesh, 1):
+        progress.note(note)
+    runner = Runner(progress.note, mesh)
     _of_others(cells, done, runner)
 
     def pending(cell: Cell, done: dict[str, Row]) -> bool:

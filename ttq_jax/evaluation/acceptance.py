@@ -31,11 +31,11 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import expect
 from ttq_jax.evaluation.intervals import mean95
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.mesh import check_alone
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.partition import on_its_mesh, put, whole
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.recipe import Recipe
@@ -133,7 +133,7 @@ def compare_window(
     tree, valid = speculation.drafter(packed, offline), jnp.ones(rest.shape, bool)
     hidden, _, _ = forward(config, params, rest, valid, cache)
     drafted, _, _ = forward(config, tree, rest, valid, cache)
-    return _compare(config, params, tree, hidden[0], drafted[0]) / rest.size
+    return whole(_compare(config, params, tree, hidden[0], drafted[0]) / rest.size)
 
 
 def stream(
@@ -156,7 +156,6 @@ def stream(
       NotFiniteError: see there.
     """
     speculation.check(1, recipe, model)
-    check_alone(model, "acceptance")
     windows = check_windows(windows, model.config.vocab_size, model.tokenizer)
     length, context = windows.shape[1], model.config.max_positions
     if not 1 <= prompt_tokens < length - 1:
@@ -173,19 +172,31 @@ def stream(
     sizes = effective_bits(shapes), model_bits(shapes), bytes_per_token(shapes, model.config)
     start, found = time.perf_counter(), np.zeros((0, 3))
     for window in windows:
-        how: dict[str, Any] = {"config": model.config, "recipe": recipe}
-        one = compare_window(
-            model.params, jax.device_put(window), offline, length=prompt_tokens, **how
-        )
-        found = np.vstack([found, np.asarray(jax.device_get(one), np.float64)])
-        if not np.isfinite(found[-1]).all():
-            prompts = pad_prompts([window[:prompt_tokens].tolist()], max_positions=context)
-            raise_not_finite(model.params, prompts, offline, **how)
+        found = np.vstack([found, _measured(model, window, recipe, offline, prompt_tokens)])
         greedy, sampled, divergence = map(tuple, found.T.tolist())
         yield Acceptance(
             greedy, sampled, divergence, length - prompt_tokens - 1, time.perf_counter() - start,
             *sizes,
         )  # fmt: skip
+
+
+@on_its_mesh
+def _measured(
+    model: Model, window: np.ndarray, recipe: Recipe, offline: Offline, prompt_tokens: int
+) -> np.ndarray:
+    """`compare_window` of a loaded model, as numbers.
+
+    Raises:
+      NotFiniteError: one of them is not finite.
+    """
+    how: dict[str, Any] = {"config": model.config, "recipe": recipe}
+    one = compare_window(model.params, put(window), offline, length=prompt_tokens, **how)
+    found = np.asarray(jax.device_get(one), np.float64)
+    if not np.isfinite(found).all():
+        read = [window[:prompt_tokens].tolist()]
+        prompts = pad_prompts(read, max_positions=model.config.max_positions)
+        raise_not_finite(model.params, prompts, offline, **how)
+    return found
 
 
 def acceptance(

@@ -21,6 +21,7 @@ from ttq_jax.finite import raise_not_finite
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
+from ttq_jax.partition import on_its_mesh, put, whole
 from ttq_jax.prefill import last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, check_ids, pad_prompts
 from ttq_jax.quant.head import joined
@@ -103,9 +104,10 @@ def score_padded(
 
     chunks = rows.reshape(-1, together, width), lengths.reshape(-1, together)
     scores, greedy = jax.lax.map(score, chunks)
-    return scores.reshape(-1), greedy.reshape(-1)
+    return whole((scores.reshape(-1), greedy.reshape(-1)))
 
 
+@on_its_mesh
 def score_continuations(
     model: Model,
     prompt: Sequence[int],
@@ -144,7 +146,7 @@ def score_continuations(
     params, offline = joined(model.params, recipe, offline)
     scores, greedy = jax.device_get(
         score_padded(
-            params, prompts, *jax.device_put((rows, lengths)), offline,
+            params, prompts, *put((rows, lengths)), offline,
             config=model.config, recipe=recipe,
         )
     )  # fmt: skip
@@ -177,6 +179,7 @@ def stretches(
         start = end
 
 
+@on_its_mesh
 def continue_until(
     model: Model,
     prompt: Sequence[int],
@@ -216,14 +219,14 @@ def continue_until(
     ends = {*model.eos_ids, *(ids[0] for ids in single if not tokenizer.continuation(prompt, ids))}
     params, offline = joined(model.params, recipe, offline)
     run = partial(
-        generate_tokens, params, prompts, offline, key, config=model.config, recipe=recipe,
+        generate_tokens, params, prompts, offline, put(key), config=model.config, recipe=recipe,
         sampling=sampling, capacity=bucket(limit), eos_ids=tuple(sorted(ends)),
     )  # fmt: skip
     # The program knows tokens, not texts. It runs for a few tokens and, if none of `until` appears,
     # again for more; the first ones come out the same.
     upto = min(SMALLEST_BUCKET, limit) if until else limit
     while True:
-        tokens, counts, fine, *_ = jax.device_get(run(jax.device_put(np.int32(upto))))
+        tokens, counts, fine, *_ = jax.device_get(run(put(np.int32(upto))))
         if not fine:
             raise_not_finite(params, prompts, offline, config=model.config, recipe=recipe)
         count = int(counts[0])

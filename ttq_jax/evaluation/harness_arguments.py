@@ -10,6 +10,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.preparation import Needs, calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
+from ttq_jax.partition import on
 from ttq_jax.quant.names import DEFAULT
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
@@ -19,7 +20,7 @@ from ttq_jax.sampling import Sampling
 _SHORT = ("bits", "group_size", "rank", "symmetric")
 _OTHERS = (
     "model", "recipe", "calibration", "calibration_tokens", "prepared", "dtype", "max_length",
-    "seed", "ignore_key", "dense_memory",
+    "seed", "ignore_key", "dense_memory", "mesh",
 )  # fmt: skip
 OPTIONS = (*_OTHERS, *_SHORT)
 """The model arguments that are not settings of a recipe."""
@@ -100,9 +101,10 @@ def load_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     keys = str(given["ignore_key"] or "").split()
     model, _ = load_model(
         str(given["model"]), given["dtype"] or "float32", progress, keys, recipe,
-        dense_memory=given["dense_memory"] or "device",
+        dense_memory=given["dense_memory"] or "device", mesh=given["mesh"],
     )  # fmt: skip
-    check_selection(model.params, recipe)
+    with on(model.mesh):
+        check_selection(model.params, recipe)
     offline, _ = prepare_offline(needs, model, text, progress)
     said: dict[str, Any] = {"method": name}
     if text is not None:

@@ -5,7 +5,7 @@ Every step shows its progress. Texts are read before anything slow begins.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.mesh import parse as parse_mesh
+from ttq_jax.mesh import undivided
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
@@ -55,7 +56,7 @@ class Needs:
 def load_model(
     name: str, dtype: Literal["float32", "bfloat16"], progress: Progress,
     ignore_keys: Sequence[str] = (), recipe: Recipe | None = None, *,
-    mesh: str | None = None, dense_memory: Memory = "device",
+    mesh: str | None = None, dense_memory: Memory = "device", batches: Iterable[int] = (1,),
 ) -> tuple[Model, float]:  # fmt: skip
     """Loads a model, and prints what is to be known of its files.
 
@@ -68,6 +69,8 @@ def load_model(
         for several, or the unquantized model.
       mesh: such as "data=2,model=4"; None for one device.
       dense_memory: see `checkpoint.load`.
+      batches: how many prompts will be read together; a mesh that does not divide one of these
+        numbers gets a note.
 
     Returns:
       The model and the seconds it took.
@@ -79,7 +82,7 @@ def load_model(
             ignore_keys=ignore_keys, head=None if recipe is None else recipe.head,
             mesh=sizes, dense_memory=dense_memory,
         )  # fmt: skip
-    for note in model.notes:
+    for note in (*model.notes, *filter(None, (undivided(sizes, n) for n in batches))):
         progress.note(note)
     return model, time.perf_counter() - start
 

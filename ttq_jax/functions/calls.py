@@ -1,7 +1,7 @@
 """`read`, `observe`, `quantize`, `run`, `kernels`: a user's function, and packed weights for it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,21 @@ from ttq_jax.functions.control import HANDLERS
 from ttq_jax.functions.modules import path_of
 from ttq_jax.functions.moments import Observing
 from ttq_jax.functions.packed import PackedKernel, is_packed, multiplied, quantized
-from ttq_jax.functions.plan import Call, Plan, Table, plan_of, table_of, traced_call
+from ttq_jax.functions.plan import (
+    Call,
+    Plan,
+    Table,
+    plan_of,
+    shardings_of,
+    table_of,
+    traced_call,
+)
 from ttq_jax.functions.refusals import check_groups, dense_only, priors_of, served
+from ttq_jax.functions.sharding import splits_of
 from ttq_jax.functions.sites import Observed, Operand, Site, merged
 from ttq_jax.functions.static import StaticFactors, check_static
 from ttq_jax.functions.trace import Evaluator, FunctionError, Kernel, Product
+from ttq_jax.partition import Split
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Moments
 
@@ -94,6 +104,7 @@ def quantize(
     *,
     prior: Observed | None = None,
     static: StaticFactors | None = None,
+    shardings: Any = None,
 ) -> Any:
     """Packs every parameter that was observed; pure and jittable.
 
@@ -103,14 +114,16 @@ def quantize(
       recipe: how.
       prior: moments of a corpus for a recipe with `moments.prior` "corpus".
       static: see `read`.
+      shardings: see `read`.
 
     Returns:
       The tree with packed parameters, for `run`. Everything else is shared.
 
     Raises:
       ConfigError: the recipe is for our own decoder only, or its prior is missing, or the static
-        factors are another recipe's.
-      FunctionError: an observed parameter is not in the tree, or has no static factors.
+        factors are another recipe's, or a group would lie on several devices.
+      FunctionError: an observed parameter is not in the tree, has no static factors, or is sharded
+        in a way that packed weights cannot be.
     """
     recipe = served(recipe)
     check_static(static, recipe)
@@ -124,8 +137,11 @@ def quantize(
                     f"{operand.path}: expected the tree that was observed, whose paths are "
                     f"{', '.join(list(leaves)[:5])}, …"
                 )
-    check_groups(recipe, leaves, {o for site in observed.sites for o in site.operands})
-    made = _packed(observed.sites, leaves, recipe, priors_of(recipe, prior), static)
+    operands = {o for site in observed.sites for o in site.operands}
+    check_groups(recipe, leaves, operands)
+    lie = shardings_of(list(leaves.items()), shardings)
+    splits = splits_of(lie, leaves, operands, recipe)
+    made = _packed(observed.sites, leaves, recipe, priors_of(recipe, prior), static, splits)
     return jax.tree.unflatten(tree, [made.get(path, leaf) for path, leaf in leaves.items()])
 
 
@@ -145,6 +161,7 @@ def read(
     select: str | None = None,
     prior: Observed | None = None,
     static: StaticFactors | None = None,
+    shardings: Any = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """Reads a prompt with the function, and quantizes its parameters for that prompt.
 
@@ -159,6 +176,8 @@ def read(
       prior: see `quantize`.
       static: what `static_factors` made of these parameters; None for a recipe without a static
         low-rank part, or to make it in every call, by an SVD of every packed weight.
+      shardings: of sharded parameters inside a jit, where nobody can see it, how they lie: a tree
+        like theirs, `jax.tree.map(lambda a: a.sharding, params)`. Packed weights lie as they do.
 
     Returns:
       A function of the parameters and `fn`'s other arguments. It gives (what `fn` gives, bit for
@@ -166,8 +185,9 @@ def read(
 
     Raises:
       ConfigError: the recipe is for our own decoder only, or its prior is missing, or the static
-        factors are another recipe's.
-      FunctionError: (from that function) see `observe`; or a parameter has no static factors.
+        factors are another recipe's; (from that function) a group would lie on several devices.
+      FunctionError: (from that function) see `observe`; or a parameter has no static factors, or is
+        sharded in a way that packed weights cannot be.
     """
     recipe = served(recipe)
     check_static(static, recipe)
@@ -182,12 +202,14 @@ def read(
         call = traced_call(fn, dense_only(params), args, kwargs)
         plan = plan_of(call, select)
         check_groups(recipe, call.by_path, plan.operands)
-        hook = _Reading(plan, recipe, where, priors, static)
+        lie = shardings_of(call.leaves, shardings)
+        splits = splits_of(lie, call.by_path, plan.operands, recipe)
+        hook = _Reading(plan, recipe, where, priors, static, splits)
         ev = Evaluator(hook, HANDLERS, hook.end_scan)
         out, kept = call.evaluate(ev, _kernels(call, plan))
         sites = merged(one for one in kept if isinstance(one, Site))
         done = [one for one in kept if isinstance(one, _Made)]
-        made = _packed(sites, call.by_path, recipe, priors, static, done)
+        made = _packed(sites, call.by_path, recipe, priors, static, splits, done)
         leaves = [made.get(path, leaf) for path, leaf in call.leaves]
         return out, jax.tree.unflatten(call.tree, leaves)
 
@@ -199,10 +221,11 @@ class _Reading(Observing):
 
     def __init__(
         self, plan: Plan, recipe: Recipe, where: Any, priors: dict[Operand, Moments],
-        static: StaticFactors | None,
+        static: StaticFactors | None, splits: Mapping[Operand, Split],
     ):  # fmt: skip
         super().__init__(plan.operands, recipe.reads, where)
         self.plan, self.recipe, self.priors, self.static = plan, recipe, priors, static
+        self.splits = splits
         self.slices: dict[Operand, tuple[int, Any, Any]] = {}
 
     def __call__(self, ev: Evaluator, product: Product) -> None:
@@ -236,7 +259,8 @@ class _Reading(Observing):
                 (i,) = self.slices[site.operands[0]][2]
                 slice_of = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
                 static = [jax.tree.map(slice_of, f) for f in self.static.of(site.operands)]
-            packed = quantized(one, weights, self.recipe, None, static)
+            splits = tuple(map(self.splits.get, site.operands))
+            packed = quantized(one, weights, self.recipe, None, static, splits)
             pairs = zip(packed, site.operands, strict=True)
             out += [_Made(kernel, operand) for kernel, operand in pairs]
         return out
@@ -286,7 +310,8 @@ def _kernels(call: Call, plan: Plan) -> list[Any]:
 
 def _packed(
     sites: tuple[Site, ...], leaves: dict[str, Any], recipe: Recipe,
-    priors: dict[Operand, Moments], static: StaticFactors | None, done: Iterable[_Made] = (),
+    priors: dict[Operand, Moments], static: StaticFactors | None,
+    splits: Mapping[Operand, Split], done: Iterable[_Made] = (),
 ) -> dict[str, PackedKernel]:  # fmt: skip
     """By path, the packed parameters: a view for each way in which one is read.
 
@@ -302,7 +327,8 @@ def _packed(
         if priors and prior is None:
             raise ConfigError(f"prior: expected moments of {site.operands[0].path}, got none")
         fixed = None if static is None else static.of(site.operands)
-        made = quantized(site, weights, recipe, prior, fixed)
+        mine = tuple(map(splits.get, site.operands))
+        made = quantized(site, weights, recipe, prior, fixed, mine)
         for operand, kernel in zip(site.operands, made, strict=True):
             views.setdefault(operand.path, []).append((operand, kernel))
     out = {}

@@ -13,6 +13,7 @@ from ttq_jax.experts import gather_tokens, routed_linear, sort_by_expert
 from ttq_jax.functions.sites import Operand, Site, moved
 from ttq_jax.functions.trace import FunctionError, Product
 from ttq_jax.linear import dense_weight, linear
+from ttq_jax.partition import Split
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.lowrank import truncated_svd
 from ttq_jax.quant.recipe import Recipe
@@ -120,6 +121,7 @@ def quantized(
     recipe: Recipe,
     prior: Moments | None,
     static: list[LowRank] | None,
+    splits: tuple[Split | None, ...],
 ) -> list[PackedKernel]:
     """A site's kernels, each packed for its one operand.
 
@@ -130,12 +132,14 @@ def quantized(
       prior: of the same site; None without.
       static: low-rank parts, stacked as the moments are; None where the recipe has none, or where
         they are made here.
+      splits: how the devices of a mesh share each weight; None on one device.
 
     Returns:
       In the same order.
     """
     kinds = tuple(operand.kind for operand in site.operands)
-    views = _quantized(weights, (site.moments, prior, static), kinds=kinds, recipe=recipe)
+    of = (site.moments, prior, static)
+    views = _quantized(weights, of, kinds=kinds, recipe=recipe, splits=splits)
     rows = site.moments.count
     return [
         PackedKernel((view,), (rows,), (operand,), tuple(w.shape), str(w.dtype))
@@ -143,12 +147,13 @@ def quantized(
     ]
 
 
-@partial(jax.jit, static_argnames=("kinds", "recipe"))
+@partial(jax.jit, static_argnames=("kinds", "recipe", "splits"))
 def _quantized(
-    weights: list[Any], of: tuple[Any, ...], *, kinds: tuple[Operand, ...], recipe: Recipe
-) -> list[QuantizedLinear]:
+    weights: list[Any], of: tuple[Any, ...], *, kinds: tuple[Operand, ...], recipe: Recipe,
+    splits: tuple[Split | None, ...],
+) -> list[QuantizedLinear]:  # fmt: skip
     """One packed weight for each kind."""
-    return each_matrix(partial(_matrices, recipe=recipe), weights, of, kinds)
+    return each_matrix(partial(_matrices, recipe=recipe, splits=splits), weights, of, kinds)
 
 
 def each_matrix(
@@ -183,7 +188,9 @@ def each_matrix(
     return through(weights, of, [0] * len(kinds))
 
 
-def _matrices(at: tuple[list[Any], tuple[Any, ...]], recipe: Recipe) -> list[QuantizedLinear]:
+def _matrices(
+    at: tuple[list[Any], tuple[Any, ...]], recipe: Recipe, splits: tuple[Split | None, ...]
+) -> list[QuantizedLinear]:
     """Plain matrices that read one input, by the same code as our own decoder's."""
     matrices, (moments, prior, static) = at
     weights = {str(i): w for i, w in enumerate(matrices)}
@@ -194,7 +201,8 @@ def _matrices(at: tuple[list[Any], tuple[Any, ...]], recipe: Recipe) -> list[Qua
         static = [truncated_svd(w, rank, power) for w in matrices]
     factors = dict(zip(weights, static or [], strict=False))
     reads = moments if recipe.source.of != "none" else None
-    packed = quantize_site(weights, reads, recipe, factors)[1]
+    shared = dict(zip(weights, splits, strict=True))
+    packed = quantize_site(weights, reads, recipe, factors, splits=shared)[1]
     return [packed[name] for name in weights]
 
 

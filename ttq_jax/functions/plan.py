@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ttq_jax.functions.control import HANDLERS
 from ttq_jax.functions.modules import path_of, refuse_hijax, refuse_module
 from ttq_jax.functions.moments import Observing
 from ttq_jax.functions.packed import is_packed
+from ttq_jax.functions.sharding import sharding_of, unseen_mesh
 from ttq_jax.functions.sites import Operand, Site, merged
 from ttq_jax.functions.trace import FLOATS, Evaluator, FunctionError, Kernel
 from ttq_jax.quant.widths import check_pattern
@@ -75,14 +77,16 @@ def traced_call(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> 
       The traced call.
 
     Raises:
-      FunctionError: `fn` is a module, or a parameter is a hijax variable, or sharded.
+      FunctionError: `fn` is a module, a parameter is a hijax variable, or is sharded otherwise than
+        by the automatic axes of a mesh.
     """
     refuse_module(fn)
     found, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     leaves = [(path_of(path), leaf) for path, leaf in found]
     for path, leaf in leaves:
         refuse_hijax(path, leaf)
-    _warn_of_unknown({path: _refuse_sharded(path, leaf) for path, leaf in leaves})
+        if not is_packed(leaf) and _is_array(leaf):
+            sharding_of(path, leaf)
     shapes = [
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_packed(leaf) else leaf
         for _, leaf in leaves
@@ -101,46 +105,46 @@ def traced_call(fn: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> 
     return Call(jaxpr, jax.tree.structure(out), tree, leaves, arrays)
 
 
-def _warn_of_unknown(meshes: Mapping[str, str]) -> None:
-    """Says that parameters may be sharded, by path the mesh over whose devices, or ""."""
-    some = [path for path, mesh in meshes.items() if mesh]
-    if some:
-        warnings.warn(
-            f"{some[0]} and {len(some) - 1} other parameters are on a mesh of automatic axes, "
-            f"{meshes[some[0]]}: inside a jit nobody can see if they are sharded, and packed "
-            "weights inherit no sharding; put them on one device, or on a mesh of explicit axes, "
-            "where sharded ones are refused by name",
-            stacklevel=4,
-        )
-
-
-def _refuse_sharded(path: str, leaf: Any) -> str:
-    """Refuses a sharded parameter: packed planes would inherit no sharding.
+def shardings_of(leaves: list[tuple[str, Any]], given: Any) -> dict[str, NamedSharding]:
+    """Where the parameters lie that are on a mesh of several devices.
 
     Inside a jit an array's layout is part of its type only along explicit axes of a mesh. Along
-    automatic ones it is XLA's choice, and what is given as `in_shardings` is no type's at all.
+    automatic ones it is XLA's choice, so there the user has to say it.
+
+    Args:
+      leaves: (path, leaf) of each parameter.
+      given: a tree of shardings like the parameters', or None.
 
     Returns:
-      The mesh of several devices along whose automatic axes it may be sharded; "" for none.
+      By path.
 
     Raises:
-      FunctionError: the parameter is laid out over several devices.
+      FunctionError: another tree, or see `sharding.sharding_of`.
     """
-    unknown = ""
-    for array in filter(_is_array, jax.tree.leaves(leaf)):
-        sharding = getattr(jax.typeof(array), "sharding", None)
-        over = [axis for axis in getattr(sharding, "spec", ()) if axis is not None]
-        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            over = over or ([] if array.sharding.is_fully_replicated else [array.sharding])
-        elif sharding is not None:
-            automatic = {axis: sharding.mesh.shape[axis] for axis in sharding.mesh.auto_axes}
-            unknown = str(automatic) if max(automatic.values(), default=1) > 1 else unknown
-        if over:
+    said: list[Any] = [None] * len(leaves)
+    if given is not None:
+        said = jax.tree.leaves(given)
+        if len(said) != len(leaves) or not all(isinstance(s, jax.sharding.Sharding) for s in said):
             raise FunctionError(
-                f"{path} is sharded over devices ({over[0]}): expected parameters on one device; "
-                "gather it first, for example with jax.device_put(params, jax.devices()[0])"
+                f"shardings: expected one for each of the {len(leaves)} parameters, as in "
+                f"jax.tree.map(lambda a: a.sharding, params), got a tree of {len(said)}"
             )
-    return unknown
+    found = {
+        path: one
+        for (path, leaf), sharding in zip(leaves, said, strict=True)
+        if _is_array(leaf) and (one := sharding_of(path, leaf, sharding)) is not None
+    }  # fmt: skip
+    unseen = {path: unseen_mesh(leaf) for path, leaf in leaves if _is_array(leaf)}
+    some = [path for path, mesh in unseen.items() if mesh]
+    if given is None and some:
+        warnings.warn(
+            f"{some[0]} and {len(some) - 1} other parameters are on a mesh of automatic axes, "
+            f"{unseen[some[0]]}: inside a jit nobody can see if they are sharded, and packed "
+            "weights would inherit no sharding; pass shardings=jax.tree.map(lambda a: a.sharding, "
+            "params), made outside of it",
+            stacklevel=4,
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

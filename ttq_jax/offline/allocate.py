@@ -36,6 +36,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
+from ttq_jax.partition import on_several, put
 from ttq_jax.prefill import check_prior, n_experts
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.grid import BITS
@@ -233,11 +234,17 @@ def measure_widths(
       Errors, the mean over windows, and sizes.
 
     Raises:
-      ConfigError: no window, P outside its range, or a recipe that selects no projection.
+      ConfigError: no window, P outside its range, a recipe that selects no projection, or a
+        mixture of experts on a mesh.
       NotFiniteError: an error is infinite or NaN.
       ValueError: `offline` has no prior for experts.
     """
     check_prior(config, recipe, offline)
+    if config.n_experts and on_several():
+        raise ConfigError(
+            "allocate: expected a mixture of experts on one device: an expert's errors are summed "
+            "over tokens where its device has no part of the others; load it without a mesh"
+        )
     if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
         raise ConfigError(
             f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "
@@ -251,11 +258,11 @@ def measure_widths(
     for i, window in enumerate(check_windows(windows, config.vocab_size)):
         moments = offline.moments
         if recipe.source.of == "prompt":
-            prompt = jax.device_put(window[None, :prompt_tokens])
+            prompt = put(window[None, :prompt_tokens])
             seen = observe_tokens(params, prompt, config=config, reads=recipe.reads)
             moments = _blended(seen, moments, recipe.source)
-        key = make_key(i, FIXED)
-        inputs, gradient = sensitivities(params, jax.device_put(window), key, config=config)
+        key = put(make_key(i, FIXED))
+        inputs, gradient = sensitivities(params, put(window), key, config=config)
         for name, stack in dense.items():
             for j, width in enumerate(widths):
                 grid = dataclasses.replace(recipe.grid, bits=width)

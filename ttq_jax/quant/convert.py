@@ -199,6 +199,7 @@ def quantize_site(
     grids: dict[str, Grid] | None = None,
     layer: Array | int | None = None,
     x: Array | Streams | None = None,
+    splits: dict[str, Split | None] | None = None,
 ) -> tuple[dict[str, Array], dict[str, QuantizedLinear]]:
     """Quantizes the projections that read one input; pure and jittable.
 
@@ -211,6 +212,7 @@ def quantize_site(
       layer: index of the layer, whose moments and factors these are; None if not stacked.
       x: activations [..., d_in] to be multiplied by the weights, or None; of two streams, X is
         multiplied by the weights as given, X̃ by the quantized ones.
+      splits: by projection, how the devices of a mesh share it; None for as our own decoder's.
 
     Returns:
       ({projection: x·W without a bias} or {} without x, {projection: packed weight of one layer}).
@@ -226,8 +228,9 @@ def quantize_site(
         factors = low_rank.get(name)
         kept = None if factors is None else stored_factors(factors, rule, dtype)
         grid = grids[name] if grids else recipe.grid
-        check_rows(name, w.shape[-2], grid.group_size)
-        split = SPLITS[name].here() if name in SPLITS else None
+        split = (SPLITS if splits is None else splits).get(name)
+        split = None if split is None else split.here()
+        check_rows(name, w.shape[-2], grid.group_size, split)
         ready[name] = _Ready(w, layer, kept, None, grid, split)
     ready = _scaled(ready, moments, recipe)
     ys: dict[str, Array] = {}
