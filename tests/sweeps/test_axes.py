@@ -141,6 +141,10 @@ def test_missing_axes_files_and_changes(tmp_path):
     for bad in ("bits", "=3", "bits="):
         with pytest.raises(ConfigError, match="--axis: expected KEY=VALUE"):
             cells_of(tmp_path, "", bad)
+    with pytest.raises(
+        ConfigError, match=r"got group_size twice; .*: --axis group_size=32,64,128$"
+    ):
+        cells_of(tmp_path, "", "group-size=32,64", "bits=3", "group_size=128")
 
 
 def test_a_key_depends_on_what_is_measured_and_on_nothing_else():

@@ -140,11 +140,12 @@ def read_sweep(path: str, changes: Sequence[str] = ()) -> list[Cell]:
       Cells without repetition, in the order in which they run best.
 
     Raises:
-      ConfigError: not TOML, a key that is not an axis, or a value that its option does not take.
+      ConfigError: not TOML, a key that is not an axis or is changed twice, or a value that its
+        option does not take.
       CorpusError: the file cannot be read.
     """
     data = parse_toml(read_text(path, ConfigError), path, ConfigError)
-    given = dict(map(_change, changes))
+    given = _changes(changes)
     parts = data.pop("part", [{}])
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ConfigError(f"{path}: part: expected tables, [[part]], got {shown(parts)}")
@@ -179,6 +180,25 @@ def varying_axes(cells: Iterable[Cell]) -> list[str]:
         for axis, value in cell.values.items():
             seen.setdefault(axis, set()).add(str(value))
     return [axis for axis, values in seen.items() if len(values) > 1 or axis == "recipe"]
+
+
+def _changes(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Axes that replace those of the file.
+
+    Raises:
+      ConfigError: one has another form, or two are of one key.
+    """
+    given: dict[str, list[Any]] = {}
+    for text in texts:
+        key, values = _change(text)
+        if key in given:
+            both = ",".join([*given[key], *values])
+            raise ConfigError(
+                f"--axis: expected each key once, got {key} twice; give all its values at once: "
+                f"--axis {key}={both}"
+            )
+        given[key] = values
+    return given
 
 
 def _change(text: str) -> tuple[str, list[Any]]:
