@@ -141,9 +141,7 @@ def test_missing_axes_files_and_changes(tmp_path):
     for bad in ("bits", "=3", "bits="):
         with pytest.raises(ConfigError, match="--axis: expected KEY=VALUE"):
             cells_of(tmp_path, "", bad)
-    with pytest.raises(
-        ConfigError, match=r"got group_size twice; .*: --axis group_size=32,64,128$"
-    ):
+    with pytest.raises(ConfigError, match=r"got group_size twice.* --axis group_size=32,64,128$"):
         cells_of(tmp_path, "", "group-size=32,64", "bits=3", "group_size=128")
 
 
