@@ -20,7 +20,7 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.prior import for_unreached
-from ttq_jax.prefill import decoded_shapes
+from ttq_jax.prefill import check_chunk, decoded_shapes
 from ttq_jax.prompts import bucket
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import (
@@ -61,7 +61,8 @@ class Plan:
       fits: whether the total does.
       bytes_per_token: weights and cache that each decoded token reads.
       token_seconds: the same at the memory's speed; of dense blocks on the host at the link's.
-      first_token_seconds: lower bounds by cause: "read" (every weight once), "multiply".
+      first_token_seconds: lower bounds by cause: "read" (every weight once, or once for each part
+        of the prompt and once more to be quantized), "multiply".
     """
 
     by: str
@@ -114,7 +115,8 @@ def _check(recipe: Recipe | None) -> None:
 def plan(
     config: ModelConfig, chip: str, recipe: Recipe | None, *, dtype: str = "bfloat16",
     dense_memory: Memory = "device", batch: int = 1, prompt_tokens: int = 512,
-    new_tokens: int = 128, link: float | None = None, compiled: bool = True,
+    new_tokens: int = 128, prefill_chunk: int = 0, link: float | None = None,
+    compiled: bool = True,
 ) -> Plan:  # fmt: skip
     """Plans `generate` for one device.
 
@@ -127,6 +129,7 @@ def plan(
       batch: prompts read together.
       prompt_tokens: of the longest prompt; padded as `generate` does.
       new_tokens: most tokens of an answer.
+      prefill_chunk: see `generate`.
       link: bytes per second between host and device; None for the chip's.
       compiled: ask the compiler, where there is one.
 
@@ -134,7 +137,8 @@ def plan(
       The plan.
 
     Raises:
-      ConfigError: a size below 1, or a recipe that needs more than the prompt.
+      ConfigError: a size below 1, a recipe that needs more than the prompt, or a chunk that
+        `prefill.check_chunk` refuses.
     """
     if min(batch, prompt_tokens, new_tokens) < 1 or (link is not None and link <= 0):
         raise ConfigError(
@@ -142,6 +146,7 @@ def plan(
             f"{batch}, {prompt_tokens} and {new_tokens}, {link}"
         )
     _check(recipe)
+    check_chunk(prefill_chunk, recipe)
     base, it = chip_of(chip)
     read, made = bucket(prompt_tokens), bucket(new_tokens)
     dense = params_shapes(config, dtype)
@@ -149,7 +154,7 @@ def plan(
     device = _sizes(config, dense, shapes, batch, read + made, dtype)
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
-    extra = _activations(config, dense, batch, read, dtype)
+    extra = _activations(config, dense, batch, read, prefill_chunk, dtype)
     if host:
         extra += host // config.n_layers
     by, why, total = "arithmetic", "as asked", 0
@@ -157,19 +162,20 @@ def plan(
         try:
             by, why, total = "compiler", "", _asked(
                 config, base, recipe, dtype=dtype, dense_memory=dense_memory, batch=batch,
-                prompt_tokens=read, new_tokens=made,
+                prompt_tokens=read, new_tokens=made, prefill_chunk=prefill_chunk,
             )  # fmt: skip
         except ChipError as e:
             by, why = "arithmetic", str(e)
     counted = sum(device.values())
     device["temporaries"] = max(total - counted, 0) if by == "compiler" else extra
     total = total if by == "compiler" else counted + extra
+    parts = -(-read // prefill_chunk) if prefill_chunk else 1
     usable = it.memory if by == "compiler" else it.memory * (1 - _UNCOUNTED)
     return Plan(
         by=by, why=why, device=device, total=total, host=host, memory=it.memory,
         fits=total <= usable,
         **_times(config, recipe, shapes, device["cache"], it, link_speed(it, link), host,
-                 stored_bytes(dense), batch * read),
+                 stored_bytes(dense), batch * read, parts, device["dense"]),
     )  # fmt: skip
 
 
@@ -200,12 +206,17 @@ def _sizes(
     }
 
 
-def _activations(config: ModelConfig, dense: Params, batch: int, tokens: int, dtype: str) -> int:
+def _activations(
+    config: ModelConfig, dense: Params, batch: int, tokens: int, chunk: int, dtype: str
+) -> int:
     """Bytes of a layer's activations: the stream, the hidden units; and of the logits."""
     wide = 1 if not config.gated else 2
-    rows = batch * tokens * (config.experts_per_token or 1)
+    together = min(chunk, tokens) if chunk else tokens
+    rows = batch * together * (config.experts_per_token or 1)
     item = jax.numpy.dtype(dtype).itemsize
-    return rows * (config.d_model + wide * config.d_ff) * item + 4 * batch * config.vocab_size
+    stream = batch * tokens * config.d_model * item if together < tokens else 0
+    activations = rows * (config.d_model + wide * config.d_ff) * item
+    return stream + activations + 4 * batch * config.vocab_size
 
 
 def _asked(config: ModelConfig, chip: str, recipe: Recipe | None, **how: Any) -> int:
@@ -230,7 +241,7 @@ def _asked(config: ModelConfig, chip: str, recipe: Recipe | None, **how: Any) ->
 
 def _times(
     config: ModelConfig, recipe: Recipe | None, shapes: Params, cache: int, chip: Chip,
-    link: float, host: int, weights: int, tokens: int,
+    link: float, host: int, weights: int, tokens: int, parts: int, blocks: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The lower bounds of a plan."""
     each = bytes_per_token(shapes, config)
@@ -239,8 +250,10 @@ def _times(
         # Without a recipe every token fetches the blocks again; of experts those it is sent to.
         streamed = round(host * each / stored_bytes(shapes)) if config.n_experts else host
     token = (each - streamed + cache) / chip.bandwidth + streamed / link
-    on_device = weights - host
-    read = max(on_device / chip.bandwidth, host / link)
+    # One kernel multiplies and quantizes; what the parts of a prompt have read is read once more.
+    again = 1 if parts > 1 and recipe is not None else 0
+    on_device = weights - host + (parts + again - 1) * blocks
+    read = max(on_device / chip.bandwidth, (1 + again) * host / link)
     streams = 2 if recipe is not None and recipe.prefill == "both" else 1
     return {
         "bytes_per_token": each + cache,

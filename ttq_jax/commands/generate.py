@@ -26,6 +26,7 @@ from ttq_jax.generate import generate
 from ttq_jax.generation import Generation
 from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.partition import on
+from ttq_jax.prefill import check_chunk
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
@@ -59,6 +60,7 @@ def _print_json(
                 "sampling": dataclasses.asdict(sampling),
                 "seed": args.seed or 0,
                 "batch_size": len(of),
+                **({"prefill_chunk": args.prefill_chunk} if args.prefill_chunk else {}),
                 **_experts_in_json(made),
                 **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
                 # Of the batch, so in its first row alone.
@@ -207,7 +209,7 @@ def _answer(
     make: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
         "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
-        "speculate": args.speculate,
+        "speculate": args.speculate, "prefill_chunk": args.prefill_chunk,
     }  # fmt: skip
     # In a chat stdout is the answer; a text is printed with what continues it.
     heads = [""] * len(asked.texts) if args.chat else asked.texts
@@ -245,6 +247,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     speculation.check(args.speculate, recipe)
+    check_chunk(args.prefill_chunk, recipe)
     _check_conversation(args, recipe, progress)
     note_unused(args, recipe, progress)
     check_file(args.save_recipe)

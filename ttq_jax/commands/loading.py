@@ -62,6 +62,20 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_prefill_chunk(parser: argparse.ArgumentParser) -> None:
+    """Adds --prefill-chunk.
+
+    Args:
+      parser: of the command.
+    """
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=0, metavar="N",
+        help="read prompts of more than N tokens in parts of N, up to 128 or a multiple of 128, so "
+        "that less memory is needed at a time; the weights are made from all parts (default: 0, "
+        "prompts are read whole)",
+    )  # fmt: skip
+
+
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds --processes.
 

@@ -117,8 +117,10 @@ def write_layer(
     return jax.vmap(row, (1, 0, 0), 1)(stack, new, slot)
 
 
-def read_layer(stack: Array, layer: Int[Array, ""], slots: int) -> Array:
-    """The first `slots` slots of one layer: [B, slots, K, H]."""
+def read_layer(
+    stack: Array, layer: Int[Array, ""], slots: int, first: Int[Array, ""] | np.int32 = _ZERO
+) -> Array:
+    """Some slots of one layer, the first ones or those from `first` on: [B, slots, K, H]."""
     _, batch, _, heads, dim = stack.shape
-    start = (layer, _ZERO, _ZERO, _ZERO, _ZERO)
+    start = (layer, _ZERO, first, _ZERO, _ZERO)
     return jax.lax.dynamic_slice(stack, start, (1, batch, slots, heads, dim))[0]
