@@ -37,6 +37,7 @@ from ttq_jax.types import (
     kernels,
 )
 
+_OF_START = ("capacity", "chunk", "cache_dtype")
 _CHUNK = 8
 """Tokens per call: a call costs about a millisecond, and a reader sees words appear, not lines."""
 
@@ -83,6 +84,7 @@ def start(
     eos_ids: tuple[int, ...],
     drafts: int = 0,
     chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> tuple[Begun, Any]:
     """Prompts to the first token of each answer.
 
@@ -98,6 +100,7 @@ def start(
       eos_ids: see there.
       drafts: see there.
       chunk: see there.
+      cache_dtype: see there.
 
     Returns:
       What the following calls need, and the answers; with a tree per prompt, by prompt.
@@ -107,6 +110,7 @@ def start(
         tree, moments, state, unreached = read(
             params, prompts, offline, key, config=config, recipe=recipe, sampling=sampling,
             capacity=capacity, eos_ids=eos_ids, drafts=drafts, chunk=chunk,
+            cache_dtype=cache_dtype,
         )  # fmt: skip
         packed = {} if offline.packed is not None else _quantized(tree)
         return Begun(packed, moments, key, unreached), state
@@ -193,7 +197,7 @@ class Stream:
         self._model, self._rows, self._limit, self._began = model, rows, limit, began
         self._params, self._prompts, self._offline, _ = arrays
         self._begun, self._state = start(*arrays, **how)
-        self._how = {k: value for k, value in how.items() if k not in {"capacity", "chunk"}}
+        self._how = {k: value for k, value in how.items() if k not in _OF_START}
         self._chunk = how["chunk"]
         self._new, self._ended = self._seen()
         self.first_token = time.perf_counter() - began
@@ -266,6 +270,7 @@ def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
     smallest: int = SMALLEST_BUCKET, speculate: int = 0, prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Stream:  # fmt: skip
     """Answers one prompt piece by piece; the tokens are those of `generate`.
 
@@ -282,6 +287,7 @@ def stream(
         conversation, which are longer, need no other program.
       speculate: see `generate`.
       prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
       An iterator over pieces of text; its `generation` is the result.
@@ -297,6 +303,6 @@ def stream(
     arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,
         sampling=sampling, seed=seed, smallest=smallest, speculate=speculate,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
     )  # fmt: skip
     return Stream(model, asked.rows, arrays, how, max_new_tokens, began)

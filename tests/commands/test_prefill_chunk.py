@@ -1,4 +1,4 @@
-"""`--prefill-chunk`, wherever a prompt is read."""
+"""`--prefill-chunk` and `--cache-dtype`, wherever a prompt is read."""
 
 import pytest
 
@@ -13,6 +13,8 @@ def test_answers_and_scores_are_the_same(cli, cli_json, tiny, text_file):
     code, out, err = cli(*ask, "--prefill-chunk", 20, "--stream")
     assert code == 0, err
     assert out == plain["prompt"] + plain["text"] + "\n"
+    (coded,) = cli_json(*ask, "--cache-dtype", "int8", "--prefill-chunk", 20)
+    assert coded["cache_dtype"] == "int8"
     score = ["perplexity", "--model", tiny, "--corpus", text_file, "--window", 32,
              "--protocol", "window", "--max-windows", 1]  # fmt: skip
     whole, parts = (cli_json(*score, *more)[0] for more in ([], ["--prefill-chunk", 12]))
@@ -47,6 +49,10 @@ def test_a_plan_counts_the_parts(cli_json):
     blocks = whole["device"]["dense"] / whole["speeds"]["memory"]
     assert more["read"] == pytest.approx(first["read"] + 8 * blocks)
     assert more["multiply"] == first["multiply"]
+    (coded,) = cli_json(*words, "--cache-dtype", "int8")
+    slots = 2 * 32 * 8 * (8192 + 128)
+    assert whole["device"]["cache"] - coded["device"]["cache"] == slots * (2 * 128 - 128 - 4)
+    assert whole["bytes_per_token"] - coded["bytes_per_token"] == slots * (128 - 4)
     (host,) = cli_json(*words, "--prefill-chunk", 1024, "--dense-memory", "host")
     assert host["first_token_seconds"]["read"] == pytest.approx(
         2 * host["host"] / host["speeds"]["host_link"]

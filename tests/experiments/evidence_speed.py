@@ -67,6 +67,38 @@ def _():
     return [table], []
 
 
+@evidence(
+    "A long prompt in parts needs memory for its hidden states and its cache, and little else"
+)
+def _():
+    gib = 2**30
+    table = [["prompt", "read in parts of", "cache", "temporaries", "all together", "of", "fits"]]
+    for one in read("compiled_prompts.json")["programs"]:
+        table.append([
+            f"{one['prompt_tokens']} tokens", str(one["prefill_chunk"] or "whole"),
+            f"{one['device']['cache'] / gib:.2f} GiB",
+            f"{one['device']['temporaries'] / gib:.2f} GiB", f"{one['total'] / gib:.2f} GiB",
+            f"{one['memory'] / gib:.0f} GiB", "yes" if one["fits"] else "no",
+        ])  # fmt: skip
+    return [table], []
+
+
+@evidence("Keys and values in eight bits leave the perplexity where it was")
+def _():
+    rows = read("cache_dtypes_smollm2.json")["rows"]
+    texts = list(rows[0]["perplexity"])
+    table = [["recipe", "cache", *texts, "over a float32 cache", "95 %", "bytes per token of text"]]
+    for row in rows:
+        ends = row["interval_95"]
+        table.append([
+            f"`{row['recipe']}`", row["cache_dtype"],
+            *(f"{one:.2f}" for one in row["perplexity"].values()), f"{row['over_float32']:.4f}",
+            f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "—",
+            str(row["bytes_per_token_of_text"]),
+        ])  # fmt: skip
+    return [table], []
+
+
 @evidence("A model that outgrows a chip is streamed from the host")
 def _():
     found, gib = read("plans.json"), 2**30

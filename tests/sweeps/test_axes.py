@@ -98,6 +98,8 @@ def test_an_illegal_cell_knows_why(tmp_path):
     assert "bits" in odd.error
     (uncalibrated,) = cells_of(tmp_path, 'recipe = "awq"')
     assert "give the axis calibration" in uncalibrated.error
+    (both,) = cells_of(tmp_path, 'cache_dtype = "int8"\nacceptance = true')
+    assert "leave out the axis acceptance or cache_dtype" in both.error
     (protocol,) = cells_of(tmp_path, "prompt_tokens = 512")
     assert "1 <= P < window" in protocol.error
 

@@ -17,7 +17,7 @@ from ttq_jax.chips.absent import CHIPS, Chip, ChipError
 from ttq_jax.chips.programs import compile_generate
 from ttq_jax.chips.released import params_shapes
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import check_dtype, empty_cache
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import check_chunk, decoded_shapes
@@ -115,8 +115,8 @@ def _check(recipe: Recipe | None) -> None:
 def plan(
     config: ModelConfig, chip: str, recipe: Recipe | None, *, dtype: str = "bfloat16",
     dense_memory: Memory = "device", batch: int = 1, prompt_tokens: int = 512,
-    new_tokens: int = 128, prefill_chunk: int = 0, link: float | None = None,
-    compiled: bool = True,
+    new_tokens: int = 128, prefill_chunk: int = 0,
+    cache_dtype: str | None = None, link: float | None = None, compiled: bool = True,
 ) -> Plan:  # fmt: skip
     """Plans `generate` for one device.
 
@@ -130,6 +130,7 @@ def plan(
       prompt_tokens: of the longest prompt; padded as `generate` does.
       new_tokens: most tokens of an answer.
       prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
       link: bytes per second between host and device; None for the chip's.
       compiled: ask the compiler, where there is one.
 
@@ -137,8 +138,8 @@ def plan(
       The plan.
 
     Raises:
-      ConfigError: a size below 1, a recipe that needs more than the prompt, or a chunk that
-        `prefill.check_chunk` refuses.
+      ConfigError: a size below 1, a recipe that needs more than the prompt, a chunk that
+        `prefill.check_chunk` refuses, or a cache_dtype that there is not.
     """
     if min(batch, prompt_tokens, new_tokens) < 1 or (link is not None and link <= 0):
         raise ConfigError(
@@ -147,11 +148,12 @@ def plan(
         )
     _check(recipe)
     check_chunk(prefill_chunk, recipe)
+    check_dtype(cache_dtype)
     base, it = chip_of(chip)
     read, made = bucket(prompt_tokens), bucket(new_tokens)
     dense = params_shapes(config, dtype)
     shapes = _decoded(config, recipe, dense)
-    device = _sizes(config, dense, shapes, batch, read + made, dtype)
+    device = _sizes(config, dense, shapes, batch, read + made, cache_dtype or dtype)
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
     extra = _activations(config, dense, batch, read, prefill_chunk, dtype)
@@ -163,6 +165,7 @@ def plan(
             by, why, total = "compiler", "", _asked(
                 config, base, recipe, dtype=dtype, dense_memory=dense_memory, batch=batch,
                 prompt_tokens=read, new_tokens=made, prefill_chunk=prefill_chunk,
+                cache_dtype=cache_dtype,
             )  # fmt: skip
         except ChipError as e:
             by, why = "arithmetic", str(e)

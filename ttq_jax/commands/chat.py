@@ -92,7 +92,7 @@ class _Session:
         self.how: dict[str, Any] = {
             "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
             "sampling": sampling_of(args), "speculate": args.speculate,
-            "prefill_chunk": args.prefill_chunk,
+            "prefill_chunk": args.prefill_chunk, "cache_dtype": args.cache_dtype,
         }  # fmt: skip
 
     def line(self, text: str) -> bool:

@@ -15,7 +15,14 @@ from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.store import check_destination
 from ttq_jax.commands.conversation import Conversation, begin
-from ttq_jax.commands.options import check_file, needs_of, note_unused, prompts_of, recipe_of
+from ttq_jax.commands.options import (
+    cache_in_json,
+    check_file,
+    needs_of,
+    note_unused,
+    prompts_of,
+    recipe_of,
+)
 from ttq_jax.commands.output import print_json, print_piece, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
@@ -60,7 +67,7 @@ def _print_json(
                 "sampling": dataclasses.asdict(sampling),
                 "seed": args.seed or 0,
                 "batch_size": len(of),
-                **({"prefill_chunk": args.prefill_chunk} if args.prefill_chunk else {}),
+                **cache_in_json(args),
                 **_experts_in_json(made),
                 **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
                 # Of the batch, so in its first row alone.
@@ -210,6 +217,7 @@ def _answer(
         "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
         "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
         "speculate": args.speculate, "prefill_chunk": args.prefill_chunk,
+        "cache_dtype": args.cache_dtype,
     }  # fmt: skip
     # In a chat stdout is the answer; a text is printed with what continues it.
     heads = [""] * len(asked.texts) if args.chat else asked.texts

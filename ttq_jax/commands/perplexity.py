@@ -8,6 +8,7 @@ import numpy as np
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.commands.options import (
+    cache_in_json,
     check_file,
     describe_text,
     needs_of,
@@ -31,7 +32,7 @@ from ttq_jax.types import Offline
 
 def score(
     model: Model, windows: np.ndarray, *, recipe: Recipe | None, offline: Offline,
-    protocol: Protocol, text: str, progress: Progress, prefill_chunk: int = 0,
+    protocol: Protocol, text: str, progress: Progress, **reading: Any,
 ) -> Perplexity:  # fmt: skip
     """Perplexity with a progress line.
 
@@ -43,15 +44,14 @@ def score(
       protocol: what is read, what is scored.
       text: of the progress line.
       progress: where to show it.
-      prefill_chunk: see `evaluation.perplexity.perplexity`.
+      **reading: `prefill_chunk` and `cache_dtype` of `evaluation.perplexity.perplexity`.
 
     Returns:
       The measurement over all windows.
     """
     with progress.stage(text) as update:
         for running in stream(
-            model, windows, recipe=recipe, offline=offline, protocol=protocol,
-            prefill_chunk=prefill_chunk,
+            model, windows, recipe=recipe, offline=offline, protocol=protocol, **reading
         ):  # fmt: skip
             update(running.windows, len(windows), f"perplexity {running.perplexity:.3f}")
     return running
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     offline, _ = prepare_offline(needs, model, calibration, progress)
     scored_by: Callable[..., Perplexity] = lambda recipe, offline, text: score(  # noqa: E731
         model, windows, recipe=recipe, offline=offline, protocol=protocol, text=text,
-        progress=progress, prefill_chunk=args.prefill_chunk,
+        progress=progress, prefill_chunk=args.prefill_chunk, cache_dtype=args.cache_dtype,
     )  # fmt: skip
     scored = scored_by(recipe, offline, f"scoring {args.method} ({len(windows)} windows)")
     plain = scored if recipe is None else None
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         "protocol": protocol.kind,
         "window": protocol.window,
         "prompt_tokens": protocol.prompt_tokens if protocol.kind == "causal" else None,
-        **({"prefill_chunk": args.prefill_chunk} if args.prefill_chunk else {}),
+        **cache_in_json(args),
         "windows": scored.windows,
         "scored_tokens": scored.scored_tokens,
         "seconds": round(scored.seconds, 3),

@@ -27,7 +27,7 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import check_fields, expect, shown
 from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.models.cache import activation_dtype, check_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
@@ -120,7 +120,7 @@ def _nll(
     return jnp.sum(jax.lax.map(block, (hidden, targets, weight)))
 
 
-@partial(jax.jit, static_argnames=("config", "recipe", "protocol", "chunk"))
+@partial(jax.jit, static_argnames=("config", "recipe", "protocol", "chunk", "cache_dtype"))
 def score_window(
     params: Params,
     tokens: Int[Array, " W"],
@@ -130,6 +130,7 @@ def score_window(
     recipe: Recipe | None,
     protocol: Protocol,
     chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Float[Array, ""]:
     """Negative log-likelihood of one window's scored tokens, one XLA program.
 
@@ -141,6 +142,7 @@ def score_window(
       recipe: how to quantize; None for the unquantized model.
       protocol: what is read, what is scored.
       chunk: what makes the weights is read in parts of so many tokens, see `prefill`.
+      cache_dtype: see `generate_tokens`.
 
     Returns:
       Summed over the `protocol.scored` tokens, nats.
@@ -150,7 +152,7 @@ def score_window(
     prompts = Prompts(read, jnp.ones(read.shape, bool))
     # The last stretch between two refreshes is padded to its full length.
     every = 0 if recipe is None else recipe.source.refresh
-    dtype = activation_dtype(params)
+    dtype = cache_dtype or activation_dtype(params)
     cache = empty_cache(config, 1, protocol.window + every, dtype)
     hidden, filled, packed, seen, _ = prefill(
         params, prompts, cache, config=config, recipe=recipe, offline=offline, chunk=chunk
@@ -212,7 +214,7 @@ def read_refreshing(
 @on_its_mesh
 def window_nll(
     model: Model, window: np.ndarray, *, recipe: Recipe | None, offline: Offline,
-    protocol: Protocol, prefill_chunk: int = 0,
+    protocol: Protocol, prefill_chunk: int = 0, cache_dtype: str | None = None,
 ) -> float:  # fmt: skip
     """`score_window` of a loaded model, as a number.
 
@@ -223,6 +225,7 @@ def window_nll(
       offline: from `prepare`.
       protocol: what is read, what is scored.
       prefill_chunk: see `perplexity`.
+      cache_dtype: see `perplexity`.
 
     Returns:
       Summed over the `protocol.scored` tokens, nats; finite.
@@ -232,7 +235,9 @@ def window_nll(
     """
     how: dict[str, Any] = {"config": model.config, "recipe": recipe, "chunk": prefill_chunk}
     params, offline = joined(model.params, recipe, offline)
-    one = score_window(params, put(window), offline, protocol=protocol, **how)
+    one = score_window(
+        params, put(window), offline, protocol=protocol, cache_dtype=cache_dtype, **how
+    )
     nll = float(jax.device_get(one))
     if not math.isfinite(nll):
         read = [window[: protocol.read].tolist()]
@@ -249,6 +254,7 @@ def stream(
     offline: Offline,
     protocol: Protocol,
     prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Iterator[Perplexity]:
     """Scores window after window.
 
@@ -259,18 +265,20 @@ def stream(
       offline: from `prepare`.
       protocol: what is read, what is scored.
       prefill_chunk: see `perplexity`.
+      cache_dtype: see `perplexity`.
 
     Yields:
       The running measurement after each window.
 
     Raises:
-      ConfigError: windows of another length than the protocol's, or longer than the context; or a
-        chunk that `prefill.check_chunk` refuses.
+      ConfigError: windows of another length than the protocol's, or longer than the context; a
+        chunk that `prefill.check_chunk` refuses; or a cache_dtype that there is not.
       PromptError: no matrix of this model's token ids.
       NotFiniteError: a window's loss is not finite.
     """
     windows = check_windows(windows, model.config.vocab_size, model.tokenizer)
     check_chunk(prefill_chunk, recipe)
+    check_dtype(cache_dtype)
     if windows.shape[1] != protocol.window:
         raise ConfigError(
             f"expected windows of {protocol.window} tokens, got {windows.shape[1]}; cut them with "
@@ -289,7 +297,7 @@ def stream(
     for window in windows:
         nll.append(window_nll(
             model, window, recipe=recipe, offline=offline, protocol=protocol,
-            prefill_chunk=prefill_chunk,
+            prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
         ))  # fmt: skip
         scored = len(nll) * protocol.scored
         yield Perplexity(
@@ -312,6 +320,7 @@ def perplexity(
     offline: Offline | None = None,
     protocol: Protocol = Protocol(),
     prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
     progress: Callable[[Perplexity, int], None] = lambda running, total: None,
 ) -> Perplexity:
     """Perplexity of a model on windows of text.
@@ -324,14 +333,15 @@ def perplexity(
       protocol: what is read, what is scored.
       prefill_chunk: what makes the weights is read in parts of so many tokens, see `generate`; the
         tokens after it are read at once.
+      cache_dtype: how keys and values are stored, see `generate`; all attention reads them so.
       progress: called with the running measurement and the number of windows in all.
 
     Returns:
       The measurement over all windows.
 
     Raises:
-      ConfigError: no window, windows that do not match the protocol or the context, or a chunk that
-        `prefill.check_chunk` refuses.
+      ConfigError: no window, windows that do not match the protocol or the context, a chunk that
+        `prefill.check_chunk` refuses, or a cache_dtype that there is not.
       NotFiniteError: a window's loss is not finite.
     """
     expect("model", model, Model, "a model, from load()")
@@ -343,7 +353,7 @@ def perplexity(
         offline = prepare(model, recipe)
     for running in stream(
         model, windows, recipe=recipe, offline=offline, protocol=protocol,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
     ):  # fmt: skip
         progress(running, len(windows))
     return running

@@ -257,7 +257,7 @@ def forward(
     cache = register(cache, positions, valid)
     x = embed(config, params, tokens, positions)
     grown = growths(config, cache)
-    reading = Reading(config, cache, positions, valid, start, slots or cache.k.shape[2], grown)
+    reading = Reading(config, cache, positions, valid, start, slots or cache.valid.shape[1], grown)
     block = Block(config)
 
     def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
@@ -270,7 +270,7 @@ def forward(
 
         if chunks is not None:
             return _in_chunks(block, reading, chunks, x, stacks, weights, constants, extra)
-        attention = reading.attention(constants, stacks)
+        attention = reading.attention(constants, tuple(stacks))
         out: Any = block.apply({"params": weights}, x, valid, attention, visit)
         x, stacks, kept = out
         return (x, *stacks), kept

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ttq_jax.config import ModelConfig
-from ttq_jax.models.cache import read_layer, write_layer
+from ttq_jax.models.cache import Stack, read_layer, write_layer
 from ttq_jax.models.layers import rotate
 from ttq_jax.models.prompt_attention import attend_chunk, attend_slots
 from ttq_jax.types import Cache
@@ -53,8 +53,8 @@ class Reading:
         )
 
     def attention(
-        self, constants: dict[str, Array], stacks: tuple[Array, Array], size: int | None = None
-    ) -> Callable[[Array, Array, Array], tuple[Array, tuple[Array, Array]]]:
+        self, constants: dict[str, Array], stacks: tuple[Stack, Stack], size: int | None = None
+    ) -> Callable[[Array, Array, Array], tuple[Array, tuple[Stack, Stack]]]:
         """A layer's attention, for `Block`.
 
         Args:
@@ -75,7 +75,7 @@ class Reading:
                 frequencies = frequencies * grown[constants["local"]]
             return rotate(x, positions, frequencies, constants.get("magnitude"))
 
-        def attention(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+        def attention(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Stack, Stack]]:
             # Keys whose rotation depends on the length are turned when they are read, each time.
             k = k if grown is not None else turned(k, self.positions)
             ks, vs = (
@@ -86,9 +86,10 @@ class Reading:
             def stored(first: Any, count: int) -> tuple[Array, Array, Array, Array]:
                 cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, count, axis=1)  # noqa: E731
                 positions = cut(self.cache.positions)
-                keys = read_layer(ks, at, count, first)
+                keys = read_layer(ks, at, count, first, q.dtype)
                 keys = keys if grown is None else turned(keys, positions)
-                return keys, read_layer(vs, at, count, first), positions, cut(self.cache.valid)
+                values = read_layer(vs, at, count, first, q.dtype)
+                return keys, values, positions, cut(self.cache.valid)
 
             q = turned(q, self.positions)
             how = {
