@@ -10,8 +10,6 @@ import pytest
 from small import OPT, in_host, prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.config import ConfigError, Rope
-from ttq_jax.generate import generate_tokens
-from ttq_jax.linear import dense_weight
 from ttq_jax.models import prompt_attention
 from ttq_jax.models.attention import attend, attend_part, join_parts
 from ttq_jax.models.cache import empty_cache
@@ -24,8 +22,7 @@ from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import static_factors
 from ttq_jax.quant.widths import Width
-from ttq_jax.sampling import Sampling
-from ttq_jax.types import MixedLinear, Offline, kernels
+from ttq_jax.types import Offline, kernels
 
 FAR = np.iinfo(np.int32).max
 ROWS = random_rows([27, 32, 9])
@@ -57,22 +54,27 @@ def assert_close(got, want):
 
 def assert_same_codes(got, want):
     """Equal but for the few that lie between two codes."""
-    assert got.keys() == want.keys()
-    for name, kernel in got.items():
-        stacks = kernel.stacks if isinstance(kernel, MixedLinear) else (kernel,)
-        others = want[name].stacks if isinstance(kernel, MixedLinear) else (want[name],)
-        for one, other in zip(stacks, others, strict=True):
-            assert (one.bits, one.group_size) == (other.bits, other.group_size)
-            near = np.isclose(dense_weight(one), dense_weight(other), rtol=1e-3, atol=1e-4)
-            assert near.mean() > 0.995, name
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        near = one == other if one.dtype == np.uint8 else np.isclose(
+            one.astype(np.float32), other.astype(np.float32), rtol=0.01
+        )  # fmt: skip
+        assert near.mean() > 0.98
 
 
+# Nearly all the time here is compilation: a few projections show all there is.
+SOME = "layers/(q|down)"
 SECOND = preset(
-    "best", bits=3, group_size=16, moments=Source(decay=0.5), head=None, prefill="full",
-    widths=(Width(select="layers/1/(q|down)", bits=2),),
+    "best", bits=3, group_size=16, moments=Source(decay=0.5), head=None, select="layers/q",
+    widths=(Width(select="layers/1/q", bits=2),),
 )  # fmt: skip
-FAST = preset("fast", bits=3, group_size=16, moments=Source(refresh=4), head=None)
-RANK = preset("ttq", bits=3, group_size=16, rank=2, moments=Source(prior="weights", decay=1.0))
+FAST = preset("fast", bits=3, group_size=16, moments=Source(refresh=4), head=None, select=SOME)
+TTQ = preset("ttq", bits=3, group_size=16, moments=Source(refresh=4), select=SOME)
+RANK = preset(
+    "ttq", bits=3, group_size=16, rank=2, select=SOME,
+    moments=Source(prior="weights", prior_tokens=8.0, decay=1.0),
+)  # fmt: skip
 LOCAL = {"sliding_window": 9, "sliding_layers": (True, False), "attn_softcap": 20.0}
 GROWS = {
     "max_positions": 64,
@@ -83,7 +85,7 @@ CASES = {
     "second order, widths, carried": (SECOND, {}, 8, "left"),
     "clip, windows, a rest": (FAST, LOCAL, 12, "right"),
     "static rank, from the host": (RANK, OPT, 8, "right"),
-    "mixture": (FAST, {"n_experts": 4, "experts_per_token": 2}, 24, "left"),
+    "mixture": (TTQ, {"n_experts": 4, "experts_per_token": 2}, 24, "left"),
     "unquantized, growing": (None, GROWS, 12, "left"),
 }  # fmt: skip
 
@@ -114,39 +116,19 @@ def test_moments_codes_and_cache_are_those_of_the_whole_prompt(case):
     np.testing.assert_array_equal(cache.valid, filled.valid)
 
 
-@pytest.mark.parametrize("how", ["per prompt, drafts", "refresh"])
-def test_greedy_answers_are_the_same(how):
-    config = small_config()
-    recipe = FAST if how == "refresh" else preset("ttq", bits=3, batch="per_prompt")
-    prompts = prompts_of(ROWS, 32)
-    drafts = 0 if how == "refresh" else 3
-
-    def answers(chunk):
-        out, counts, finite, *_ = generate_tokens(
-            small_params(config), prompts, Offline(), jax.random.key(0), jnp.asarray(9, jnp.int32),
-            config=config, recipe=recipe, sampling=Sampling(), capacity=16, eos_ids=(),
-            drafts=drafts, chunk=chunk,
-        )  # fmt: skip
-        assert finite and (np.asarray(counts) == 9).all()
-        return np.asarray(out)
-
-    np.testing.assert_array_equal(answers(12), answers(0))
-
-
 def test_parts_in_their_order_and_a_shorter_last_one():
     seen = []
 
     def run(x, first, carry):
         seen.append(x.shape[1])
-        return x + carry[:, None], carry + 1, {"sum": jnp.sum(x), "first": first}
+        return x + carry[:, None, None], carry + 1, {"sum": jnp.sum(x), "first": first}
 
-    x = jnp.arange(22, dtype=jnp.float32).reshape(2, 11)
-    with jax.disable_jit():
-        made, carry, sums = over_chunks(run, x, jnp.zeros(2), 4)
-    np.testing.assert_array_equal(made - x, [[0] * 4 + [1] * 4 + [2] * 3] * 2)
-    assert seen[-3:] == [4, 4, 3]
+    x = jnp.arange(22, dtype=jnp.float32).reshape(2, 11, 1)
+    made, carry, sums = over_chunks(run, x, jnp.zeros(2, jnp.float32), 4)
+    np.testing.assert_array_equal((made - x)[..., 0], [[0] * 4 + [1] * 4 + [2] * 3] * 2)
+    assert set(seen) == {4, 3}
     assert (carry == 3).all()
-    assert (sums["sum"], sums["first"]) == (np.arange(22).sum(), 0 + 4 + 8)
+    assert (float(sums["sum"]), int(sums["first"])) == (sum(range(22)), 0 + 4 + 8)
 
 
 def part_of(rng, window=FAR, padding=40):
@@ -197,7 +179,7 @@ def test_the_kernel_reads_parts_too():
 
 
 def test_a_model_reads_parts_with_the_kernel(monkeypatch):
-    config = small_config(head_dim=64, n_layers=1)
+    config = small_config(head_dim=64, n_layers=1, n_heads=2, n_kv_heads=1)
     params, calls = small_params(config), []
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 97, (1, 256)), jnp.int32)
     valid = jnp.ones((1, 256), bool)

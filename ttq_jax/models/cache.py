@@ -170,7 +170,7 @@ def _coded(new: Float[Array, "*batch H"]) -> EightBits:
 
 def read_layer(
     stack: Stack, layer: Int[Array, ""], slots: int, first: Int[Array, ""] | np.int32 = _ZERO,
-    dtype: DTypeLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array:  # fmt: skip
     """Some slots of one layer: [B, slots, K, H].
 
