@@ -35,7 +35,7 @@ CHUNKS = (0, 2048)
 
 def figures(tokens: int, chunk: int) -> dict:
     """One program's record."""
-    recipe, start = ttq.preset("fast"), time.perf_counter()
+    recipe, start = ttq.preset("ttq", bits=4, group_size=128), time.perf_counter()
     made = plan(
         released_config(MODEL), CHIP, recipe, prompt_tokens=tokens, new_tokens=NEW,
         prefill_chunk=chunk,
