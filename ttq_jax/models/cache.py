@@ -146,7 +146,7 @@ def write_layer(
     """
 
     def write(stack: Array, new: Array, slot: Array) -> Array:
-        start = [layer, _ZERO, slot, *[_ZERO] * (stack.ndim - 3)]
+        start: list[Any] = [layer, _ZERO, slot, *[_ZERO] * (stack.ndim - 3)]
         return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
 
     def write_all(stack: Array, new: Array) -> Array:
