@@ -25,6 +25,7 @@ import numpy as np
 from quality import corpus_text, spread
 
 import ttq_jax as ttq
+from ttq_jax.config import ModelConfig
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.evaluation.intervals import interval95
@@ -38,7 +39,7 @@ PROTOCOL = Protocol(window=512, prompt_tokens=256)
 RECIPES = ("none", "fast")
 
 
-def bytes_per_slot(config: ttq.ModelConfig, dtype: str) -> int:
+def bytes_per_slot(config: ModelConfig, dtype: str) -> int:
     """Bytes of one token's keys and values over all layers."""
     cache = jax.eval_shape(partial(empty_cache, config, 1, 1, dtype))
     return stored_bytes((cache.k, cache.v))

@@ -89,8 +89,7 @@ def test_drafts_are_verified_over_the_same_cache_and_parts_read_it():
 
 def test_a_text_is_scored_over_it():
     window = jnp.asarray(random_rows([24])[0], jnp.int32)
-    recipe = preset("fast", bits=3, group_size=16, moments="prompt", select="layers/q", head=None)
-    how = {"config": CONFIG, "recipe": recipe, "protocol": Protocol(window=24, prompt_tokens=12)}
+    how = {"config": CONFIG, "recipe": None, "protocol": Protocol(window=24, prompt_tokens=12)}
     exact, coded = (
         float(score_window(PARAMS, window, Offline(), cache_dtype=dtype, **how))
         for dtype in (None, "int8")

@@ -93,7 +93,7 @@ CASES = {
 
 
 # What shares most runs on every Python.
-QUICK = ("fast-sampled", "mixture", "parts")
+QUICK = ("fast-sampled", "mixture")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ SECOND = preset(
     widths=(Width(select="layers/1/q", bits=2),),
 )  # fmt: skip
 FAST = preset("fast", bits=3, group_size=16, moments=Source(refresh=4), head=None, select=SOME)
-TTQ = preset("ttq", bits=3, group_size=16, moments=Source(refresh=4), select=SOME)
+TTQ = preset("ttq", bits=3, group_size=16, moments=Source(refresh=4), select="layers/down")
 RANK = preset(
     "ttq", bits=3, group_size=16, rank=2, select=SOME,
     moments=Source(prior="weights", prior_tokens=8.0, decay=1.0),
@@ -85,7 +85,7 @@ CASES = {
     "second order, widths, carried": (SECOND, {}, 8, "left"),
     "clip, windows, a rest": (FAST, LOCAL, 12, "right"),
     "static rank, from the host": (RANK, OPT, 8, "right"),
-    "mixture": (TTQ, {"n_experts": 4, "experts_per_token": 2}, 24, "left"),
+    "mixture": (TTQ, {"n_experts": 3, "experts_per_token": 2}, 24, "left"),
     "unquantized, growing": (None, GROWS, 12, "left"),
 }  # fmt: skip
 
