@@ -11,7 +11,8 @@ Expect    see experiments/results/compiled_prompts.json. Figures are the compile
           is what its message says that would be needed.
 
 Memory is in bytes of one device, by kind, as `ttq plan` counts it: temporaries are what the
-compiler adds to the dense blocks, the packed ones, the tables and the cache.
+compiler adds to the dense blocks, the packed ones, the tables and the cache, which is bfloat16
+unless it says int8 (`--cache-dtype`).
 """
 
 import argparse
@@ -29,22 +30,26 @@ from ttq_jax.evaluation.describe import versions
 from ttq_jax.files import check_destination, write_file
 
 MODEL, CHIP, NEW = "llama-3-8b", "v6e", 128
-PROMPTS = (8192, 32768)
-CHUNKS = (0, 2048)
+PROGRAMS = (
+    (8192, 0, None), (8192, 2048, None),
+    (32768, 0, None), (32768, 2048, None), (32768, 2048, "int8"),
+)  # fmt: skip
+"""(tokens of the prompt, of a part, dtype of the cache)."""
 
 
-def figures(tokens: int, chunk: int) -> dict:
+def figures(tokens: int, chunk: int, cache_dtype: str | None) -> dict:
     """One program's record."""
     recipe, start = ttq.preset("ttq", bits=4, group_size=128), time.perf_counter()
     made = plan(
         released_config(MODEL), CHIP, recipe, prompt_tokens=tokens, new_tokens=NEW,
-        prefill_chunk=chunk,
+        prefill_chunk=chunk, cache_dtype=cache_dtype,
     )  # fmt: skip
     if made.by != "compiler":
         raise SystemExit(made.why)
     return {
         "model": MODEL, "chip": CHIP, "dtype": "bfloat16", "batch": 1, "prompt_tokens": tokens,
-        "new_tokens": NEW, "prefill_chunk": chunk, "recipe": recipe.describe(),
+        "new_tokens": NEW, "prefill_chunk": chunk, "cache_dtype": cache_dtype or "bfloat16",
+        "recipe": recipe.describe(),
         "device": made.device, "total": made.total, "memory": made.memory, "fits": made.fits,
         "compile_seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
@@ -53,18 +58,15 @@ def figures(tokens: int, chunk: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=PROMPTS, metavar="P")
-    parser.add_argument("--prefill-chunk", type=int, nargs="+", default=CHUNKS, metavar="N")
     args = parser.parse_args()
     if args.out:
         check_destination(args.out)
     # Nothing runs on a device; the compiler is asked for by name.
     jax.config.update("jax_platforms", "cpu")
     records = []
-    for tokens in args.prompt_tokens:
-        for chunk in args.prefill_chunk:
-            print(f"{tokens} tokens, in parts of {chunk}", file=sys.stderr, flush=True)
-            records.append(figures(tokens, chunk))
+    for tokens, chunk, cache_dtype in PROGRAMS:
+        print(f"{tokens} tokens, in parts of {chunk}", file=sys.stderr, flush=True)
+        records.append(figures(tokens, chunk, cache_dtype))
     results = {
         "command": "python experiments/compile_prompts.py", "versions": versions("libtpu"),
         "programs": records,

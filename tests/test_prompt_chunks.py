@@ -90,7 +90,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=[pytest.mark.slow] * ("host" in one)) for one in CASES]
+)
 def test_moments_codes_and_cache_are_those_of_the_whole_prompt(case):
     recipe, changes, chunk, side = CASES[case]
     config = small_config(**changes)

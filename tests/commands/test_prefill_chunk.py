@@ -16,7 +16,7 @@ def test_answers_and_scores_are_the_same(cli, cli_json, tiny, text_file):
     assert code == 0, err
     assert out == plain["prompt"] + plain["text"] + "\n"
     score = ["perplexity", "--model", tiny, "--corpus", text_file, "--window", 32,
-             "--protocol", "window", "--max-windows", 1, *SOME]  # fmt: skip
+             "--protocol", "window", "--max-windows", 1, "--recipe", "none"]  # fmt: skip
     whole, parts = (cli_json(*score, *more)[0] for more in ([], ["--prefill-chunk", 12]))
     assert parts["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
     assert (parts.get("prefill_chunk"), whole.get("prefill_chunk")) == (12, None)

@@ -70,10 +70,12 @@ def _():
 @evidence("A long prompt that is read in parts needs much less memory beside its cache")
 def _():
     programs, gib = read("compiled_prompts.json")["programs"], 2**30
-    table = [["prompt", "read in parts of", "cache", "temporaries", "all together", "of", "fits"]]
+    table = [["prompt", "read in parts of", "cache in", "cache", "temporaries", "all together",
+              "of", "fits"]]  # fmt: skip
     table += [
         [
             f"{one['prompt_tokens']} tokens", str(one["prefill_chunk"] or "whole"),
+            one["cache_dtype"],
             *(f"{one['device'][kind] / gib:.2f} GiB" for kind in ("cache", "temporaries")),
             f"{one['total'] / gib:.2f} GiB", f"{one['memory'] / gib:.0f} GiB",
             "yes" if one["fits"] else "no",
@@ -82,7 +84,10 @@ def _():
     ]  # fmt: skip
 
     def per_token(chunk):
-        short, long = (one for one in programs if one["prefill_chunk"] == chunk)
+        short, long = (
+            one for one in programs
+            if (one["prefill_chunk"], one["cache_dtype"]) == (chunk, "bfloat16")
+        )  # fmt: skip
         more = long["device"]["temporaries"] - short["device"]["temporaries"]
         return f"{more / (long['prompt_tokens'] - short['prompt_tokens']) / 1000:.1f} kB"
 
