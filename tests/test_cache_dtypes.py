@@ -87,15 +87,17 @@ def test_drafts_are_verified_over_the_same_cache_and_parts_read_it():
     np.testing.assert_array_equal(answers(recipe, drafts=3, chunk=12), want)
 
 
-def test_a_text_is_scored_over_it():
+def test_a_text_is_scored_over_it_in_parts_too():
     window = jnp.asarray(random_rows([24])[0], jnp.int32)
-    how = {"config": CONFIG, "recipe": None, "protocol": Protocol(window=24, prompt_tokens=12)}
-    exact, coded = (
-        float(score_window(PARAMS, window, Offline(), cache_dtype=dtype, **how))
-        for dtype in (None, "int8")
-    )
-    assert coded != exact
-    assert coded == pytest.approx(exact, rel=0.02)
+    whole, parts = (
+        float(score_window(
+            PARAMS, window, Offline(), config=CONFIG, chunk=chunk, cache_dtype="int8",
+            recipe=preset("ttq", bits=3, group_size=16, select="layers/q"),
+            protocol=Protocol(kind="window", window=24),
+        ))
+        for chunk in (0, 9)
+    )  # fmt: skip
+    assert parts == pytest.approx(whole, rel=1e-4)
 
 
 def test_what_it_takes():

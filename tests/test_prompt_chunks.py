@@ -90,8 +90,11 @@ CASES = {
 }  # fmt: skip
 
 
+SLOW = ("static rank, from the host", "mixture")
+
+
 @pytest.mark.parametrize(
-    "case", [pytest.param(one, marks=[pytest.mark.slow] * ("host" in one)) for one in CASES]
+    "case", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in CASES]
 )
 def test_moments_codes_and_cache_are_those_of_the_whole_prompt(case):
     recipe, changes, chunk, side = CASES[case]
@@ -148,15 +151,21 @@ def part_of(rng, window=FAR, padding=40):
 @pytest.mark.parametrize("window", [FAR, 50])
 def test_joined_parts_are_attention(window):
     q, k, v, valid, at, how = part_of(np.random.default_rng(0), window)
-    want = attend(q, k, v, q_positions=at[:, 128:], k_positions=at, k_valid=valid, **how)
-    parts = [
-        attend_part(
-            q, k[:, here], v[:, here], q_positions=at[:, 128:], k_positions=at[:, here],
-            k_valid=valid[:, here], **how,
-        )
-        for here in (slice(128, None), slice(128))
-    ]  # fmt: skip
-    got, _ = join_parts(*parts)
+
+    @jax.jit
+    def both(q, k, v, valid, at, window):
+        the_rest = how | {"window": window, "q_positions": at[:, 128:]}
+        parts = (
+            attend_part(
+                q, k[:, here], v[:, here], k_positions=at[:, here], k_valid=valid[:, here],
+                **the_rest,
+            )
+            for here in (slice(128, None), slice(128))
+        )  # fmt: skip
+        want = attend(q, k, v, k_positions=at, k_valid=valid, **the_rest)
+        return want, join_parts(*parts)[0]
+
+    want, got = both(q, k, v, valid, at, how["window"])
     real = np.asarray(valid[:, 128:])
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-5)
     assert np.isfinite(got).all()
@@ -180,6 +189,7 @@ def test_the_kernel_reads_parts_too():
         assert (np.asarray(found)[real & ~some] < -1e30).all()
 
 
+@pytest.mark.slow
 def test_a_model_reads_parts_with_the_kernel(monkeypatch):
     config = small_config(head_dim=64, n_layers=1, n_heads=2, n_kv_heads=1)
     params, calls = small_params(config), []

@@ -2,12 +2,12 @@
 
 import pytest
 
-SOME = ["--recipe", "ttq", "--bits", 4, "--select", "layers/q"]
+from ttq_jax.sweeps.rows import read_rows
 
 
 def test_answers_and_scores_are_the_same(cli, cli_json, tiny, text_file):
     ask = ["generate", "--model", tiny, "--prompt", "Once upon a time " * 3, "--max-new-tokens", 6,
-           "--cache-dtype", "int8", *SOME]  # fmt: skip
+           "--cache-dtype", "int8", "--recipe", "none"]  # fmt: skip
     (plain,) = cli_json(*ask)
     assert plain["prompt_tokens"] > 40
     assert plain["cache_dtype"] == "int8"
@@ -20,6 +20,19 @@ def test_answers_and_scores_are_the_same(cli, cli_json, tiny, text_file):
     whole, parts = (cli_json(*score, *more)[0] for more in ([], ["--prefill-chunk", 12]))
     assert parts["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
     assert (parts.get("prefill_chunk"), whole.get("prefill_chunk")) == (12, None)
+
+
+def test_a_sweep_scores_over_every_cache(cli, tiny, text_file, tmp_path):
+    path, out = tmp_path / "sweep.toml", tmp_path / "out"
+    path.write_text(
+        f'model = "tiny={tiny}"\ncorpus = "{text_file}"\nrecipe = "none"\nwindow = 16\n'
+        'prompt_tokens = 8\nmax_windows = 1\ncache_dtype = ["float32", "int8"]\n'
+    )
+    code, _, err = cli("sweep", path, "--out", out, "--no-compilation-cache")
+    assert code == 0, err
+    exact, coded = (row["perplexity"] for row in read_rows(out).values())
+    assert coded == pytest.approx(exact, rel=0.05)
+    assert coded != exact
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "plan"])
