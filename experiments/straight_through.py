@@ -19,10 +19,10 @@ from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.linear import linear
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
-from ttq_jax.prefill import observing
 from ttq_jax.quant.grid import Grid, decode, encode, fit_range, split_groups, store
 from ttq_jax.quant.moments import Reads, p_mean
 from ttq_jax.quant.scaling import PowerLaw
+from ttq_jax.sites import observing
 from ttq_jax.types import Cache, Moments, Params, kernels
 
 START = PowerLaw()

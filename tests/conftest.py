@@ -40,9 +40,10 @@ with pytest.MonkeyPatch.context() as flags:
     flags.setenv("XLA_FLAGS", f"{QUICK} {DEVICES} {os.environ.get('XLA_FLAGS', '')}")
     jax.devices()
 
-ARRAY_CODE = ["types", "linear", "experts", "models", "quant", "prompts", "prefill", "decode",
-              "sampling", "offline", "speculation", "generate", "stream", "evaluation.acceptance",
-              "evaluation.perplexity", "evaluation.continuations"]  # fmt: skip
+ARRAY_CODE = ["types", "linear", "experts", "models", "quant", "prompts", "sites", "prefill",
+              "decode", "sampling", "offline", "speculation", "generate", "stream",
+              "evaluation.acceptance", "evaluation.perplexity",
+              "evaluation.continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"
 )

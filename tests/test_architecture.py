@@ -25,7 +25,7 @@ ORDER = [
     {"linear", "prompts", "sampling"},
     {"experts"},
     {"models", "quant"},
-    {"functions"},
+    {"functions", "sites"},
     {"checkpoint", "prefill"},
     {"chat", "decode", "finite"},
     {"offline"},

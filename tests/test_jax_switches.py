@@ -187,7 +187,7 @@ CASES = {
         sampling=Sampling(temperature=1.0),
     ),
     "speculate": functools.partial(
-        generated, RECIPES["fast"], seed=1, speculate=3, sampling=Sampling(temperature=1.0)
+        generated, RECIPES["fast"], speculate=3, prefill_chunk=9, sampling=Sampling(temperature=1.0)
     ),
     "acceptance": agreed,
     "perplexity, causal": functools.partial(scored, "causal", RECIPES["fast"]),

@@ -35,11 +35,11 @@ WHOLE = {"data": 2, "model": 4}
 MIXTURE = {"n_experts": 8, "experts_per_token": 3, "d_ff": 40, "n_kv_heads": 2}
 
 
-@partial(jax.jit, static_argnames=("config", "recipe", "sampling"))
-def answers(params, prompts, offline, key, limit, *, config, recipe, sampling):
+@partial(jax.jit, static_argnames=("config", "recipe", "sampling", "chunk", "cache_dtype"))
+def answers(params, prompts, offline, key, limit, *, config, recipe, sampling, **reading):
     """Tokens, and the logits of one more token, through the packed weights."""
     how = {"config": config, "recipe": recipe, "sampling": sampling, "eos_ids": (), "drafts": 0}
-    packed, moments, state, _ = read(params, prompts, offline, key, capacity=8, **how)
+    packed, moments, state, _ = read(params, prompts, offline, key, capacity=8, **how, **reading)
     first = state.token[:, None]
     hidden, *_ = forward(config, packed, first, jnp.ones_like(first, bool), state.cache)
     scores = logits(config, packed, hidden[:, 0])
@@ -79,6 +79,10 @@ CASES = {
     "best-gemma": ((1, 4), GEMMA, preset("best"), [20, 9, 13, 30, 7], {}),
     "paper-opt": ((1, 8), OPT | {"n_kv_heads": 8}, preset("paper", group_size=32), [20], {}),
     "mixture": ((1, 8), MIXTURE, preset("fast", group_size=32), [20, 9, 13, 30], {}),
+    "parts": (
+        (2, 4), {}, preset("fast", group_size=32), [20, 9, 13, 30],
+        {"reading": {"chunk": 12, "cache_dtype": "int8"}},
+    ),
     "data": ((8, 1), {}, preset("ttq", bits=3, prefill="both"), [20, 9, 13, 30, 7, 3, 11, 25], {}),
     "all-rules": (
         (2, 4), {"tie_embeddings": False},
@@ -100,7 +104,10 @@ def test_tokens_are_those_of_one_device_and_logits_too(case):
     sampling = Sampling(temperature=1.0, top_p=0.9) if how.get("hot") else Sampling()
 
     def run(params, head, *rest):
-        return answers(params | head, *rest, config=config, recipe=recipe, sampling=sampling)
+        reading = how.get("reading", {})
+        return answers(
+            params | head, *rest, config=config, recipe=recipe, sampling=sampling, **reading
+        )
 
     rows = random_rows(lengths, vocab=104)
     sizes = {"data": data, "model": model}

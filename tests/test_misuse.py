@@ -22,6 +22,11 @@ CALLS = {
     'ttq.generate(model, ["a"], recipe=None, seed="x")': "seed: expected a whole number",
     'ttq.generate(model, ["a"], recipe=None, offline={})': "offline: expected what prepare() retu",
     'ttq.generate(model, ["a"], recipe=None, speculate=2.5)': "speculate: expected a whole number",
+    'ttq.generate(model, ["a"], recipe=None, prefill_chunk=200)': "prefill_chunk: expected up to 1",
+    "ttq.stream(model, 'a', recipe=ttq.preset('paper'), prefill_chunk=8)": "prefill = 'quantized'",
+    "ttq.perplexity(model, np.ones((1, 8), int), recipe=None, prefill_chunk=0.5,"
+    " protocol=ttq.Protocol(window=8, prompt_tokens=4))": "prefill_chunk: expected a whole number",
+    'ttq.generate(model, ["a"], recipe=None, cache_dtype="int4")': "cache_dtype: expected one of",
     "ttq.acceptance(model, np.ones((1, 8), int), recipe=None)": "expected a recipe whose quantized",
     "ttq.acceptance(model, np.ones((1, 8)), recipe=ttq.preset('ttq'))": "token ids: expected integ",
     "ttq.acceptance('smollm2', [], recipe=ttq.preset('ttq'))": "model: expected a model",

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ttq_jax.config import ModelConfig
 from ttq_jax.host import on_host
 from ttq_jax.models.decoder import forward, logits, plain, unstack
-from ttq_jax.prefill import observing
 from ttq_jax.quant.moments import Reads
 from ttq_jax.sampling import Sampling, sample
+from ttq_jax.sites import observing
 from ttq_jax.types import Cache, Leaf, Moments, Params, QuantizedLinear
 
 

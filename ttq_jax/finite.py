@@ -74,16 +74,16 @@ def _first(tree: dict[str, Any]) -> str | None:
     return f"layer {layer} ({name})" if count > 1 else name
 
 
-@partial(jax.jit, static_argnames=("config", "recipe"))
+@partial(jax.jit, static_argnames=("config", "recipe", "chunk"))
 def _read(
     params: Params, prompts: Prompts, offline: Offline, *, config: ModelConfig,
-    recipe: Recipe | None,
+    recipe: Recipe | None, chunk: int,
 ) -> tuple[dict[str, Any], dict[str, Array]]:  # fmt: skip
     """The layers that a prompt makes, and its keys and values."""
     batch, length = prompts.tokens.shape
     cache = empty_cache(config, batch, length, activation_dtype(params))
     _, cache, tree, *_ = prefill(
-        params, prompts, cache, config=config, recipe=recipe, offline=offline
+        params, prompts, cache, config=config, recipe=recipe, offline=offline, chunk=chunk
     )
     real = prompts.valid[None, :, :, None, None]
     read = {"keys": jnp.where(real, cache.k, 0), "values": jnp.where(real, cache.v, 0)}
@@ -116,7 +116,7 @@ def check_offline(offline: Offline, recipe: Recipe) -> None:
 
 def raise_not_finite(
     params: Params, prompts: Prompts, offline: Offline, *, config: ModelConfig,
-    recipe: Recipe | None,
+    recipe: Recipe | None, chunk: int = 0,
 ) -> NoReturn:  # fmt: skip
     """Ends a program whose flag is false.
 
@@ -126,6 +126,7 @@ def raise_not_finite(
       offline: what the recipe needed besides.
       config: the model's.
       recipe: how weights were quantized; None for not.
+      chunk: see `prefill`.
 
     Raises:
       NotFiniteError: always; it names the first layer with infinities or NaN, and what to change.
@@ -139,7 +140,7 @@ def raise_not_finite(
         raise NotFiniteError(
             f"the model's embedding, head or last norm holds infinities or NaN. {_CHECKPOINT}"
         )
-    layers, read = _read(params, prompts, offline, config=config, recipe=recipe)
+    layers, read = _read(params, prompts, offline, config=config, recipe=recipe, chunk=chunk)
     if recipe is not None and (where := _first(layers)):
         raise NotFiniteError(
             f"the quantized weights hold infinities or NaN from {where} on. {_RECIPE}"

@@ -23,10 +23,10 @@ from ttq_jax.decode import Refresh, advance, begin
 from ttq_jax.errors import expect
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generation import Drafts, Generation, made_of
-from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.models.cache import activation_dtype, check_dtype, empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.partition import each_of, on, on_its_mesh, put, whole
-from ttq_jax.prefill import first_turn, last_hidden, prefill, requantize
+from ttq_jax.prefill import check_chunk, first_turn, last_hidden, prefill, requantize
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
@@ -34,12 +34,15 @@ from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
 from ttq_jax.types import Moments, Offline, Params, Prompts
 
-_STATIC = ("config", "recipe", "sampling", "capacity", "eos_ids", "drafts")
+STATIC = (
+    "config", "recipe", "sampling", "capacity", "eos_ids", "drafts", "chunk", "cache_dtype"
+)  # fmt: skip
 
 
 def read(
     params: Params, prompts: Prompts, offline: Offline, key: Array, *, config: ModelConfig,
     recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...], drafts: int,
+    chunk: int = 0, cache_dtype: str | None = None,
 ) -> tuple[Params, dict[str, Moments], Any, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, up to their answers' first token.
 
@@ -54,17 +57,19 @@ def read(
       capacity: see there.
       eos_ids: see there.
       drafts: see there.
+      chunk: see there.
+      cache_dtype: see there.
 
     Returns:
       The tree to decode from, the moments so far, the answers, and the share of experts that no
       token reached, None for a model without.
     """
     batch, length = prompts.tokens.shape
-    dtype = activation_dtype(params)
+    dtype = cache_dtype or activation_dtype(params)
     cache = empty_cache(config, batch, length + capacity + drafts, dtype)
     reader: Any = speculation.read if drafts else prefill
     hidden, cache, packed, moments, unreached = reader(
-        params, prompts, cache, config=config, recipe=recipe, offline=offline
+        params, prompts, cache, config=config, recipe=recipe, offline=offline, chunk=chunk
     )
     state: Any = begin(
         params if drafts else packed, cache, last_hidden(hidden, prompts), key, config=config,
@@ -117,11 +122,18 @@ def answer(
 
 def _one_tree(
     params: Params, prompts: Prompts, offline: Offline, key: Array, limit: Array, *,
-    capacity: int, **how: Any,
+    capacity: int, chunk: int, cache_dtype: str | None, **how: Any,
 ) -> tuple[Array, Array, Array, dict[str, Moments], Array | None, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, from the first token to the last."""
     packed, moments, state, unreached = read(
-        params, prompts, offline, key, capacity=capacity, **how
+        params,
+        prompts,
+        offline,
+        key,
+        capacity=capacity,
+        chunk=chunk,
+        cache_dtype=cache_dtype,
+        **how,
     )
     _, moments, state = answer(params, packed, moments, state, offline, key, limit, **how)
     moments, stats = carried(how["recipe"], moments), speculation.stats(state)
@@ -139,7 +151,7 @@ def separately(prompts: Prompts, key: Array) -> tuple[Prompts, Array]:
     return rows, jax.random.split(key, prompts.tokens.shape[0])
 
 
-@partial(jax.jit, static_argnames=_STATIC)
+@partial(jax.jit, static_argnames=STATIC)
 def generate_tokens(
     params: Params,
     prompts: Prompts,
@@ -153,6 +165,8 @@ def generate_tokens(
     capacity: int,
     eos_ids: tuple[int, ...],
     drafts: int = 0,
+    chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> tuple[
     Int[Array, "B capacity"], Int[Array, " B"], Bool[Array, ""], dict[str, Moments],
     Array | None, Int[Array, "B 4"] | None,
@@ -172,6 +186,8 @@ def generate_tokens(
       eos_ids: tokens that end a row.
       drafts: tokens that the quantized tree drafts for the dense one to verify at a time, see
         `speculation`; 0 decodes from the quantized tree.
+      chunk: longer prompts are read in parts of so many tokens, see `models.chunks`; 0 for whole.
+      cache_dtype: of keys and values, one of `models.cache.DTYPES`; None for the activations'.
 
     Returns:
       New tokens; per row how many of them count; whether all logits are finite; the moments for a
@@ -180,7 +196,7 @@ def generate_tokens(
     """
     run = partial(
         _one_tree, config=config, recipe=recipe, sampling=sampling, capacity=capacity,
-        eos_ids=eos_ids, drafts=drafts,
+        eos_ids=eos_ids, drafts=drafts, chunk=chunk, cache_dtype=cache_dtype,
     )  # fmt: skip
     if recipe is None or recipe.batch == "pooled":
         out, counts, finite, moments, *rest = run(params, prompts, offline, key, limit)
@@ -198,7 +214,8 @@ def generate_tokens(
 def arguments(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET, speculate: int = 0,
+    smallest: int = SMALLEST_BUCKET, speculate: int = 0, prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any], Offline]:  # fmt: skip
     """What `generate_tokens` takes for one batch, but the limit.
 
@@ -213,13 +230,16 @@ def arguments(
       chat: see `generate`.
       smallest: the shortest bucket that prompts are padded to.
       speculate: see `generate`.
+      prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
       The arrays; the static arguments by name; and what was prepared, for the next batch.
 
     Raises:
       PromptError: a prompt that is empty or does not fit the model's context.
-      ConfigError: max_new_tokens below 1, or drafts that `speculation.check` refuses.
+      ConfigError: max_new_tokens below 1, drafts that `speculation.check` refuses, a chunk that
+        `prefill.check_chunk` does, or a dtype that `models.cache.check_dtype` does.
     """
     asked = ask(model, texts, chat=chat)
     expect("recipe", recipe, (Recipe, type(None)), 'a recipe, as in preset("fast"), or None')
@@ -235,6 +255,8 @@ def arguments(
     )  # fmt: skip
     check_selection(model.params, recipe)
     speculation.check(speculate, recipe, model)
+    check_chunk(prefill_chunk, recipe)
+    check_dtype(cache_dtype)
     if offline is None:
         offline = prepare(model, recipe)
     if recipe is not None and recipe.source.decay and not offline.carried:
@@ -243,6 +265,7 @@ def arguments(
     how = {
         "config": model.config, "recipe": recipe, "sampling": sampling,
         "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids, "drafts": int(speculate),
+        "chunk": int(prefill_chunk), "cache_dtype": cache_dtype,
     }  # fmt: skip
     params, besides = model.params, offline
     if not speculate:
@@ -289,6 +312,8 @@ def generate(
     batch_size: int = 1,
     chat: bool = False,
     speculate: int = 0,
+    prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Generation:
     """Continues prompts, or answers messages, with weights that are quantized for them.
 
@@ -311,6 +336,12 @@ def generate(
       speculate: 1 to 16: so many tokens at a time are drafted by the quantized weights and verified
         by the unquantized ones, whose answer it is; see `speculation`. 0: the quantized weights
         answer.
+      prefill_chunk: prompts of more tokens are read in parts of so many, so that what is alive at
+        a time does not grow with them; up to 128, or a multiple of 128. The answer is the same up
+        to rounding. 0: prompts are read whole.
+      cache_dtype: how keys and values are stored: "float32", "bfloat16", or "int8" with a float32
+        scale for each head of each token; None: as the activations. All attention reads them as
+        they are stored, so that this is another model, a little, also of `speculate`.
 
     Returns:
       Tokens, texts, sizes and times, in the order of the prompts.
@@ -318,7 +349,9 @@ def generate(
     Raises:
       PromptError: no list of prompts, or one that is empty or does not fit the model's context;
         or messages without a chat template, or that it refuses.
-      ConfigError: max_new_tokens or batch_size below 1, or drafts that cannot be made or verified.
+      ConfigError: max_new_tokens or batch_size below 1, drafts that cannot be made or verified, a
+        chunk out of range, or with a recipe whose quantized weights read the prompt, or a
+        cache_dtype that there is not.
       NotFiniteError: the logits are not finite.
       Error: an argument of another type.
     """
@@ -336,13 +369,17 @@ def generate(
         run, prompts, offline = program(
             model, asked.part(at, at + batch_size), recipe=recipe, offline=offline,
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, speculate=speculate,
+            prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
         )  # fmt: skip
         *new, moments, unreached, stats = run(max_new_tokens)
         tokens, counts, finite = jax.device_get(new)
         drafts += [] if stats is None else [Drafts(*map(int, row)) for row in jax.device_get(stats)]
         shares += [] if unreached is None else [float(jax.device_get(unreached))] * len(counts)
         if not finite:
-            raise_not_finite(model.params, prompts, offline, config=model.config, recipe=recipe)
+            raise_not_finite(
+                model.params, prompts, offline, config=model.config, recipe=recipe,
+                chunk=prefill_chunk,
+            )  # fmt: skip
         made += [row[:n].tolist() for row, n in zip(tokens, counts, strict=True)]
     assert offline is not None
     stopped = ["end" if len(ids) < max_new_tokens else "limit" for ids in made]

@@ -2,46 +2,29 @@
 
 Everything happens inside the scan over the layers, so only one layer's activations, Gram matrix
 and unpacked codes are alive at a time. Where a kernel does the rounding, each weight is read once,
-for both the product with the prompt and the codes.
+for both the product with the prompt and the codes. A long prompt may be read in parts, see
+`models.chunks`: each part reads the weight, and their moments' sum quantizes it.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ttq_jax.config import ModelConfig
-from ttq_jax.experts import Routed, for_each_expert, for_own_experts, routed_linear
-from ttq_jax.linear import add_bias, linear
+from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.models.cache import activation_dtype, empty_cache, map_rows
+from ttq_jax.models.chunks import Chunks, check_size
 from ttq_jax.models.decoder import forward, plain
 from ttq_jax.partition import put
 from ttq_jax.quant.head import head_bits, pack_head
-from ttq_jax.quant.moments import Reads, observe_expert
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.source import blend, blend_all, blend_expert
-from ttq_jax.quant.streams import apart
-from ttq_jax.quant.tree import (
-    at_its_width,
-    gather_widths,
-    quantize_layer,
-    quantize_tree,
-    replace_kernels,
-)
-from ttq_jax.types import (
-    EXPERT_SITES,
-    SITE_OF,
-    Cache,
-    Moments,
-    Offline,
-    Params,
-    Prompts,
-    Stacked,
-)
+from ttq_jax.quant.source import blend_all
+from ttq_jax.quant.tree import gather_widths, quantize_tree, replace_kernels
+from ttq_jax.sites import observing, quantizing, quantizing_after, reads_prompt
+from ttq_jax.types import EXPERT_SITES, SITE_OF, Cache, Moments, Offline, Params, Prompts
 
 
 def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array, "B D"]:
@@ -49,25 +32,6 @@ def last_hidden(hidden: Float[Array, "B T D"], prompts: Prompts) -> Float[Array,
     length = prompts.valid.shape[1]
     last = length - 1 - jax.lax.argmax(prompts.valid[:, ::-1], 1, jnp.int32)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
-def observing(valid: Bool[Array, "B T"], reads: Reads) -> Callable[..., Any]:
-    """A `Project` that multiplies and keeps the moments of each site's input, or expert's."""
-
-    def project(
-        site: str, x: Array | Routed, weights: dict[str, Params]
-    ) -> tuple[dict[str, Array], Moments]:
-        def make(expert: Array | None, _: None) -> Moments:
-            return observe_expert(x, valid, reads, expert)
-
-        return plain(site, x, weights)[0], for_each_expert(make, None, n_experts(x))
-
-    return project
-
-
-def n_experts(x: Array | Routed) -> int | None:
-    """How many experts these activations are sorted by; None for plain ones."""
-    return x.n_experts if isinstance(x, Routed) else None
 
 
 def prefill(
@@ -78,6 +42,7 @@ def prefill(
     config: ModelConfig,
     recipe: Recipe | None,
     offline: Offline,
+    chunk: int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache, Params, dict[str, Moments], Float[Array, ""] | None]:
     """Reads the prompts and quantizes the weights on the way.
 
@@ -88,6 +53,7 @@ def prefill(
       config: the model's.
       recipe: how to quantize; None keeps the weights as they are.
       offline: what the recipe needs besides the prompt.
+      chunk: longer prompts are read in parts of so many tokens, see `models.chunks`; 0 for whole.
 
     Returns:
       Final hidden states, the cache, the tree to decode from; per site the moments so far, stacked
@@ -96,9 +62,11 @@ def prefill(
       experts, or the recipe reads nothing of the prompt).
 
     Raises:
+      ConfigError: a chunk out of range, or with a recipe that it does not go with.
       ValueError: the tree is packed already, its tables are in another width than the recipe's, or
         `offline` has no prior for experts.
     """
+    check_chunk(chunk, recipe, unpacked=offline.packed is None)
     if recipe is not None and head_bits(params) != recipe.head:
         raise ValueError(
             f"head: expected a tree with tables of {recipe.head} bits, got {head_bits(params)} "
@@ -107,7 +75,29 @@ def prefill(
         )
     if recipe is not None and offline.packed is None:
         check_prior(config, recipe, offline)
-    return _prefill(params, prompts, cache, config, recipe, offline)
+    return _prefill(params, prompts, cache, config, recipe, offline, chunk)
+
+
+def check_chunk(chunk: int, recipe: Recipe | None, *, unpacked: bool = False) -> None:
+    """Refuses parts of a prompt that the recipe cannot be served in.
+
+    Args:
+      chunk: see `prefill`.
+      recipe: how to quantize.
+      unpacked: whether weights are quantized on the way, though the prompt does not decide how.
+
+    Raises:
+      ConfigError: out of range, or the prompt is read by weights that are made on the way.
+    """
+    check_size(chunk)
+    if not chunk or recipe is None or recipe.prefill == "full":
+        return
+    if unpacked or recipe.source.of == "prompt":
+        raise ConfigError(
+            f"prefill_chunk: with prefill = {recipe.prefill!r} the quantized weights of a "
+            "projection read the prompt, and they are known when the whole prompt has reached it; "
+            "set prefill to full, as ttq, fast and best do, or leave out the chunk"
+        )
 
 
 def check_prior(config: ModelConfig, recipe: Recipe, offline: Offline) -> None:
@@ -121,7 +111,7 @@ def check_prior(config: ModelConfig, recipe: Recipe, offline: Offline) -> None:
     Raises:
       ValueError: there is none.
     """
-    if not (config.n_experts and _reads_prompt(recipe)):
+    if not (config.n_experts and reads_prompt(recipe)):
         return
     selected = {SITE_OF[name] for name in SITE_OF if recipe.selects(name)}
     lacking = [site for site in EXPERT_SITES if site in selected - set(offline.moments)]
@@ -132,31 +122,30 @@ def check_prior(config: ModelConfig, recipe: Recipe, offline: Offline) -> None:
         )
 
 
-def _reads_prompt(recipe: Recipe) -> bool:
-    """Whether what the weights become depends on the prompt."""
-    return recipe.source.of == "prompt" and recipe.reads != Reads()
-
-
 def _prefill(
     params: Params, prompts: Prompts, cache: Cache, config: ModelConfig, recipe: Recipe | None,
-    offline: Offline,
+    offline: Offline, chunk: int = 0,
 ) -> tuple[Array, Cache, Params, dict[str, Moments], Array | None]:  # fmt: skip
     """`prefill`, also for shapes alone, to which no prior matters."""
     length = prompts.tokens.shape[1]
 
-    def read(tree: Params, **project: Any) -> tuple[Array, Cache, dict[str, Any]]:
-        return forward(config, tree, prompts.tokens, prompts.valid, cache, slots=length, **project)
+    def read(tree: Params, **how: Any) -> tuple[Array, Cache, dict[str, Any]]:
+        return forward(config, tree, prompts.tokens, prompts.valid, cache, slots=length, **how)
 
     if recipe is None or offline.packed is not None:
         packed = params if offline.packed is None else offline.packed
         reader = params if recipe is None or recipe.prefill == "full" else packed
-        hidden, cache, _ = read(reader)
+        hidden, cache, _ = read(reader, chunks=reading(chunk, length))
         return hidden, cache, packed, {}, None
-    project = quantizing(prompts.valid, config, recipe)
+    how: dict[str, Any]
+    if 0 < chunk < length:
+        how = {"chunks": quantizing_after(chunk, config, recipe)}
+    else:
+        how = {"project": quantizing(prompts.valid, config, recipe)}
     rows = None if recipe.prefill != "both" else len(prompts.tokens)
     if rows is not None:
         prompts, cache = _twice(prompts, cache)
-    hidden, cache, kept = read(params, project=project, per_layer=offline)
+    hidden, cache, kept = read(params, per_layer=offline, **how)
     if rows is not None:
         hidden, cache = hidden[:rows], map_rows(lambda a: a[:rows], cache)
     packed = {name: kernel for site, *_ in kept.values() for name, kernel in site.items()}
@@ -166,6 +155,21 @@ def _prefill(
     return hidden, cache, tree, moments, shares[0] if shares else None
 
 
+def reading(chunk: int, length: int) -> Chunks | None:
+    """How tokens are read that nothing is kept of.
+
+    Args:
+      chunk: see `prefill`.
+      length: T.
+
+    Returns:
+      For `forward`; None to read them at once.
+    """
+    if not 0 < chunk < length:
+        return None
+    return Chunks(chunk, lambda valid: plain, lambda site, kept, *_: kept)
+
+
 def _twice(prompts: Prompts, cache: Cache) -> tuple[Prompts, Cache]:
     """Each prompt once more, for a second stream: rows B to 2 B."""
 
@@ -173,93 +177,6 @@ def _twice(prompts: Prompts, cache: Cache) -> tuple[Prompts, Cache]:
         return jnp.concatenate([a, a])
 
     return Prompts(twice(prompts.tokens), twice(prompts.valid)), map_rows(twice, cache)
-
-
-def quantizing(
-    valid: Bool[Array, "B T"], config: ModelConfig, recipe: Recipe
-) -> Callable[..., Any]:
-    """A `Project` that observes, quantizes and multiplies, given a layer's `Offline`.
-
-    Args:
-      valid: the prompts' real tokens.
-      config: the model's.
-      recipe: how to quantize; with both streams it is given the activations of either.
-
-    Returns:
-      It keeps (packed weights; moments or None; share of unreached experts or None).
-    """
-    source, reads_prompt = recipe.source, _reads_prompt(recipe)
-    both = recipe.prefill == "both"
-
-    def project(
-        site: str, x: Any, weights: dict[str, Params], layer: Offline
-    ) -> tuple[dict[str, Array], tuple[dict[str, Any], Moments | None, Array | None]]:
-        stacks, at = _dense({n: w["kernel"] for n, w in weights.items() if recipe.selects(n)})
-        routed = isinstance(x, Routed)
-        streams = apart(x, valid, recipe.correction) if both else None
-        seen_by = x if streams is None else streams.drifted
-
-        def make(
-            expert: Array | None, here: Array | None, mine: tuple, stacks: dict[str, Array]
-        ) -> tuple[dict, dict, Moments | None]:
-            moments, carried, low_rank = mine
-            seen = None
-            if source.of == "prompt":
-                seen = observe_expert(seen_by, valid, recipe.reads, expert)
-                if carried is not None:
-                    seen = seen + carried.scaled(source.decay)
-                mix = blend if expert is None else blend_expert
-                moments = mix(seen, moments, source)
-            if not stacks:
-                return {}, {}, seen
-            beside = None if routed else streams or x
-            ys, packed = quantize_layer(
-                stacks, moments, recipe, low_rank, layer=at, expert=here, x=beside
-            )
-            return ys, packed, seen
-
-        factors = {name: layer.low_rank[name] for name in stacks if name in layer.low_rank}
-        mine = (layer.moments.get(site), layer.carried.get(site), factors)
-        ys, packed, seen = for_own_experts(make, mine, stacks, n_experts(x))
-        if routed:
-            made = packed if recipe.prefill == "quantized" else {}
-            ys = routed_linear(x, weights | _as_weights(made, recipe, config.n_layers, at))
-        for name, w in weights.items():
-            if name not in ys:
-                ys[name] = linear(x, w["kernel"], w.get("bias"))
-            elif not routed:
-                ys[name] = add_bias(ys[name], w.get("bias")).astype(x.dtype)
-        none_seen = routed and reads_prompt and stacks
-        unreached = jnp.mean(seen.count == 0, dtype=jnp.float32) if none_seen else None
-        return ys, (packed, seen if source.keeps else None, unreached)
-
-    return project
-
-
-def _dense(kernels: dict[str, Any]) -> tuple[dict[str, Array], Any]:
-    """The stacks of a site's dense kernels, and the layer's index.
-
-    Raises:
-      ValueError: one is packed.
-    """
-    for name, kernel in kernels.items():
-        if not isinstance(kernel, Stacked):
-            raise ValueError(
-                f"{name}: expected a dense weight to quantize, got a packed one; pass the tree "
-                "that load() returned"
-            )
-    layer = next((kernel.layer for kernel in kernels.values()), None)
-    return {name: kernel.kernels for name, kernel in kernels.items()}, layer
-
-
-def _as_weights(
-    packed: dict[str, Any], recipe: Recipe, n_layers: int, layer: Any
-) -> dict[str, Params]:
-    """One layer's packed experts as a site's weights."""
-    return {
-        name: {"kernel": at_its_width(name, one, recipe, n_layers, layer)}
-        for name, one in packed.items()
-    }
 
 
 def requantize(

@@ -30,7 +30,7 @@ from ttq_jax.errors import expect
 from ttq_jax.host import on_host
 from ttq_jax.models.decoder import forward, logits, unstack
 from ttq_jax.models.layer_constants import grows
-from ttq_jax.prefill import prefill
+from ttq_jax.prefill import prefill, reading
 from ttq_jax.quant.head import head_bits
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling, filtered, likeliest
@@ -112,7 +112,7 @@ def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> Non
 
 def read(
     params: Params, prompts: Prompts, cache: Cache, *, config: ModelConfig, recipe: Recipe,
-    offline: Offline,
+    offline: Offline, chunk: int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache, Params, dict[str, Moments], Array | None]:  # fmt: skip
     """`prefill` whose cache and hidden states are the unquantized model's.
 
@@ -123,18 +123,21 @@ def read(
       config: see there.
       recipe: see there; if it reads prompts with quantized weights, they are read once more.
       offline: see there.
+      chunk: see there.
 
     Returns:
       See `prefill`; the tree has dense tables, and `drafter` gives it the recipe's.
     """
     hidden, filled, packed, moments, unreached = prefill(
         params, prompts, cache, config=config, recipe=dataclasses.replace(recipe, head=None),
-        offline=dataclasses.replace(offline, head=None),
+        offline=dataclasses.replace(offline, head=None), chunk=chunk,
     )  # fmt: skip
     if recipe.prefill == "quantized":
+        length = prompts.tokens.shape[1]
         hidden, filled, _ = forward(
-            config, params, prompts.tokens, prompts.valid, cache, slots=prompts.tokens.shape[1]
-        )
+            config, params, prompts.tokens, prompts.valid, cache, slots=length,
+            chunks=reading(chunk, length),
+        )  # fmt: skip
     return hidden, filled, packed, moments, unreached
 
 

@@ -19,7 +19,7 @@ from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.generate import answer, arguments, carried, read, separately
+from ttq_jax.generate import STATIC, answer, arguments, carried, read, separately
 from ttq_jax.generation import Drafts, Generation, made_of
 from ttq_jax.partition import on, on_its_mesh, put
 from ttq_jax.prompts import SMALLEST_BUCKET
@@ -37,6 +37,7 @@ from ttq_jax.types import (
     kernels,
 )
 
+_OF_START = ("capacity", "chunk", "cache_dtype")
 _CHUNK = 8
 """Tokens per call: a call costs about a millisecond, and a reader sees words appear, not lines."""
 
@@ -69,7 +70,7 @@ def _base(params: Params, offline: Offline) -> Params:
     return params if offline.packed is None else offline.packed
 
 
-@partial(jax.jit, static_argnames=("config", "recipe", "sampling", "capacity", "eos_ids", "drafts"))
+@partial(jax.jit, static_argnames=STATIC)
 def start(
     params: Params,
     prompts: Prompts,
@@ -82,6 +83,8 @@ def start(
     capacity: int,
     eos_ids: tuple[int, ...],
     drafts: int = 0,
+    chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> tuple[Begun, Any]:
     """Prompts to the first token of each answer.
 
@@ -96,6 +99,8 @@ def start(
       capacity: see there.
       eos_ids: see there.
       drafts: see there.
+      chunk: see there.
+      cache_dtype: see there.
 
     Returns:
       What the following calls need, and the answers; with a tree per prompt, by prompt.
@@ -104,7 +109,8 @@ def start(
     def one(prompts: Prompts, key: Array) -> tuple[Begun, Any]:
         tree, moments, state, unreached = read(
             params, prompts, offline, key, config=config, recipe=recipe, sampling=sampling,
-            capacity=capacity, eos_ids=eos_ids, drafts=drafts,
+            capacity=capacity, eos_ids=eos_ids, drafts=drafts, chunk=chunk,
+            cache_dtype=cache_dtype,
         )  # fmt: skip
         packed = {} if offline.packed is not None else _quantized(tree)
         return Begun(packed, moments, key, unreached), state
@@ -190,7 +196,8 @@ class Stream:
         self._model, self._rows, self._limit, self._began = model, rows, limit, began
         self._params, self._prompts, self._offline, _ = arrays
         self._begun, self._state = start(*arrays, **how)
-        self._how = {name: value for name, value in how.items() if name != "capacity"}
+        self._how = {k: value for k, value in how.items() if k not in _OF_START}
+        self._chunk = how["chunk"]
         self._new, self._ended = self._seen()
         self.first_token = time.perf_counter() - began
         self._pieces = self._run()
@@ -214,7 +221,7 @@ class Stream:
             how = self._how
             raise_not_finite(
                 self._params, self._prompts, self._offline, config=how["config"],
-                recipe=how["recipe"],
+                recipe=how["recipe"], chunk=self._chunk,
             )  # fmt: skip
         new = out.reshape(-1)[: int(counts.reshape(-1)[0])].tolist()
         return new, bool(done.all()) or len(new) >= self._limit
@@ -264,7 +271,8 @@ class Stream:
 def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET, speculate: int = 0,
+    smallest: int = SMALLEST_BUCKET, speculate: int = 0, prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Stream:  # fmt: skip
     """Answers one prompt piece by piece; the tokens are those of `generate`.
 
@@ -280,6 +288,8 @@ def stream(
       smallest: pad the prompt to this many tokens at least, so that the next ones of a
         conversation, which are longer, need no other program.
       speculate: see `generate`.
+      prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
       An iterator over pieces of text; its `generation` is the result.
@@ -300,5 +310,6 @@ def stream(
     arrays, how, _ = arguments(
         model, asked, recipe=recipe, offline=offline, max_new_tokens=max_new_tokens,
         sampling=sampling, seed=seed, smallest=smallest, speculate=speculate,
+        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
     )  # fmt: skip
     return Stream(model, asked.rows, arrays, how, max_new_tokens, began)

@@ -260,6 +260,19 @@ class Stacked:
 
 
 @struct.dataclass
+class EightBits:
+    """Keys or values in eight bits: scales[..., None] · codes.
+
+    Attributes:
+      codes: int8[..., H], from -127 to 127.
+      scales: float32[...], >= 0, one for each head of each token.
+    """
+
+    codes: Leaf
+    scales: Leaf
+
+
+@struct.dataclass
 class Cache:
     """The KV cache: keys and values of the tokens read so far.
 
@@ -267,8 +280,8 @@ class Cache:
     may be on either side.
 
     Attributes:
-      k: [L, B, S, K, H], rotated.
-      v: [L, B, S, K, H].
+      k: [L, B, S, K, H], rotated; an array or `EightBits`.
+      v: [L, B, S, K, H], likewise.
       positions: int32[B, S]; each slot's position in its sequence.
       valid: bool[B, S]; False for padding and for slots not yet written.
       used: slots written so far; int32[], the same for every row, or int32[B].

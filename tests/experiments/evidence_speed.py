@@ -67,6 +67,49 @@ def _():
     return [table], []
 
 
+@evidence("A long prompt that is read in parts needs much less memory beside its cache")
+def _():
+    programs, gib = read("compiled_prompts.json")["programs"], 2**30
+    table = [["prompt", "read in parts of", "cache in", "cache", "temporaries", "all together",
+              "of", "fits"]]  # fmt: skip
+    table += [
+        [
+            f"{one['prompt_tokens']} tokens", str(one["prefill_chunk"] or "whole"),
+            one["cache_dtype"],
+            *(f"{one['device'][kind] / gib:.2f} GiB" for kind in ("cache", "temporaries")),
+            f"{one['total'] / gib:.2f} GiB", f"{one['memory'] / gib:.0f} GiB",
+            "yes" if one["fits"] else "no",
+        ]
+        for one in programs
+    ]  # fmt: skip
+
+    def per_token(chunk):
+        short, long = (
+            one for one in programs
+            if (one["prefill_chunk"], one["cache_dtype"]) == (chunk, "bfloat16")
+        )  # fmt: skip
+        more = long["device"]["temporaries"] - short["device"]["temporaries"]
+        return f"{more / (long['prompt_tokens'] - short['prompt_tokens']) / 1000:.1f} kB"
+
+    return [table], [per_token(0), per_token(2048)]
+
+
+@evidence("Keys and values in eight bits leave the perplexity where it was")
+def _():
+    rows = read("cache_dtypes_smollm2.json")["rows"]
+    texts = list(rows[0]["perplexity"])
+    table = [["recipe", "cache", *texts, "over a float32 cache", "95 %", "bytes per token of text"]]
+    for row in rows:
+        ends = row["interval_95"]
+        table.append([
+            f"`{row['recipe']}`", row["cache_dtype"],
+            *(f"{one:.2f}" for one in row["perplexity"].values()), f"{row['over_float32']:.4f}",
+            f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "—",
+            str(row["bytes_per_token_of_text"]),
+        ])  # fmt: skip
+    return [table], []
+
+
 @evidence("A model that outgrows a chip is streamed from the host")
 def _():
     found, gib = read("plans.json"), 2**30

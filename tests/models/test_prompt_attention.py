@@ -14,6 +14,7 @@ from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.models.prompt_attention import FROM, attend_prompt, refusal
+from ttq_jax.prefill import reading
 
 FAR = np.iinfo(np.int32).max
 
@@ -87,6 +88,21 @@ def test_tpus_compile_it():
 
     text = compile_for("v5e", read, shapes, tokens, valid).as_text()
     assert "splash" in text
+
+
+@pytest.mark.slow
+@needs_compilers
+def test_tpus_compile_it_for_a_prompt_in_parts():
+    config = small_config(n_heads=4, n_kv_heads=2, head_dim=128)
+    shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    valid = jax.ShapeDtypeStruct((1, 2048), jnp.bool_)
+
+    def read(params, tokens, valid):
+        cache, chunks = empty_cache(config, 1, 2176, "int8"), reading(1024, 2048)
+        return forward(config, params, tokens, valid, cache, slots=2048, chunks=chunks)[0]
+
+    assert "splash" in compile_for("v5e", read, shapes, tokens, valid).as_text()
 
 
 def test_when_it_is_chosen():

@@ -16,7 +16,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, plain
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
-from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, observing, prefill
+from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.recipe import Recipe, preset
@@ -25,6 +25,7 @@ from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import quantize_params, replace_kernels, static_factors
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import Sampling
+from ttq_jax.sites import observing
 from ttq_jax.types import Offline, effective_bits, kernels
 
 E, K = 6, 2

@@ -63,7 +63,7 @@ def test_the_axes_are_the_options_of_ttq_perplexity():
     options = {"recipe" if name == "method" else name: v for name, v in vars(given).items()}
     no_axes = {"with_baseline", "prepared", "save_recipe", "settings", "json", "quiet", "debug",
                "cache_dir", "no_compilation_cache", "command", "mesh",
-               "processes"}  # fmt: skip
+               "processes", "prefill_chunk"}  # fmt: skip
     assert options.keys() - no_axes == AXES.keys() - {"seed", "acceptance"}
     for name, value in vars(Options(model="m", corpus="c")).items():
         # Of an option that may be repeated none is an empty list.
@@ -98,6 +98,8 @@ def test_an_illegal_cell_knows_why(tmp_path):
     assert "bits" in odd.error
     (uncalibrated,) = cells_of(tmp_path, 'recipe = "awq"')
     assert "give the axis calibration" in uncalibrated.error
+    (both,) = cells_of(tmp_path, 'cache_dtype = "int8"\nacceptance = true')
+    assert "leave out the axis acceptance or cache_dtype" in both.error
     (protocol,) = cells_of(tmp_path, "prompt_tokens = 512")
     assert "1 <= P < window" in protocol.error
 

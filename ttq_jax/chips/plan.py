@@ -22,11 +22,11 @@ from ttq_jax.chips.released import params_shapes
 from ttq_jax.chips.slices import collectives, compile_on_slice
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.mesh import in_shape
-from ttq_jax.models.cache import empty_cache
+from ttq_jax.models.cache import check_dtype, empty_cache
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.partition import own_rows
-from ttq_jax.prefill import decoded_shapes
+from ttq_jax.prefill import check_chunk, decoded_shapes
 from ttq_jax.prompts import bucket
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import (
@@ -69,7 +69,8 @@ class Plan:
         mean over the devices.
       token_seconds: the same at the memory's speed; of dense blocks on the host at the link's. What
         the devices of a mesh exchange takes time beside it.
-      first_token_seconds: lower bounds by cause: "read" (every weight once), "multiply".
+      first_token_seconds: lower bounds by cause: "read" (every weight once, or once for each part
+        of the prompt and once more to be quantized), "multiply".
       mesh: devices by axis; None for one device.
       per_host: "hosts", how many; "devices", how many each has; "device_bytes", the total of these;
         "reading", bytes of its own memory for the largest array while the model is read.
@@ -132,8 +133,8 @@ def _check(recipe: Recipe | None) -> None:
 def plan(
     config: ModelConfig, chip: str, recipe: Recipe | None, *, dtype: str = "bfloat16",
     dense_memory: Memory = "device", batch: int = 1, prompt_tokens: int = 512,
-    new_tokens: int = 128, link: float | None = None, compiled: bool = True,
-    mesh: Mapping[str, int] | None = None,
+    new_tokens: int = 128, prefill_chunk: int = 0, cache_dtype: str | None = None,
+    link: float | None = None, compiled: bool = True, mesh: Mapping[str, int] | None = None,
 ) -> Plan:  # fmt: skip
     """Plans `generate` for one device, or for the devices of a mesh.
 
@@ -146,6 +147,8 @@ def plan(
       batch: prompts read together.
       prompt_tokens: of the longest prompt; padded as `generate` does.
       new_tokens: most tokens of an answer.
+      prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
       link: bytes per second between host and device; None for the chip's.
       compiled: ask the compiler, where there is one.
       mesh: see `mesh.make_mesh`; None for one device.
@@ -154,8 +157,9 @@ def plan(
       The plan.
 
     Raises:
-      ConfigError: a size below 1, a recipe that needs more than the prompt, or a model that the
-        mesh cannot share.
+      ConfigError: a size below 1, a recipe that needs more than the prompt, a chunk that
+        `prefill.check_chunk` refuses, a cache_dtype that there is not, or a model that the mesh
+        cannot share.
       CheckpointError: weights on the host and a mesh together.
     """
     if min(batch, prompt_tokens, new_tokens) < 1 or (link is not None and link <= 0):
@@ -165,19 +169,22 @@ def plan(
         )
     _check(recipe)
     check_memory(dense_memory, mesh)
+    check_chunk(prefill_chunk, recipe)
+    check_dtype(cache_dtype)
     base, it = chip_of(chip)
     read, made = bucket(prompt_tokens), bucket(new_tokens)
     mine = _share(config, recipe, dtype, batch, mesh)
-    device = _sizes(config, mine, read + made, dtype)
+    device = _sizes(config, mine, read + made, cache_dtype or dtype)
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
-    extra = _activations(config, mine, read, dtype) + host // config.n_layers
+    extra = _activations(config, mine, read, prefill_chunk, dtype) + host // config.n_layers
     by, why, total, exchanged = "arithmetic", "as asked", 0, None
     if compiled:
         try:
             total, exchanged = _asked(
                 config, base, recipe, mesh, dtype=dtype, dense_memory=dense_memory, batch=batch,
-                prompt_tokens=read, new_tokens=made,
+                prompt_tokens=read, new_tokens=made, prefill_chunk=prefill_chunk,
+                cache_dtype=cache_dtype,
             )  # fmt: skip
             by, why = "compiler", ""
         except ChipError as e:
@@ -185,11 +192,13 @@ def plan(
     counted = sum(device.values())
     device["temporaries"] = max(total - counted, 0) if by == "compiler" else extra
     total = total if by == "compiler" else counted + extra
+    parts = -(-read // prefill_chunk) if prefill_chunk else 1
     usable = it.memory if by == "compiler" else it.memory * (1 - _UNCOUNTED)
     return Plan(
         by=by, why=why, device=device, total=total, host=host, memory=it.memory,
         fits=total <= usable,
-        **_times(config, recipe, mine, device["cache"], it, link_speed(it, link), host, read),
+        **_times(config, recipe, mine, device["cache"], it, link_speed(it, link), host, read,
+                 parts),
         mesh=None if mesh is None else dict(mesh), per_host=_per_host(base, mine, total),
         collectives=share.sums(config, mine.sizes, mine.rows, dtype)
         if exchanged is None else exchanged,
@@ -282,13 +291,15 @@ def _sizes(config: ModelConfig, mine: _Share, slots: int, dtype: str) -> dict[st
     }
 
 
-def _activations(config: ModelConfig, mine: _Share, tokens: int, dtype: str) -> int:
+def _activations(config: ModelConfig, mine: _Share, tokens: int, chunk: int, dtype: str) -> int:
     """Bytes of a layer's activations: the stream, the hidden units; and of the logits."""
     wide = 1 if not config.gated else 2
-    rows = mine.rows * tokens * (config.experts_per_token or 1)
+    together = min(chunk, tokens) if chunk else tokens
+    rows = mine.rows * together * (config.experts_per_token or 1)
     item = jax.numpy.dtype(dtype).itemsize
+    stream = mine.rows * tokens * config.d_model * item if together < tokens else 0
     units = config.d_model + wide * config.d_ff // mine.model
-    return rows * units * item + 4 * mine.rows * config.vocab_size // mine.model
+    return stream + rows * units * item + 4 * mine.rows * config.vocab_size // mine.model
 
 
 def _asked(
@@ -340,7 +351,7 @@ def _slice(chip: str, mesh: Mapping[str, int]) -> str:
 
 def _times(
     config: ModelConfig, recipe: Recipe | None, mine: _Share, cache: int, chip: Chip,
-    link: float, host: int, tokens: int,
+    link: float, host: int, tokens: int, parts: int,
 ) -> dict[str, Any]:  # fmt: skip
     """The lower bounds of a plan."""
     each = bytes_per_token(mine.decoded, config)
@@ -351,8 +362,11 @@ def _times(
         if config.n_experts:
             streamed = round(host * each / stored_bytes(mine.decoded))
     token = (each - streamed + cache) / chip.bandwidth + streamed / link
-    on_device = stored_bytes(mine.dense) - host
-    read = max(on_device / chip.bandwidth, host / link)
+    # One kernel multiplies and quantizes; what the parts of a prompt have read is read once more.
+    again = 1 if parts > 1 and recipe is not None else 0
+    blocks = 0 if host else stored_bytes(kernels(mine.dense["layers"]))
+    on_device = stored_bytes(mine.dense) - host + (parts + again - 1) * blocks
+    read = max(on_device / chip.bandwidth, (1 + again) * host / link)
     streams = 2 if recipe is not None and recipe.prefill == "both" else 1
     flops = streams * 2 * _used_weights(config) / mine.model * mine.rows * tokens
     return {

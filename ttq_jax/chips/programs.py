@@ -25,7 +25,8 @@ from ttq_jax.types import Offline, Prompts
 def compile_generate(
     model: str | ModelConfig, chip: str, recipe: Recipe | None, *, batch: int = 1,
     prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
-    dense_memory: Memory = "device",
+    dense_memory: Memory = "device", prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Any:  # fmt: skip
     """Compiles `generate_tokens` at a model's full size.
 
@@ -38,6 +39,8 @@ def compile_generate(
       new_tokens: most tokens to generate.
       dtype: of the dense weights and the activations.
       dense_memory: see `checkpoint.load`.
+      prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
       The executable.
@@ -56,7 +59,8 @@ def compile_generate(
     return compile_for(
         chip, generate_tokens, params, prompts, Offline(moments=moments), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
-        capacity=new_tokens, eos_ids=(0,), on_host=streamed if dense_memory == "host" else None,
+        capacity=new_tokens, eos_ids=(0,), chunk=prefill_chunk, cache_dtype=cache_dtype,
+        on_host=streamed if dense_memory == "host" else None,
     )  # fmt: skip
 
 

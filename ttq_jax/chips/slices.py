@@ -35,6 +35,7 @@ _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 def compile_on_slice(
     model: str | ModelConfig, slice_: str, sizes: Mapping[str, int], recipe: Recipe | None, *,
     batch: int = 1, prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
+    prefill_chunk: int = 0, cache_dtype: str | None = None,
 ) -> Any:  # fmt: skip
     """Compiles `generate_tokens` at a model's full size on a mesh.
 
@@ -47,6 +48,8 @@ def compile_on_slice(
       prompt_tokens: T.
       new_tokens: most tokens to generate.
       dtype: of the dense weights and the activations.
+      prefill_chunk: see `generate`.
+      cache_dtype: see `generate`.
 
     Returns:
       The executable; its memory is a device's.
@@ -88,6 +91,7 @@ def compile_on_slice(
             jax.tree.map(lambda s: at(s, rows), prompts),
             *jax.tree.map(at, rest), at(shape((), jnp.int32)),
             config=config, recipe=recipe, sampling=Sampling(), capacity=new_tokens, eos_ids=(0,),
+            chunk=prefill_chunk, cache_dtype=cache_dtype,
         )  # fmt: skip
         return traced.lower(lowering_platforms=("tpu",)).compile()
 

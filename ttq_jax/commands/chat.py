@@ -31,6 +31,7 @@ from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.generation import Generation
 from ttq_jax.partition import on
+from ttq_jax.prefill import check_chunk
 from ttq_jax.prompts import PromptError, bucket
 from ttq_jax.quant.names import misnamed
 from ttq_jax.quant.recipe import Recipe
@@ -92,6 +93,7 @@ class _Session:
         self.how: dict[str, Any] = {
             "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
             "sampling": sampling_of(args), "speculate": args.speculate,
+            "prefill_chunk": args.prefill_chunk, "cache_dtype": args.cache_dtype,
         }  # fmt: skip
 
     def line(self, text: str) -> bool:
@@ -178,6 +180,7 @@ class _Session:
             )
         recipe = recipe_named(name, {}, [])
         speculation.check(self.args.speculate, recipe)
+        check_chunk(self.args.prefill_chunk, recipe)
         with on(self.model.mesh):
             check_selection(self.model.params, recipe)
         needs = dataclasses.replace(needs_of(self.args, recipe), method=name)
@@ -288,6 +291,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     sampling_of(args)
     speculation.check(args.speculate, recipe)
+    check_chunk(args.prefill_chunk, recipe)
     note_unused(args, recipe, progress)
     if args.conversation:
         check_destination(Path(args.conversation).expanduser())

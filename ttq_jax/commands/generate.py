@@ -15,7 +15,14 @@ from ttq_jax.chat.render import Renderer
 from ttq_jax.checkpoint import Model
 from ttq_jax.checkpoint.store import check_destination
 from ttq_jax.commands.conversation import Conversation, begin
-from ttq_jax.commands.options import check_file, needs_of, note_unused, prompts_of, recipe_of
+from ttq_jax.commands.options import (
+    cache_in_json,
+    check_file,
+    needs_of,
+    note_unused,
+    prompts_of,
+    recipe_of,
+)
 from ttq_jax.commands.output import print_json, print_piece, print_text
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.describe import describe_method, head
@@ -26,6 +33,7 @@ from ttq_jax.generate import generate
 from ttq_jax.generation import Generation
 from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.partition import on
+from ttq_jax.prefill import check_chunk
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
@@ -59,6 +67,7 @@ def _print_json(
                 "sampling": dataclasses.asdict(sampling),
                 "seed": args.seed or 0,
                 "batch_size": len(of),
+                **cache_in_json(args),
                 **_experts_in_json(made),
                 **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
                 # Of the batch, so in its first row alone.
@@ -208,7 +217,8 @@ def _answer(
     make: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens, "seed": args.seed or 0,
         "sampling": Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
-        "speculate": args.speculate,
+        "speculate": args.speculate, "prefill_chunk": args.prefill_chunk,
+        "cache_dtype": args.cache_dtype,
     }  # fmt: skip
     # In a chat stdout is the answer; a text is printed with what continues it.
     heads = [""] * len(asked.texts) if args.chat else asked.texts
@@ -246,6 +256,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     recipe = recipe_of(args)
     Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     speculation.check(args.speculate, recipe)
+    check_chunk(args.prefill_chunk, recipe)
     _check_conversation(args, recipe, progress)
     note_unused(args, recipe, progress)
     check_file(args.save_recipe)

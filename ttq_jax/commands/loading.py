@@ -62,6 +62,25 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds --prefill-chunk and --cache-dtype.
+
+    Args:
+      parser: of the command.
+    """
+    parser.add_argument(
+        "--prefill-chunk", type=int, default=0, metavar="N",
+        help="read prompts of more than N tokens in parts of N, up to 128 or a multiple of 128, so "
+        "that less memory is needed at a time; the weights are made from all parts (default: 0, "
+        "prompts are read whole)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-dtype", choices=("float32", "bfloat16", "int8"),
+        help="how keys and values are stored, and read by all attention; int8 keeps a scale for "
+        "each head of each token beside them (default: as the activations)",
+    )  # fmt: skip
+
+
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds --processes.
 

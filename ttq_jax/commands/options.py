@@ -58,6 +58,19 @@ def check_file(path: str | None) -> None:
             raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
 
 
+def cache_in_json(args: argparse.Namespace) -> dict[str, Any]:
+    """How prompts were read and kept, where it was asked for.
+
+    Args:
+      args: with --prefill-chunk and --cache-dtype.
+
+    Returns:
+      JSON data.
+    """
+    asked = {"prefill_chunk": args.prefill_chunk, "cache_dtype": args.cache_dtype}
+    return {name: value for name, value in asked.items() if value}
+
+
 def note_unused(args: argparse.Namespace, recipe: Recipe | None, progress: Progress) -> None:
     """Notes the options that are given and not needed; those that a recipe cannot take are refused.
 

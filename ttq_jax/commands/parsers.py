@@ -16,6 +16,7 @@ from ttq_jax.commands.loading import (
     add_mesh,
     add_model,
     add_processes,
+    add_reading,
 )
 from ttq_jax.commands.output import write
 from ttq_jax.commands.scoring import add_text, add_window
@@ -175,6 +176,7 @@ def _generate_parser(commands: Any) -> None:
     add = parser.add_argument
     add_chat(parser)
     add_asking(parser, 64)
+    add_reading(parser)
     add("--batch-size", type=int, default=1, metavar="B",
         help="read B prompts together; they share one set of quantized weights unless "
         "--per-prompt is given (default: %(default)s)")  # fmt: skip
@@ -197,6 +199,7 @@ def _chat_parser(commands: Any) -> None:
     add_mesh(parser)
     add_system(parser)
     add_asking(parser, 512)
+    add_reading(parser)
     add_conversation(parser)
     _add_recipe(parser)
     _add_calibration(parser)
@@ -215,6 +218,7 @@ def _perplexity_parser(commands: Any) -> None:
         "window: the whole window makes the weights and is scored (default: %(default)s)"
         )  # fmt: skip
     add_window(parser)
+    add_reading(parser)
     add("--with-baseline", action="store_true", help="also score the unquantized model")
     _add_quantizing(parser)
 
@@ -339,6 +343,7 @@ def _plan_parser(commands: Any) -> None:
     parser = commands.add_parser("plan", help=about, description=f"{about}.")
     add_plan(parser)
     add_mesh(parser)
+    add_reading(parser)
     add_dense_memory(parser)
     add_ignore_key(parser)
     _add_recipe(parser)

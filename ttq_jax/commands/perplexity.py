@@ -8,6 +8,7 @@ import numpy as np
 
 from ttq_jax.checkpoint import Model
 from ttq_jax.commands.options import (
+    cache_in_json,
     check_file,
     describe_text,
     needs_of,
@@ -22,6 +23,7 @@ from ttq_jax.evaluation.perplexity import Perplexity, Protocol, interval95, stre
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.partition import on
+from ttq_jax.prefill import check_chunk
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
 from ttq_jax.quant.tree import check_selection
@@ -30,7 +32,7 @@ from ttq_jax.types import Offline
 
 def score(
     model: Model, windows: np.ndarray, *, recipe: Recipe | None, offline: Offline,
-    protocol: Protocol, text: str, progress: Progress,
+    protocol: Protocol, text: str, progress: Progress, **reading: Any,
 ) -> Perplexity:  # fmt: skip
     """Perplexity with a progress line.
 
@@ -42,12 +44,15 @@ def score(
       protocol: what is read, what is scored.
       text: of the progress line.
       progress: where to show it.
+      **reading: `prefill_chunk` and `cache_dtype` of `evaluation.perplexity.perplexity`.
 
     Returns:
       The measurement over all windows.
     """
     with progress.stage(text) as update:
-        for running in stream(model, windows, recipe=recipe, offline=offline, protocol=protocol):
+        for running in stream(
+            model, windows, recipe=recipe, offline=offline, protocol=protocol, **reading
+        ):  # fmt: skip
             update(running.windows, len(windows), f"perplexity {running.perplexity:.3f}")
     return running
 
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
       progress: where to show it.
     """
     recipe = recipe_of(args)
+    check_chunk(args.prefill_chunk, recipe)
     note_unused(args, recipe, progress)
     protocol = Protocol(kind=args.protocol, window=args.window, prompt_tokens=args.prompt_tokens)
     check_file(args.save_recipe)
@@ -80,7 +86,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     offline, _ = prepare_offline(needs, model, calibration, progress)
     scored_by: Callable[..., Perplexity] = lambda recipe, offline, text: score(  # noqa: E731
         model, windows, recipe=recipe, offline=offline, protocol=protocol, text=text,
-        progress=progress,
+        progress=progress, prefill_chunk=args.prefill_chunk, cache_dtype=args.cache_dtype,
     )  # fmt: skip
     scored = scored_by(recipe, offline, f"scoring {args.method} ({len(windows)} windows)")
     plain = scored if recipe is None else None
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         "protocol": protocol.kind,
         "window": protocol.window,
         "prompt_tokens": protocol.prompt_tokens if protocol.kind == "causal" else None,
+        **cache_in_json(args),
         "windows": scored.windows,
         "scored_tokens": scored.scored_tokens,
         "seconds": round(scored.seconds, 3),

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         made = plan(
             config, args.chip, recipe, dtype=args.dtype, dense_memory=args.dense_memory,
             batch=args.batch_size, prompt_tokens=args.prompt_tokens,
-            new_tokens=args.max_new_tokens, link=link, compiled=not args.arithmetic, mesh=mesh,
+            new_tokens=args.max_new_tokens, prefill_chunk=args.prefill_chunk,
+            cache_dtype=args.cache_dtype, link=link, compiled=not args.arithmetic,
+            mesh=mesh,
         )  # fmt: skip
     _, chip = chip_of(args.chip)
     speeds = {
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             "recipe": None if recipe is None else recipe.describe(),
             "dense_memory": args.dense_memory, "batch_size": args.batch_size,
             "prompt_tokens": args.prompt_tokens, "max_new_tokens": args.max_new_tokens,
+            "prefill_chunk": args.prefill_chunk, "cache_dtype": args.cache_dtype,
             "speeds": speeds, "versions": versions(), **made.describe(),
         })  # fmt: skip
         return

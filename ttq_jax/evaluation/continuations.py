@@ -38,8 +38,8 @@ def _copies(cache: Cache, n: int) -> Cache:
     """The cache of one row, n times."""
     return dataclasses.replace(
         cache,
-        k=jnp.repeat(cache.k, n, axis=1),
-        v=jnp.repeat(cache.v, n, axis=1),
+        k=jax.tree.map(lambda a: jnp.repeat(a, n, axis=1), cache.k),
+        v=jax.tree.map(lambda a: jnp.repeat(a, n, axis=1), cache.v),
         positions=jnp.repeat(cache.positions, n, axis=0),
         valid=jnp.repeat(cache.valid, n, axis=0),
     )

@@ -27,15 +27,16 @@ from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.errors import check_fields, expect, shown
 from ttq_jax.evaluation import intervals
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.models.cache import activation_dtype, check_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.partition import on_its_mesh, put
-from ttq_jax.prefill import decoded_shapes, observing, prefill, requantize
+from ttq_jax.prefill import check_chunk, decoded_shapes, prefill, reading, requantize
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
+from ttq_jax.sites import observing
 from ttq_jax.types import Cache, Moments, Offline, Params, Prompts, effective_bits, model_bits
 
 
@@ -119,7 +120,7 @@ def _nll(
     return jnp.sum(jax.lax.map(block, (hidden, targets, weight)))
 
 
-@partial(jax.jit, static_argnames=("config", "recipe", "protocol"))
+@partial(jax.jit, static_argnames=("config", "recipe", "protocol", "chunk", "cache_dtype"))
 def score_window(
     params: Params,
     tokens: Int[Array, " W"],
@@ -128,6 +129,8 @@ def score_window(
     config: ModelConfig,
     recipe: Recipe | None,
     protocol: Protocol,
+    chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Float[Array, ""]:
     """Negative log-likelihood of one window's scored tokens, one XLA program.
 
@@ -138,6 +141,8 @@ def score_window(
       config: the model's.
       recipe: how to quantize; None for the unquantized model.
       protocol: what is read, what is scored.
+      chunk: what makes the weights is read in parts of so many tokens, see `prefill`.
+      cache_dtype: see `generate_tokens`.
 
     Returns:
       Summed over the `protocol.scored` tokens, nats.
@@ -147,21 +152,22 @@ def score_window(
     prompts = Prompts(read, jnp.ones(read.shape, bool))
     # The last stretch between two refreshes is padded to its full length.
     every = 0 if recipe is None else recipe.source.refresh
-    dtype = activation_dtype(params)
+    dtype = cache_dtype or activation_dtype(params)
     cache = empty_cache(config, 1, protocol.window + every, dtype)
     hidden, filled, packed, seen, _ = prefill(
-        params, prompts, cache, config=config, recipe=recipe, offline=offline
+        params, prompts, cache, config=config, recipe=recipe, offline=offline, chunk=chunk
     )
     if protocol.kind == "window":
         if recipe is not None and recipe.prefill != "quantized":
             # The first reading was unquantized: score a second one.
-            hidden, _, _ = forward(config, packed, read, prompts.valid, cache)
+            again = reading(chunk, length)
+            hidden, _, _ = forward(config, packed, read, prompts.valid, cache, chunks=again)
         return _nll(config, packed, hidden[0, :-1], tokens[1:])
     # As in generation, the first token after the prompt is predicted by the prompt's last state.
     hidden, rest = hidden[0, -1:], tokens[None, length:-1]
     if rest.size and recipe is not None and every:
-        again = lambda m: requantize(params, m, recipe, offline)  # noqa: E731
-        after = read_refreshing(config, recipe, packed, rest[0], filled, seen, again)
+        anew = lambda m: requantize(params, m, recipe, offline)  # noqa: E731
+        after = read_refreshing(config, recipe, packed, rest[0], filled, seen, anew)
         hidden = jnp.concatenate([hidden, after])
     elif rest.size:
         after, _, _ = forward(config, packed, rest, jnp.ones(rest.shape, bool), filled)
@@ -208,7 +214,7 @@ def read_refreshing(
 @on_its_mesh
 def window_nll(
     model: Model, window: np.ndarray, *, recipe: Recipe | None, offline: Offline,
-    protocol: Protocol,
+    protocol: Protocol, prefill_chunk: int = 0, cache_dtype: str | None = None,
 ) -> float:  # fmt: skip
     """`score_window` of a loaded model, as a number.
 
@@ -218,6 +224,8 @@ def window_nll(
       recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`.
       protocol: what is read, what is scored.
+      prefill_chunk: see `perplexity`.
+      cache_dtype: see `perplexity`.
 
     Returns:
       Summed over the `protocol.scored` tokens, nats; finite.
@@ -225,9 +233,11 @@ def window_nll(
     Raises:
       NotFiniteError: it is not.
     """
-    how: dict[str, Any] = {"config": model.config, "recipe": recipe}
+    how: dict[str, Any] = {"config": model.config, "recipe": recipe, "chunk": prefill_chunk}
     params, offline = joined(model.params, recipe, offline)
-    one = score_window(params, put(window), offline, protocol=protocol, **how)
+    one = score_window(
+        params, put(window), offline, protocol=protocol, cache_dtype=cache_dtype, **how
+    )
     nll = float(jax.device_get(one))
     if not math.isfinite(nll):
         read = [window[: protocol.read].tolist()]
@@ -243,6 +253,8 @@ def stream(
     recipe: Recipe | None,
     offline: Offline,
     protocol: Protocol,
+    prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
 ) -> Iterator[Perplexity]:
     """Scores window after window.
 
@@ -252,16 +264,21 @@ def stream(
       recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`.
       protocol: what is read, what is scored.
+      prefill_chunk: see `perplexity`.
+      cache_dtype: see `perplexity`.
 
     Yields:
       The running measurement after each window.
 
     Raises:
-      ConfigError: windows of another length than the protocol's, or longer than the context.
+      ConfigError: windows of another length than the protocol's, or longer than the context; a
+        chunk that `prefill.check_chunk` refuses; or a cache_dtype that there is not.
       PromptError: no matrix of this model's token ids.
       NotFiniteError: a window's loss is not finite.
     """
     windows = check_windows(windows, model.config.vocab_size, model.tokenizer)
+    check_chunk(prefill_chunk, recipe)
+    check_dtype(cache_dtype)
     if windows.shape[1] != protocol.window:
         raise ConfigError(
             f"expected windows of {protocol.window} tokens, got {windows.shape[1]}; cut them with "
@@ -278,7 +295,10 @@ def stream(
     )  # fmt: skip
     start, nll = time.perf_counter(), []
     for window in windows:
-        nll.append(window_nll(model, window, recipe=recipe, offline=offline, protocol=protocol))
+        nll.append(window_nll(
+            model, window, recipe=recipe, offline=offline, protocol=protocol,
+            prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
+        ))  # fmt: skip
         scored = len(nll) * protocol.scored
         yield Perplexity(
             perplexity=float(np.exp(np.sum(nll) / scored)),
@@ -299,6 +319,8 @@ def perplexity(
     recipe: Recipe | None,
     offline: Offline | None = None,
     protocol: Protocol = Protocol(),
+    prefill_chunk: int = 0,
+    cache_dtype: str | None = None,
     progress: Callable[[Perplexity, int], None] = lambda running, total: None,
 ) -> Perplexity:
     """Perplexity of a model on windows of text.
@@ -309,13 +331,17 @@ def perplexity(
       recipe: how to quantize; None for the unquantized model.
       offline: from `prepare`; None prepares it here, except for recipes that need a corpus.
       protocol: what is read, what is scored.
+      prefill_chunk: what makes the weights is read in parts of so many tokens, see `generate`; the
+        tokens after it are read at once.
+      cache_dtype: how keys and values are stored, see `generate`; all attention reads them so.
       progress: called with the running measurement and the number of windows in all.
 
     Returns:
       The measurement over all windows.
 
     Raises:
-      ConfigError: no window, or windows that do not match the protocol or the context.
+      ConfigError: no window, windows that do not match the protocol or the context, a chunk that
+        `prefill.check_chunk` refuses, or a cache_dtype that there is not.
       NotFiniteError: a window's loss is not finite.
     """
     expect("model", model, Model, "a model, from load()")
@@ -325,7 +351,10 @@ def perplexity(
         raise ConfigError("expected at least one window of text, got none")
     if offline is None:
         offline = prepare(model, recipe)
-    for running in stream(model, windows, recipe=recipe, offline=offline, protocol=protocol):
+    for running in stream(
+        model, windows, recipe=recipe, offline=offline, protocol=protocol,
+        prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
+    ):  # fmt: skip
         progress(running, len(windows))
     return running
 

@@ -85,7 +85,8 @@ class Timings:
 def time_answers(
     model: Model, texts: Sequence[str] | Asked, recipes: Mapping[str, Recipe | None], *,
     offline: Mapping[str, Offline] | None = None, max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(), seed: int = 0, speculate: int = 0, runs: int = RUNS,
+    sampling: Sampling = Sampling(), seed: int = 0, speculate: int = 0,
+    prefill_chunk: int = 0, cache_dtype: str | None = None, runs: int = RUNS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:  # fmt: skip
     """Times the programs that `generate` runs for one batch, side by side: all take turns.
@@ -99,6 +100,8 @@ def time_answers(
       sampling: see `generate`.
       seed: see `generate`.
       speculate: see `generate`; for every recipe.
+      prefill_chunk: likewise.
+      cache_dtype: likewise.
       runs: of each kind and recipe, >= 3.
       clock: seconds.
 
@@ -115,6 +118,7 @@ def time_answers(
         name: program(
             model, texts, recipe=recipe, offline=(offline or {}).get(name),
             max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, speculate=speculate,
+            prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
         )[0]
         for name, recipe in recipes.items()
     }  # fmt: skip

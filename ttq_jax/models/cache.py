@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from ttq_jax.config import ModelConfig
+from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.errors import shown
 from ttq_jax.partition import DATA, with_batch
-from ttq_jax.types import Cache, MixedLinear, Params, QuantizedLinear
+from ttq_jax.types import Cache, EightBits, MixedLinear, Params, QuantizedLinear
 
 # A plain 0 beside an int32 index would be an int64 where 64-bit types are enabled.
 _ZERO = np.int32(0)
+
+Stack = Array | EightBits
+"""Keys or values of all layers, [L, B, S, K, H]."""
+
+DTYPES = ("float32", "bfloat16", "int8")
+"""What a user may have keys and values stored as."""
 
 
 def activation_dtype(params: Params) -> Any:
@@ -25,6 +32,22 @@ def activation_dtype(params: Params) -> Any:
     return next(leaf.dtype for leaf in leaves if not is_packed(leaf))
 
 
+def check_dtype(dtype: str | None) -> None:
+    """Refuses what keys and values cannot be stored as.
+
+    Args:
+      dtype: a name; None for that of the activations.
+
+    Raises:
+      ConfigError: not one of `DTYPES`.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"cache_dtype: expected one of {', '.join(DTYPES)}, or None for the activations' own, "
+            f"got {shown(dtype)}"
+        )
+
+
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike) -> Cache:
     """An empty cache.
 
@@ -32,16 +55,23 @@ def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike
       config: the model's.
       batch: B.
       capacity: S, slots per row.
-      dtype: of keys and values.
+      dtype: of keys and values; int8 keeps a scale for each head of each token beside them.
 
     Returns:
       A cache of zeros, all slots invalid.
     """
-    shape = (config.n_layers, batch, capacity, config.n_kv_heads, config.head_dim)
+    heads = (config.n_layers, batch, capacity, config.n_kv_heads)
     axes = (None, DATA, None, "kv", None)
+
+    def empty() -> Stack:
+        zeros = with_batch(jnp.zeros((*heads, config.head_dim), dtype), axes)
+        if zeros.dtype != jnp.int8:
+            return zeros
+        return EightBits(zeros, with_batch(jnp.zeros(heads, jnp.float32), axes[:-1]))
+
     return Cache(
-        k=with_batch(jnp.zeros(shape, dtype), axes),
-        v=with_batch(jnp.zeros(shape, dtype), axes),
+        k=empty(),
+        v=empty(),
         positions=jnp.zeros((batch, capacity), jnp.int32),
         valid=jnp.zeros((batch, capacity), bool),
         used=jnp.zeros((), jnp.int32),
@@ -60,8 +90,8 @@ def map_rows(change: Callable[[Array], Array], cache: Cache) -> Cache:
     """
     stacked = jax.vmap(change)
     return Cache(
-        k=stacked(cache.k),
-        v=stacked(cache.v),
+        k=jax.tree.map(stacked, cache.k),
+        v=jax.tree.map(stacked, cache.v),
         positions=change(cache.positions),
         valid=change(cache.valid),
         used=change(cache.used) if cache.used.ndim else cache.used,
@@ -101,24 +131,66 @@ def register(cache: Cache, positions: Int[Array, "B T"], valid: Bool[Array, "B T
 
 
 def write_layer(
-    stack: Array, layer: Int[Array, ""], slot: Int[Array, ""] | Int[Array, " B"], new: Array
-) -> Array:
-    """Writes one layer's new keys (or values) [B, T, K, H] into the stack [L, B, S, K, H]."""
+    stack: Stack, layer: Int[Array, ""], slot: Int[Array, ""] | Int[Array, " B"], new: Array
+) -> Stack:
+    """Writes one layer's new keys (or values) [B, T, K, H] into the stack [L, B, S, K, H].
+
+    Args:
+      stack: of all layers.
+      layer: which one.
+      slot: the first one that is written, the same for every row, or of each.
+      new: rounded as the stack stores them.
+
+    Returns:
+      The new stack.
+    """
 
     def write(stack: Array, new: Array, slot: Array) -> Array:
-        start = (layer, _ZERO, slot, _ZERO, _ZERO)
+        start: list[Any] = [layer, _ZERO, slot, *[_ZERO] * (stack.ndim - 3)]
         return jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), start)
 
-    if not slot.ndim:
-        return write(stack, new, slot)
-    if len(slot) == 1:  # a slice is written in place everywhere, what a map makes of it is not
-        return write(stack, new, slot[0])
-    row = lambda stack, new, slot: write(stack[:, None], new[None], slot)[:, 0]  # noqa: E731
-    return jax.vmap(row, (1, 0, 0), 1)(stack, new, slot)
+    def write_all(stack: Array, new: Array) -> Array:
+        if not slot.ndim:
+            return write(stack, new, slot)
+        if len(slot) == 1:  # a slice is written in place everywhere, what a map makes of it is not
+            return write(stack, new, slot[0])
+        row = lambda stack, new, slot: write(stack[:, None], new[None], slot)[:, 0]  # noqa: E731
+        return jax.vmap(row, (1, 0, 0), 1)(stack, new, slot)
+
+    return jax.tree.map(write_all, stack, _coded(new) if isinstance(stack, EightBits) else new)
 
 
-def read_layer(stack: Array, layer: Int[Array, ""], slots: int) -> Array:
-    """The first `slots` slots of one layer: [B, slots, K, H]."""
-    _, batch, _, heads, dim = stack.shape
-    start = (layer, _ZERO, _ZERO, _ZERO, _ZERO)
-    return jax.lax.dynamic_slice(stack, start, (1, batch, slots, heads, dim))[0]
+def _coded(new: Float[Array, "*batch H"]) -> EightBits:
+    """Rounded to the nearest of 255 multiples of a scale, the largest of which is exact."""
+    new = new.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(new), axis=-1) / 127
+    by = jnp.where(scales > 0, scales, 1.0)[..., None]
+    return EightBits(jnp.round(new / by).astype(jnp.int8), scales)
+
+
+def read_layer(
+    stack: Stack, layer: Int[Array, ""], slots: int, first: Int[Array, ""] | np.int32 = _ZERO,
+    dtype: DTypeLike | None = None,
+) -> Array:  # fmt: skip
+    """Some slots of one layer: [B, slots, K, H].
+
+    Args:
+      stack: of all layers.
+      layer: which one.
+      slots: how many.
+      first: the first of them.
+      dtype: of the result; None for that of a stack that is an array.
+
+    Returns:
+      Keys or values as they are stored.
+    """
+
+    def read(stack: Array) -> Array:
+        start = (layer, _ZERO, first, *[_ZERO] * (stack.ndim - 3))
+        sizes = (1, stack.shape[1], slots, *stack.shape[3:])
+        return jax.lax.dynamic_slice(stack, start, sizes)[0]
+
+    if isinstance(stack, EightBits):
+        codes, scales = read(stack.codes), read(stack.scales)
+        return (codes.astype(jnp.float32) * scales[..., None]).astype(dtype)
+    return read(stack).astype(dtype or stack.dtype)

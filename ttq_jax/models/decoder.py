@@ -19,19 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ttq_jax.config import ModelConfig
 from ttq_jax.experts import Routed, gather_tokens, routed_linear, sort_by_expert
+from ttq_jax.host import on_host, slab_of
 from ttq_jax.linear import columns, linear, scores
-from ttq_jax.models.cache import (
-    activation_dtype,
-    next_positions,
-    read_layer,
-    register,
-    write_layer,
-)
+from ttq_jax.models.cache import activation_dtype, next_positions, register
+from ttq_jax.models.chunks import Chunks, over_chunks
 from ttq_jax.models.layer_constants import growths, layer_constants
-from ttq_jax.models.layers import ACTIVATIONS, make_norm, rotate, scaled, softcap
-from ttq_jax.models.prompt_attention import attend_slots
+from ttq_jax.models.layers import ACTIVATIONS, make_norm, scaled, softcap
+from ttq_jax.models.reading import Reading
 from ttq_jax.partition import lookup
-from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, QuantizedLinear, at_layer
+from ttq_jax.types import EXPERT_SITES, SITES, Cache, Params, QuantizedLinear, Stacked, at_layer
 
 # (site, x[B, T, d_in], {name: {"kernel", "bias"?}}) -> ({name: y[B, T, d_out]}, whatever to keep);
 # of `Routed` rows [N, R, d_in], y is [N, R, d_out]
@@ -235,6 +231,7 @@ def forward(
     slots: int | None = None,
     project: Callable[..., tuple[dict[str, Array], Any]] = plain,
     per_layer: Any = None,
+    chunks: Chunks | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache, dict[str, Any]]:
     """Reads tokens that follow those in the cache.
 
@@ -249,47 +246,31 @@ def forward(
         None for all.
       project: see the module's docstring; with `per_layer` it gets one more argument.
       per_layer: a pytree stacked over the layers, sliced for `project`; None for none.
+      chunks: read the tokens in parts; the cache must be empty, the layers stacked, and `project`
+        is not called. None reads them at once.
 
     Returns:
       Final hidden states (after the last norm), the cache, and per site what `project` kept,
       stacked over the layers.
     """
-    slots = slots or cache.k.shape[2]
     start, positions = cache.used, next_positions(cache, valid)
     cache = register(cache, positions, valid)
     x = embed(config, params, tokens, positions)
-    block, grown = Block(config), growths(config, cache)
+    grown = growths(config, cache)
+    reading = Reading(config, cache, positions, valid, start, slots or cache.valid.shape[1], grown)
+    block = Block(config)
 
     def layer_step(carry: Any, layer: Any) -> tuple[Any, dict[str, Any]]:
-        x, k_stack, v_stack = carry
+        x, *stacks = carry
         weights, constants, extra = layer
         weights = at_layer(params["layers"], constants["layer"]) if weights is None else weights
-
-        def turned(x: Array, positions: Array) -> Array:
-            if config.rope is None:
-                return x
-            frequencies = constants["rope"][None]
-            if grown is not None:
-                frequencies = frequencies * grown[constants["local"]]
-            return rotate(x, positions, frequencies, constants.get("magnitude"))
-
-        def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            at = constants["layer"]
-            # Keys whose rotation depends on the length are turned when they are read, each time.
-            k = k if grown is not None else turned(k, positions)
-            ks, vs = write_layer(k_stack, at, start, k), write_layer(v_stack, at, start, v)
-            keys, values = read_layer(ks, at, slots), read_layer(vs, at, slots)
-            q = turned(q, positions)
-            keys = keys if grown is None else turned(keys, cache.positions[:, :slots])
-            mixed = attend_slots(
-                config, q, keys, values, cache, positions=positions, valid=valid,
-                window=constants["window"],
-            )  # fmt: skip
-            return mixed, (ks, vs)
 
         def visit(site: str, h: Any, w: dict[str, Params]) -> tuple[dict[str, Array], Any]:
             return project(site, h, w) if per_layer is None else project(site, h, w, extra)
 
+        if chunks is not None:
+            return _in_chunks(block, reading, chunks, x, stacks, weights, constants, extra)
+        attention = reading.attention(constants, tuple(stacks))
         out: Any = block.apply({"params": weights}, x, valid, attention, visit)
         x, stacks, kept = out
         return (x, *stacks), kept
@@ -307,6 +288,37 @@ def forward(
     if config.final_norm:
         x = jnp.asarray(make_norm(config).apply({"params": params["final_norm"]}, x))
     return x, dataclasses.replace(cache, k=k, v=v), kept
+
+
+def _in_chunks(
+    block: Block, reading: Reading, chunks: Chunks, x: Array, stacks: Any, weights: Params,
+    constants: dict[str, Array], extra: Any,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """A layer over a prompt in parts, then what is made of their sums."""
+    # Those in the host's memory are fetched once, not for each part.
+    near = {name: leaf | _fetched(leaf) for name, leaf in weights.items()}
+
+    def run(x: Array, first: Array, stacks: Any) -> tuple[Array, Any, dict[str, Any]]:
+        part = reading.part(first, x.shape[1])
+        attention = part.attention(constants, stacks, chunks.size)
+        project = chunks.project(part.valid)
+        out: Any = block.apply({"params": near}, x, part.valid, attention, project)
+        return out
+
+    x, stacks, sums = over_chunks(run, x, tuple(stacks), chunks.size)
+    kept = {
+        site: chunks.finish(site, seen, {n: weights[n] for n in SITES[site] if n in weights}, extra)
+        for site, seen in sums.items()
+    }
+    return (x, *stacks), kept
+
+
+def _fetched(leaf: Params) -> Params:
+    """The kernel of a layer's projection, if it is in the host's memory, in the device's."""
+    kernel = leaf.get("kernel")
+    if not isinstance(kernel, Stacked) or not on_host(kernel.kernels):
+        return {}
+    return {"kernel": Stacked(slab_of(kernel.kernels, kernel.layer), jnp.zeros((), jnp.int32))}
 
 
 def unstack(params: Params) -> Params:

@@ -4,6 +4,9 @@ A prompt attends to itself alone. Its real tokens stand together, so that order 
 among slots: a causal mask by index and "padding sees padding only" say what `attention.attend` says
 with positions. That is what JAX's splash attention computes on TPUs, block by block, and it leaves
 out the blocks that nobody sees: half of them, and nearly all under a short sliding window.
+
+A prompt in parts attends to itself part by part: each to itself and to those before, and their
+softmaxes are joined by their sums. The kernel does either where no layer slides.
 """
 
 from collections.abc import Callable
@@ -12,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.choice import Target, current_target
 from ttq_jax.config import ModelConfig
-from ttq_jax.models.attention import attend
+from ttq_jax.models.attention import attend, attend_part, join_parts
 from ttq_jax.models.layer_constants import windows
-from ttq_jax.types import Cache
 
 FROM = 1024
 """Prompts of so many tokens are worth the kernel; below, scores are small."""
@@ -57,7 +60,8 @@ def attend_slots(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    cache: Cache,
+    k_positions: Int[Array, "B S"],
+    k_valid: Bool[Array, "B S"],
     *,
     positions: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -70,7 +74,8 @@ def attend_slots(
       q: rotated queries of the new tokens.
       k: rotated keys of the slots.
       v: values of the slots.
-      cache: with the new tokens registered.
+      k_positions: of the slots, the new tokens' among them.
+      k_valid: which slots may be seen.
       positions: of the new tokens.
       valid: which of them are real.
       window: of this layer.
@@ -85,15 +90,120 @@ def attend_slots(
     # Tokens that fill every slot follow none.
     if slots == q.shape[1] and serves(slots, config.head_dim):
         return attend_prompt(q, k, v, valid=valid, windows=windows(config), **how)
-    return attend(
-        q, k, v, q_positions=positions, k_positions=cache.positions[:, :slots],
-        k_valid=cache.valid[:, :slots], **how,
-    )  # fmt: skip
+    return attend(q, k, v, q_positions=positions, k_positions=k_positions, k_valid=k_valid, **how)
+
+
+def attend_chunk(
+    config: ModelConfig,
+    q: Float[Array, "B n N H"],
+    stored: Callable[[Any, int], tuple[Array, Array, Array, Array]],
+    first: Int[Array, ""],
+    size: int,
+    *,
+    positions: Int[Array, "B n"],
+    valid: Bool[Array, "B n"],
+    window: Int[Array, ""],
+) -> Float[Array, "B n N H"]:
+    """Attention of a part of a prompt to itself and to the parts before it, one after another.
+
+    What is computed at a time does not grow with the prompt; parts that no query can see, behind a
+    sliding window or still to come, are left out.
+
+    Args:
+      config: the model's.
+      q: rotated queries of the part.
+      stored: (first slot, how many) -> k, v, k_positions and k_valid of `attend_slots`.
+      first: the part's first slot; the prompt begins at slot 0.
+      size: of the parts before it.
+      positions: of the part's tokens.
+      valid: which of them are real.
+      window: of this layer.
+
+    Returns:
+      One mixed value per query head.
+    """
+    by_kernel = serves_parts(config, q.shape[1], size)
+    how: dict[str, Any] = {"scale": config.query_scale, "cap": config.attn_softcap}
+
+    def part(at: Any, count: int, own: bool = False) -> tuple[Array, Array]:
+        k, v, k_positions, k_valid = stored(at, count)
+        if by_kernel:
+            return attend_part_by_kernel(q, k, v, valid=valid, k_valid=k_valid, own=own, **how)
+        return attend_part(
+            q, k, v, q_positions=positions, k_positions=k_positions, k_valid=k_valid,
+            window=window, **how,
+        )  # fmt: skip
+
+    def further(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        return join_parts(so_far, part(i * size, size))
+
+    oldest = jnp.maximum(first - window + 1, 0) // size
+    mixed, _ = jax.lax.fori_loop(oldest, first // size, further, part(first, q.shape[1], own=True))
+    return mixed.astype(q.dtype)
 
 
 def serves(length: int, head_dim: int) -> bool:
     """Whether the kernel reads a prompt on the device that is traced for; see `refusal`."""
     return refusal(length, head_dim, current_target()) is None
+
+
+def serves_parts(config: ModelConfig, length: int, size: int) -> bool:
+    """Whether the kernel reads a part of a prompt on the device that is traced for.
+
+    Args:
+      config: the model's; behind a sliding window a part may be seen in part, which the kernel
+        would have to know before the program runs.
+      length: tokens of the part.
+      size: of the parts before it.
+
+    Returns:
+      See `refusal`.
+    """
+    far = windows(config) == (np.iinfo(np.int32).max,)
+    return far and serves(length, config.head_dim) and serves(size, config.head_dim)
+
+
+def attend_part_by_kernel(
+    q: Float[Array, "B n N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    valid: Bool[Array, "B n"],
+    k_valid: Bool[Array, "B S"],
+    own: bool,
+    scale: float,
+    cap: float | None,
+    block: int = _BLOCK,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B n N H"], Float[Array, "B n N"]]:
+    """`attention.attend_part` to one part of a prompt without sliding windows.
+
+    Args:
+      q: see `attend_prompt`.
+      k: rotated keys of the part.
+      v: its values.
+      valid: which queries are real.
+      k_valid: which keys are.
+      own: whether the queries are the same part's; else a later one's, which see all of it.
+      scale: see `attend_prompt`.
+      cap: see there.
+      block: queries, and keys, at a time; divides n and S.
+      interpret: see `attend_prompt`.
+
+    Returns:
+      See `attend_part`.
+    """
+    heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
+    far = np.iinfo(np.int32).max
+    run = _kernel(
+        q.shape[2], (q.shape[1], k.shape[1]), far if own else None, cap, block, interpret,
+        sums=True,
+    )  # fmt: skip
+    mixed, (sums,) = jax.vmap(run)(
+        heads_first(q * jnp.asarray(scale, q.dtype)), heads_first(k), heads_first(v),
+        valid.astype(jnp.int32), k_valid.astype(jnp.int32),
+    )  # fmt: skip
+    return heads_first(mixed).astype(jnp.float32), heads_first(sums)
 
 
 def attend_prompt(
@@ -128,10 +238,11 @@ def attend_prompt(
     """
     heads_first = partial(jnp.swapaxes, axis1=1, axis2=2)
     operands = heads_first(q * jnp.asarray(scale, q.dtype)), heads_first(k), heads_first(v)
+    segments, length = valid.astype(jnp.int32), q.shape[1]
 
     def by(size: int) -> Array:
-        run = _kernel(q.shape[2], q.shape[1], size, cap, block, interpret)
-        return jax.vmap(run)(*operands, valid.astype(jnp.int32))
+        run = _kernel(q.shape[2], (length, length), size, cap, block, interpret)
+        return jax.vmap(run)(*operands, segments, segments)
 
     if len(windows) == 1:
         return heads_first(by(windows[0]))
@@ -140,24 +251,35 @@ def attend_prompt(
 
 
 def _kernel(
-    heads: int, length: int, window: int, cap: float | None, block: int, interpret: bool
-) -> Callable[..., Array]:
-    """(q[N, T, H], k[K, T, H], v[K, T, H], segments[T]) -> [N, T, H]."""
+    heads: int, shape: tuple[int, int], window: int | None, cap: float | None, block: int,
+    interpret: bool, *, sums: bool = False,
+) -> Callable[..., Any]:  # fmt: skip
+    """(q[N, T, H], k[K, S, H], v[K, S, H], segments[T], segments[S]) -> [N, T, H].
+
+    Without a window every query sees every key. With `sums`, the logarithms of the queries' sums of
+    exponentials are returned beside it.
+    """
     # Pallas is slow to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         BlockSizes,
         CausalMask,
+        FullMask,
         LocalMask,
         MultiHeadMask,
         SegmentIds,
         make_splash_mha_single_device,
     )
 
-    shape = (length, length)
-    mask = CausalMask(shape) if window >= length else LocalMask(shape, (window - 1, 0), 0)
+    mask: Any
+    if window is None:
+        mask = FullMask(shape)
+    elif window >= shape[0]:
+        mask = CausalMask(shape)
+    else:
+        mask = LocalMask(shape, (window - 1, 0), 0)
     sizes = BlockSizes(block_q=block, block_kv=block, block_kv_compute=min(block, _BLOCK_COMPUTE))
     kernel = make_splash_mha_single_device(
         MultiHeadMask([mask] * heads), block_sizes=sizes, is_mqa=False,
-        attn_logits_soft_cap=cap, interpret=interpret,
+        attn_logits_soft_cap=cap, interpret=interpret, save_residuals=sums,
     )  # fmt: skip
-    return lambda q, k, v, segments: kernel(q, k, v, segment_ids=SegmentIds(segments, segments))
+    return lambda q, k, v, of_q, of_k: kernel(q, k, v, segment_ids=SegmentIds(of_q, of_k))

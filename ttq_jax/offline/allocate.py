@@ -37,7 +37,7 @@ from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.partition import on_several, put
-from ttq_jax.prefill import check_prior, n_experts
+from ttq_jax.prefill import check_prior
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.grid import BITS
 from ttq_jax.quant.recipe import Recipe
@@ -45,6 +45,7 @@ from ttq_jax.quant.source import Source, blend_all
 from ttq_jax.quant.tree import quantize_layer
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import FIXED, make_key
+from ttq_jax.sites import n_experts
 from ttq_jax.types import (
     SITE_OF,
     LowRank,

@@ -23,13 +23,13 @@ from ttq_jax.models.decoder import forward
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.offline.samples import sample_windows
 from ttq_jax.partition import on_its_mesh, put
-from ttq_jax.prefill import observing
 from ttq_jax.prompts import check_windows
 from ttq_jax.quant.head import check_head, head_of
 from ttq_jax.quant.moments import Reads
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import quantize_params, static_factors
+from ttq_jax.sites import observing
 from ttq_jax.types import Moments, Offline, Params
 
 

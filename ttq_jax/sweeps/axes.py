@@ -21,6 +21,7 @@ from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
 from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.foreign import parse_toml
+from ttq_jax.models.cache import DTYPES as CACHE_DTYPES
 from ttq_jax.quant.names import DEFAULT, PREFILLS, lacks_corpus, misnamed
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import SHORT, recipe_named
@@ -33,7 +34,7 @@ LABELLED = ("model", "corpus", "calibration")
 # Axis -> the type of its values, or what they may be; any field of a recipe is one besides.
 AXES: dict[str, Any] = {
     "model": str, "dtype": ("float32", "bfloat16"), "ignore_key": str, "corpus": str,
-    "dense_memory": ("device", "host"),
+    "dense_memory": ("device", "host"), "cache_dtype": CACHE_DTYPES,
     "recipe": str, "seed": int,
     "protocol": ("causal", "window"), "window": int, "prompt_tokens": int, "max_windows": int,
     "acceptance": bool, "calibration": str, "calibration_tokens": int,
@@ -48,7 +49,7 @@ _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 # What the unquantized model depends on.
 _OF_NONE = {
     "model", "dtype", "ignore_key", "dense_memory", "corpus", "recipe", "max_windows", "seed",
-    "protocol", "window", "prompt_tokens",
+    "protocol", "window", "prompt_tokens", "cache_dtype",
 }  # fmt: skip
 
 # Slowest first: cells that share a model, a calibration or a program stand together.
@@ -71,6 +72,7 @@ class Options:
       dtype: of the unquantized weights and the activations.
       ignore_key: settings of the model's files that change nothing, separated by spaces.
       dense_memory: where the unquantized weights of the blocks lie, see `checkpoint.load`.
+      cache_dtype: how keys and values are stored, see `generate`.
       protocol: "causal" or "window".
       window: W, tokens.
       prompt_tokens: P, tokens.
@@ -87,6 +89,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     ignore_key: str = ""
     dense_memory: Literal["device", "host"] = "device"
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     protocol: str = "causal"
     window: int = 512
     prompt_tokens: int = 256
@@ -273,6 +276,11 @@ def make_cell(point: dict[str, Any]) -> Cell:
             raise ConfigError(lacks_corpus(f"recipe {options.recipe}", give))
         if recipe is not None and options.acceptance and options.protocol == "causal":
             check_drafting(1, recipe)
+            if options.cache_dtype is not None:
+                raise ConfigError(
+                    "acceptance is measured with keys and values of the activations' dtype; leave "
+                    "out the axis acceptance or cache_dtype"
+                )
     except ConfigError as e:
         error = str(e)
     return Cell(_values(labels, options, recipe), options, recipe, protocol, error)

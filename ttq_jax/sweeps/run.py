@@ -162,11 +162,12 @@ class Runner:
         text = self.text(options.corpus)
         windows = self._cut(model, options)
         offline = self._offline_of(model, cell)
-        self._forget_programs((options.model, cell.recipe, cell.protocol))
+        self._forget_programs((options.model, cell.recipe, cell.protocol, options.cache_dtype))
         prepared = time.perf_counter()
         for running in stream(
-            model, windows, recipe=cell.recipe, offline=offline, protocol=cell.protocol
-        ):
+            model, windows, recipe=cell.recipe, offline=offline, protocol=cell.protocol,
+            cache_dtype=options.cache_dtype,
+        ):  # fmt: skip
             progress(running, len(windows))
         scored = time.perf_counter()
         agreement = {}
