@@ -18,6 +18,7 @@ from ttq_jax.commands.conversation import Conversation, begin
 from ttq_jax.commands.options import check_file, needs_of, note_unused, prompts_of, recipe_of
 from ttq_jax.commands.output import print_json, print_piece, print_text
 from ttq_jax.config import ConfigError
+from ttq_jax.draft_costs import chooses
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
@@ -61,6 +62,7 @@ def _print_json(
                 "batch_size": len(of),
                 **_experts_in_json(made),
                 **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
+                **({"draft_costs": made.draft_costs.describe()} if made.draft_costs else {}),
                 # Of the batch, so in its first row alone.
                 "timings": timings.describe() if timings and not i else None,
             }
@@ -84,6 +86,8 @@ def _tell(
     progress.note(describe_method(args.method, recipe, *bits))
     if made.drafts:
         progress.note(sum(made.drafts[1:], made.drafts[0]).in_words())
+    if made.draft_costs:
+        progress.note(made.draft_costs.in_words())
     if made.unreached_experts is not None:
         progress.note(
             f"{made.unreached_experts:.0%} of the experts got no token of the prompt and were "
@@ -142,6 +146,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.mesh is not None:
         parse_mesh(args.mesh)
+    if args.processes is not None and chooses(args.speculate):
+        raise ConfigError(
+            "--processes: --speculate auto measures times, which differ from process to process; "
+            "give the number of drafts"
+        )
     for option in ("stream", "conversation"):
         if args.processes is not None and getattr(args, option):
             raise ConfigError(
