@@ -22,6 +22,7 @@ CALLS = {
     'ttq.generate(model, ["a"], recipe=None, seed="x")': "seed: expected a whole number",
     'ttq.generate(model, ["a"], recipe=None, offline={})': "offline: expected what prepare() retu",
     'ttq.generate(model, ["a"], recipe=None, speculate=2.5)': "speculate: expected a whole number",
+    'ttq.generate(model, ["a"], recipe=None, speculate="x")': "speculate: expected a whole number",
     "ttq.acceptance(model, np.ones((1, 8), int), recipe=None)": "expected a recipe whose quantized",
     "ttq.acceptance(model, np.ones((1, 8)), recipe=ttq.preset('ttq'))": "token ids: expected integ",
     "ttq.acceptance('smollm2', [], recipe=ttq.preset('ttq'))": "model: expected a model",

@@ -83,8 +83,9 @@ def advance(
             row = jnp.arange(len(state.token), dtype=jnp.int32)
             keys = jax.vmap(partial(keys_of, key, count=lengths[-1] + 1))(row, state.made)
             drafted, cache = _draft(packed, state, keys, drafts, **how)
-            each = [partial(_verified, params, drafts=n, **how) for n in lengths]
-            tokens, chosen, cache = jax.lax.switch(which, each, state, drafted, cache, keys)
+            tokens, chosen, cache = _verify(
+                params, state, drafted, cache, keys, which, lengths=lengths, **how
+            )
             agreed = leading((tokens[:, :-1] == drafted) & (places(lengths[-1]) < drafts))
             new = keep(state, agreed, tokens, chosen, cache, limit, eos_ids, drafts)
             return _counted(state, new, active, agreed, which, drafts)
@@ -125,15 +126,26 @@ def _draft(
     return drafted, cache
 
 
-def _verified(
-    params: Params, state: Speculation, drafted: Array, cache: Cache, keys: Array, *, drafts: int,
-    config: ModelConfig, sampling: Sampling,
+def _verify(
+    params: Params, state: Speculation, drafted: Array, cache: Cache, keys: Array, which: Array, *,
+    lengths: tuple[int, ...], config: ModelConfig, sampling: Sampling,
 ) -> tuple[Int[Array, "B T"], Float[Array, "B T"], Cache]:  # fmt: skip
     """The unquantized model's token at every place, its logit, zeros after them; and the cache."""
-    scores, cache = verify(config, params, state, drafted[:, :drafts], cache)
-    tokens = _pick(keys[:, : drafts + 1], scores, sampling)
-    after = ((0, 0), (0, keys.shape[1] - tokens.shape[1]))
-    return jnp.pad(tokens, after), jnp.pad(scores_of(scores, tokens), after), cache
+
+    def one(drafts: int, carry: tuple) -> tuple:
+        scores, cache = verify(config, params, state, drafted[:, :drafts], carry[2])
+        tokens = _pick(keys[:, : drafts + 1], scores, sampling)
+        after = ((0, 0), (0, keys.shape[1] - tokens.shape[1]))
+        return jnp.pad(tokens, after), jnp.pad(scores_of(scores, tokens), after), cache
+
+    # A loop of one turn or none for each number, for XLA copies the cache into the branches of a
+    # conditional, and not into loops.
+    made = jnp.zeros(keys.shape, jnp.int32), jnp.zeros(keys.shape, jnp.float32), cache
+    for i, drafts in enumerate(lengths):
+        turns = (which == i).astype(jnp.int32)
+        body = lambda _, carry, drafts=drafts: one(drafts, carry)  # noqa: E731
+        made = jax.lax.fori_loop(np.int32(0), turns, body, made)
+    return made
 
 
 def _counted(

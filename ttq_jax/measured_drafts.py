@@ -5,6 +5,7 @@ costs are dynamic, so it is made to draft so many by costs that leave no other c
 more is compiled. What was measured is kept for the programs of the same shapes in this process.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +63,7 @@ def measure(
     def timed(index: int, limit: int) -> float:
         copy = jax.tree.map(jnp.copy, state)
         # Rows that have ended go on: what a cycle costs does not depend on what it says.
-        copy.done = copy.done ^ copy.done
+        copy = dataclasses.replace(copy, done=copy.done ^ copy.done)
         operands = jax.block_until_ready((copy, put(np.int32(limit)), put(forced(index))))
         began = clock()
         _, after = jax.block_until_ready(go_on(params, offline, begun, *operands, **how))
