@@ -239,3 +239,14 @@ def test_what_a_result_says_of_its_choices():
     assert both.in_words().endswith("passes by drafts: 1 of 0, 1 of 2, 2 of 4")
     none = Drafts(0, 0, 12, 12, (12, 0, 0, 0, 0))
     assert "drafting was not worth its cost, all 12 passes were plain" in none.in_words()
+
+
+def test_no_cycle_copies_the_cache():
+    """XLA would, into the branches of a conditional."""
+    first, state = begun(prompts_of(ROWS[:1], 32))
+    operands = jnp.asarray(LIMIT, jnp.int32), jnp.ones(len(SHORT), jnp.float32)
+    program = go_on.lower(PARAMS, Offline(), first, state, *operands, **how()).compile()
+    cache = "f32[" + ",".join(map(str, state.cache.k.shape)) + "]"
+    made = [line for line in program.as_text().splitlines() if f"= {cache}" in line]
+    assert made
+    assert not [line for line in made if " copy(" in line]

@@ -80,6 +80,7 @@ SAMPLES = Recipe(
     moments=Source(prior="samples", prior_tokens=8.0), select=ONE,
     low_rank=LowRankRule(rank=2, weighted=True, error_rank=2),
 )  # fmt: skip
+HOT, COSTS = Sampling(temperature=1.0), ttq.DraftCosts((1.0, 1.1, 1.2, 1.3, 1.4))
 
 
 def generated(recipe, model=MODEL, **how):
@@ -186,9 +187,8 @@ CASES = {
         generated, dataclasses.replace(RECIPES["ttq"], batch="per_prompt"), seed=2**40 + 7,
         sampling=Sampling(temperature=1.0),
     ),
-    "speculate": functools.partial(
-        generated, RECIPES["fast"], seed=1, speculate=3, sampling=Sampling(temperature=1.0)
-    ),
+    "speculate": functools.partial(generated, RECIPES["fast"], seed=1, speculate=3, sampling=HOT),
+    "auto": functools.partial(generated, RECIPES["ttq"], seed=1, speculate=COSTS, sampling=HOT),
     "acceptance": agreed,
     "perplexity, causal": functools.partial(scored, "causal", RECIPES["fast"]),
     "perplexity, window": functools.partial(scored, "window", RECIPES["paper"]),
