@@ -199,7 +199,8 @@ def begin(first: Decoding, drafts: Lengths) -> Speculation:
     )  # fmt: skip
 
 
-def stats(state: Any) -> Int[Array, "B n"] | None:
+@jax.jit
+def stats(state: Any) -> Int[Array, "*B n"] | None:
     """The numbers of `Drafts.of` for each row; None for an answer without drafts."""
     if not isinstance(state, Speculation):
         return None

@@ -121,7 +121,7 @@ class Stream:
         stopped = "end" if len(self._new) < self._limit else "limit"
         recipe = self._how["recipe"]
         moments, share = carried(recipe, self._begun.moments), self._begun.unreached
-        stats = speculation.stats(self._state)
+        stats = speculation.stats(self._state) if self._how["drafts"] else None
         return made_of(
             self._model, recipe, self._offline, self._rows, [self._new],
             [stopped if self._ended else "caller"], moments, time.perf_counter() - self._began,
