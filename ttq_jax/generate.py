@@ -184,7 +184,7 @@ def program(
     speculate = rest.get("speculate", 0)
     if chooses(speculate):
         given = speculate if isinstance(speculate, DraftCosts) else None
-        return Choosing(arrays, how, given), arrays[1], offline
+        return Choosing(arrays, how, given, model.mesh), arrays[1], offline
     run = partial(generate_tokens, *arrays, **how)
 
     def upto(limit: int) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ttq_jax import speculation
 from ttq_jax.draft_costs import LENGTHS, DraftCosts
-from ttq_jax.partition import put
+from ttq_jax.partition import on, put
 from ttq_jax.stages import Begun, carried, go_on, start
 from ttq_jax.types import Offline, Params
 
@@ -86,22 +86,29 @@ class Choosing:
       costs: what they choose by; None until it was called, if they are measured.
     """
 
-    def __init__(self, arrays: tuple[Any, ...], how: dict[str, Any], costs: DraftCosts | None):
+    def __init__(
+        self, arrays: tuple[Any, ...], how: dict[str, Any], costs: DraftCosts | None, mesh: Any
+    ):
         """Sets everything but the limit.
 
         Args:
           arrays: what `generate_tokens` takes.
           how: its static arguments.
           costs: None measures them.
+          mesh: the model's.
         """
-        self.arrays, self.how, self.costs = arrays, how, costs
+        self.arrays, self.how, self.costs, self._mesh = arrays, how, costs, mesh
 
     def __call__(self, limit: int) -> Any:
-        """What `generate_tokens` returns.
+        """What `generate_tokens` returns, computed.
 
         Args:
           limit: most tokens per row.
         """
+        with on(self._mesh):
+            return jax.block_until_ready(self._run(limit))
+
+    def _run(self, limit: int) -> Any:
         params, _, offline, _ = self.arrays
         begun, state = start(*self.arrays, **self.how)
         rest = {name: value for name, value in self.how.items() if name != "capacity"}
