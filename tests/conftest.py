@@ -41,8 +41,8 @@ with pytest.MonkeyPatch.context() as flags:
     jax.devices()
 
 ARRAY_CODE = ["types", "linear", "experts", "models", "quant", "prompts", "sites", "prefill",
-              "decode", "sampling", "offline", "speculation", "generate", "stream",
-              "evaluation.acceptance", "evaluation.perplexity",
+              "decode", "sampling", "offline", "draft_costs", "speculation", "auto_drafts",
+              "stages", "generate", "stream", "evaluation.acceptance", "evaluation.perplexity",
               "evaluation.continuations"]  # fmt: skip
 jaxtyping.install_import_hook(
     ["pallas_kernels", *(f"ttq_jax.{name}" for name in ARRAY_CODE)], "beartype.beartype"

@@ -80,6 +80,8 @@ SAMPLES = Recipe(
     moments=Source(prior="samples", prior_tokens=8.0), select=ONE,
     low_rank=LowRankRule(rank=2, weighted=True, error_rank=2),
 )  # fmt: skip
+HOT, PARTS = Sampling(temperature=1.0), {"prefill_chunk": 9}
+COSTS = ttq.DraftCosts((1.0, 1.1, 1.2, 1.3, 1.4))
 
 
 def generated(recipe, model=MODEL, **how):
@@ -186,9 +188,8 @@ CASES = {
         generated, dataclasses.replace(RECIPES["ttq"], batch="per_prompt"), seed=2**40 + 7,
         sampling=Sampling(temperature=1.0),
     ),
-    "speculate": functools.partial(
-        generated, RECIPES["fast"], speculate=3, prefill_chunk=9, sampling=Sampling(temperature=1.0)
-    ),
+    "speculate": functools.partial(generated, RECIPES["fast"], **PARTS, speculate=3, sampling=HOT),
+    "auto": functools.partial(generated, RECIPES["ttq"], seed=1, speculate=COSTS, sampling=HOT),
     "acceptance": agreed,
     "perplexity, causal": functools.partial(scored, "causal", RECIPES["fast"]),
     "perplexity, window": functools.partial(scored, "window", RECIPES["paper"]),
@@ -386,8 +387,7 @@ def test_kernels_compile_under_every_switch(chip):
             chip, both, shape((64, k), jnp.bfloat16), shape((2, k, n), jnp.bfloat16),
             shape((k,), jnp.float32), shape((), jnp.int32),
         )  # fmt: skip
-    text = compiled.as_text()
-    assert all(name in text for name in ("prefill_quantize", "packed_matmul"))
+    assert all(name in compiled.as_text() for name in ("prefill_quantize", "packed_matmul"))
 
 
 def test_prompts_may_be_any_integers():

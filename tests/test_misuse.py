@@ -27,6 +27,7 @@ CALLS = {
     "ttq.perplexity(model, np.ones((1, 8), int), recipe=None, prefill_chunk=0.5,"
     " protocol=ttq.Protocol(window=8, prompt_tokens=4))": "prefill_chunk: expected a whole number",
     'ttq.generate(model, ["a"], recipe=None, cache_dtype="int4")': "cache_dtype: expected one of",
+    'ttq.generate(model, ["a"], recipe=None, speculate="x")': "speculate: expected a whole number",
     "ttq.acceptance(model, np.ones((1, 8), int), recipe=None)": "expected a recipe whose quantized",
     "ttq.acceptance(model, np.ones((1, 8)), recipe=ttq.preset('ttq'))": "token ids: expected integ",
     "ttq.acceptance('smollm2', [], recipe=ttq.preset('ttq'))": "model: expected a model",

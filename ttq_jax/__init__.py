@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         save_conversation,
         save_offline,
     )
+    from ttq_jax.draft_costs import DraftCosts
     from ttq_jax.errors import Error
     from ttq_jax.evaluation.acceptance import acceptance
     from ttq_jax.evaluation.corpora import cut_windows, read_corpus
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "ClipSearch",
+    "DraftCosts",
     "Error",
     "FunctionError",
     "Grid",
@@ -129,6 +131,7 @@ __all__ = [
 _HOME = {
     "PRESETS": "ttq_jax.quant.recipe",
     "ClipSearch": "ttq_jax.quant.clip",
+    "DraftCosts": "ttq_jax.draft_costs",
     "Error": "ttq_jax.errors",
     "FunctionError": "ttq_jax.functions",
     "Grid": "ttq_jax.quant.grid",

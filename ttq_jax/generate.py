@@ -19,105 +19,22 @@ from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.decode import Refresh, advance, begin
+from ttq_jax.draft_costs import LENGTHS, DraftCosts, Speculate, chooses
 from ttq_jax.errors import expect
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.generation import Drafts, Generation, made_of
-from ttq_jax.models.cache import activation_dtype, check_dtype, empty_cache
+from ttq_jax.measured_drafts import Choosing
+from ttq_jax.models.cache import check_dtype
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.partition import each_of, on, on_its_mesh, put, whole
-from ttq_jax.prefill import check_chunk, first_turn, last_hidden, prefill, requantize
+from ttq_jax.prefill import check_chunk, first_turn
 from ttq_jax.prompts import SMALLEST_BUCKET, bucket, pad_prompts
 from ttq_jax.quant.head import joined
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.tree import check_selection
 from ttq_jax.sampling import Sampling, make_key
+from ttq_jax.stages import STATIC, answer, carried, read, separately
 from ttq_jax.types import Moments, Offline, Params, Prompts
-
-STATIC = (
-    "config", "recipe", "sampling", "capacity", "eos_ids", "drafts", "chunk", "cache_dtype"
-)  # fmt: skip
-
-
-def read(
-    params: Params, prompts: Prompts, offline: Offline, key: Array, *, config: ModelConfig,
-    recipe: Recipe | None, sampling: Sampling, capacity: int, eos_ids: tuple[int, ...], drafts: int,
-    chunk: int = 0, cache_dtype: str | None = None,
-) -> tuple[Params, dict[str, Moments], Any, Array | None]:  # fmt: skip
-    """Prompts that share one quantized tree, up to their answers' first token.
-
-    Args:
-      params: see `generate_tokens`, as all the others.
-      prompts: see there.
-      offline: see there.
-      key: see there.
-      config: see there.
-      recipe: see there.
-      sampling: see there.
-      capacity: see there.
-      eos_ids: see there.
-      drafts: see there.
-      chunk: see there.
-      cache_dtype: see there.
-
-    Returns:
-      The tree to decode from, the moments so far, the answers, and the share of experts that no
-      token reached, None for a model without.
-    """
-    batch, length = prompts.tokens.shape
-    dtype = cache_dtype or activation_dtype(params)
-    cache = empty_cache(config, batch, length + capacity + drafts, dtype)
-    reader: Any = speculation.read if drafts else prefill
-    hidden, cache, packed, moments, unreached = reader(
-        params, prompts, cache, config=config, recipe=recipe, offline=offline, chunk=chunk
-    )
-    state: Any = begin(
-        params if drafts else packed, cache, last_hidden(hidden, prompts), key, config=config,
-        sampling=sampling, capacity=capacity, eos_ids=eos_ids,
-    )  # fmt: skip
-    return packed, moments, speculation.begin(state) if drafts else state, unreached
-
-
-def answer(
-    params: Params, packed: Params, moments: dict[str, Moments], state: Any,
-    offline: Offline, key: Array, limit: Array, *, config: ModelConfig, recipe: Recipe | None,
-    sampling: Sampling, eos_ids: tuple[int, ...], drafts: int,
-) -> tuple[Params | None, dict[str, Moments], Any]:  # fmt: skip
-    """The answers of `read`, decoded up to a limit.
-
-    Args:
-      params: see `generate_tokens`.
-      packed: from `read`; with a refresh, from the last call.
-      moments: likewise.
-      state: from `read`, or from the last call.
-      offline: see `generate_tokens`.
-      key: see there.
-      limit: see there.
-      config: see there.
-      recipe: see there.
-      sampling: see there.
-      eos_ids: see there.
-      drafts: see there.
-
-    Returns:
-      With a refresh the new tree, else None; the moments so far; and the answers.
-    """
-    if drafts:
-        drafting = speculation.drafter(packed, offline)
-        state = speculation.advance(
-            params, drafting, state, key, limit, drafts=drafts, config=config, sampling=sampling,
-            eos_ids=eos_ids,
-        )  # fmt: skip
-        return None, moments, state
-    refresh = None
-    if recipe is not None and recipe.source.refresh:
-        again = lambda seen, _: requantize(params, seen, recipe, offline)  # noqa: E731
-        refresh = Refresh(recipe.source.refresh, recipe.reads, moments, again)
-    tree, grown, state = advance(
-        packed, state, key, limit, config=config, sampling=sampling, eos_ids=eos_ids,
-        refresh=refresh,
-    )  # fmt: skip
-    return tree, grown or moments, state
 
 
 def _one_tree(
@@ -126,29 +43,12 @@ def _one_tree(
 ) -> tuple[Array, Array, Array, dict[str, Moments], Array | None, Array | None]:  # fmt: skip
     """Prompts that share one quantized tree, from the first token to the last."""
     packed, moments, state, unreached = read(
-        params,
-        prompts,
-        offline,
-        key,
-        capacity=capacity,
-        chunk=chunk,
-        cache_dtype=cache_dtype,
+        params, prompts, offline, key, capacity=capacity, chunk=chunk, cache_dtype=cache_dtype,
         **how,
-    )
+    )  # fmt: skip
     _, moments, state = answer(params, packed, moments, state, offline, key, limit, **how)
     moments, stats = carried(how["recipe"], moments), speculation.stats(state)
     return state.out, state.counts, state.finite, moments, unreached, stats
-
-
-def carried(recipe: Recipe | None, moments: dict[str, Moments]) -> dict[str, Moments]:
-    """Of the moments after an answer, what the next turn of a conversation gets."""
-    return moments if recipe is not None and recipe.source.decay > 0 else {}
-
-
-def separately(prompts: Prompts, key: Array) -> tuple[Prompts, Array]:
-    """Each prompt as a batch of its own, and a key for each; to be mapped over."""
-    rows = jax.tree.map(lambda x: x[:, None], prompts)
-    return rows, jax.random.split(key, prompts.tokens.shape[0])
 
 
 @partial(jax.jit, static_argnames=STATIC)
@@ -214,7 +114,7 @@ def generate_tokens(
 def arguments(
     model: Model, texts: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET, speculate: int = 0, prefill_chunk: int = 0,
+    smallest: int = SMALLEST_BUCKET, speculate: Speculate = 0, prefill_chunk: int = 0,
     cache_dtype: str | None = None,
 ) -> tuple[tuple[Params, Prompts, Offline, Array], dict[str, Any], Offline]:  # fmt: skip
     """What `generate_tokens` takes for one batch, but the limit.
@@ -262,9 +162,11 @@ def arguments(
     if recipe is not None and recipe.source.decay and not offline.carried:
         first = first_turn(model.params, model.config, recipe)
         offline = dataclasses.replace(offline, carried=first)
+    drafts: Any = LENGTHS if chooses(speculate) else speculate
     how = {
         "config": model.config, "recipe": recipe, "sampling": sampling,
-        "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids, "drafts": int(speculate),
+        "capacity": bucket(max_new_tokens), "eos_ids": asked.eos_ids,
+        "drafts": drafts if isinstance(drafts, tuple) else int(drafts),
         "chunk": int(prefill_chunk), "cache_dtype": cache_dtype,
     }  # fmt: skip
     params, besides = model.params, offline
@@ -290,6 +192,10 @@ def program(
       limit -> what `generate_tokens` returns, computed; the padded prompts; and what was prepared.
     """
     arrays, how, offline = arguments(model, texts, recipe=recipe, offline=offline, **rest)
+    speculate = rest.get("speculate", 0)
+    if chooses(speculate):
+        given = speculate if isinstance(speculate, DraftCosts) else None
+        return Choosing(arrays, how, given, model.mesh), arrays[1], offline
     run = partial(generate_tokens, *arrays, **how)
 
     def upto(limit: int) -> Any:
@@ -311,7 +217,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 1,
     chat: bool = False,
-    speculate: int = 0,
+    speculate: Speculate = 0,
     prefill_chunk: int = 0,
     cache_dtype: str | None = None,
 ) -> Generation:
@@ -334,8 +240,9 @@ def generate(
         tokens are nearly as likely.
       chat: render the model's chat template, and stop where it ends a turn.
       speculate: 1 to 16: so many tokens at a time are drafted by the quantized weights and verified
-        by the unquantized ones, whose answer it is; see `speculation`. 0: the quantized weights
-        answer.
+        by the unquantized ones, whose answer it is; see `speculation`. "auto": as many as pay, by
+        the drafts kept so far and by costs that are measured once per shape; or by these
+        `DraftCosts`, such as the last result's. 0: the quantized weights answer.
       prefill_chunk: prompts of more tokens are read in parts of so many, so that what is alive at
         a time does not grow with them; up to 128, or a multiple of 128. The answer is the same up
         to rounding. 0: prompts are read whole.
@@ -373,7 +280,7 @@ def generate(
         )  # fmt: skip
         *new, moments, unreached, stats = run(max_new_tokens)
         tokens, counts, finite = jax.device_get(new)
-        drafts += [] if stats is None else [Drafts(*map(int, row)) for row in jax.device_get(stats)]
+        drafts += [] if stats is None else [*map(Drafts.of, jax.device_get(stats))]
         shares += [] if unreached is None else [float(jax.device_get(unreached))] * len(counts)
         if not finite:
             raise_not_finite(
@@ -394,4 +301,5 @@ def generate(
         time.perf_counter() - start,
         unreached=float(np.mean(shares)) if shares else None,
         drafts=drafts,
+        draft_costs=getattr(run, "costs", None),
     )

@@ -1,10 +1,11 @@
 """What an answer was: its tokens and text, its sizes, its drafts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ttq_jax.checkpoint import Model
+from ttq_jax.draft_costs import LENGTHS, DraftCosts
 from ttq_jax.models.traffic import bytes_per_token
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.recipe import Recipe
@@ -20,12 +21,21 @@ class Drafts:
       kept: drafts that are in the answer.
       passes: of the unquantized weights, each over one cycle's drafts.
       tokens: of the answer after the first, which the prompt's pass gives; its end token included.
+      lengths: where each cycle chose: of the passes, those over each of `draft_costs.LENGTHS`
+        drafts; else ().
     """
 
     drafted: int
     kept: int
     passes: int
     tokens: int
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, row: Iterable[Any]) -> "Drafts":
+        """From a row of `speculation.stats`."""
+        drafted, kept, passes, tokens, *lengths = map(int, row)
+        return cls(drafted, kept, passes, tokens, tuple(lengths))
 
     @property
     def acceptance(self) -> float | None:
@@ -39,27 +49,48 @@ class Drafts:
 
     def describe(self) -> dict[str, Any]:
         """JSON data."""
-        return dataclasses.asdict(self) | {
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if k != "lengths"}
+        return plain | self._chosen() | {
             name: None if share is None else round(share, 4)
             for name, share in (
                 ("acceptance", self.acceptance), ("tokens_per_pass", self.tokens_per_pass)
             )
         }  # fmt: skip
 
+    def _chosen(self) -> dict[str, Any]:
+        """What the cycles chose; {} where they did not."""
+        if not self.lengths:
+            return {}
+        return {
+            "drafts_per_pass": round(self.drafted / self.passes, 4) if self.passes else None,
+            "passes_by_drafts": {
+                str(k): n for k, n in zip(LENGTHS, self.lengths, strict=True)
+            },
+        }  # fmt: skip
+
     def in_words(self) -> str:
         """One line for people."""
         said = "the unquantized weights verified the answer"
+        if self.lengths and self.passes and not self.drafted:
+            return f"{said}: drafting was not worth its cost, all {self.passes} passes were plain"
         if self.acceptance is None:
             return said
-        return (
-            f"{said}: {self.acceptance:.0%} of {self.drafted} drafts were kept, "
+        said += (
+            f": {self.acceptance:.0%} of {self.drafted} drafts were kept, "
             f"{self.tokens_per_pass:.3g} tokens per pass"
         )
+        if not self.lengths:
+            return said
+        each = zip(self.lengths, LENGTHS, strict=True)
+        return f"{said}; passes by drafts: " + ", ".join(f"{n} of {k}" for n, k in each if n)
 
     def __add__(self, other: "Drafts") -> "Drafts":
-        """Those of both answers."""
-        both = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Drafts(*(a + b for a, b in both))
+        """Those of both answers, both with chosen numbers of drafts or neither."""
+        return Drafts(
+            self.drafted + other.drafted, self.kept + other.kept, self.passes + other.passes,
+            self.tokens + other.tokens,
+            tuple(a + b for a, b in zip(self.lengths, other.lengths, strict=True)),
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +110,7 @@ class Generation:
       unreached_experts: mean share of the experts that a prompt did not reach, quantized by the
         prior; None without experts, or for recipes that read nothing of a prompt.
       drafts: per prompt; [] without speculation.
+      draft_costs: by which each cycle chose its drafts, of the last batch; None where none did.
     """
 
     tokens: list[list[int]]
@@ -92,12 +124,13 @@ class Generation:
     moments: dict[str, Moments] = dataclasses.field(default_factory=dict)
     unreached_experts: float | None = None
     drafts: list[Drafts] = dataclasses.field(default_factory=list)
+    draft_costs: DraftCosts | None = None
 
 
 def made_of(
     model: Model, recipe: Recipe | None, offline: Offline, rows: Sequence[Sequence[int]],
     new: list[list[int]], stopped: list[str], moments: dict[str, Moments], seconds: float,
-    unreached: float | None, drafts: Sequence[Drafts] = (),
+    unreached: float | None, drafts: Sequence[Drafts] = (), draft_costs: DraftCosts | None = None,
 ) -> Generation:  # fmt: skip
     """The result for some answers.
 
@@ -112,6 +145,7 @@ def made_of(
       seconds: see `Generation`.
       unreached: see `Generation.unreached_experts`.
       drafts: see `Generation`.
+      draft_costs: see `Generation`.
 
     Returns:
       The result.
@@ -129,4 +163,5 @@ def made_of(
         moments=moments,
         unreached_experts=unreached,
         drafts=list(drafts),
+        draft_costs=draft_costs,
     )

@@ -15,7 +15,7 @@ accept different numbers of drafts, so each has its own next slot.
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError, ModelConfig
 from ttq_jax.decode import Decoding
+from ttq_jax.draft_costs import AUTO, Lengths, Speculate, chooses
 from ttq_jax.errors import expect
 from ttq_jax.host import on_host
 from ttq_jax.models.decoder import forward, logits, unstack
@@ -55,6 +56,8 @@ class Speculation:
       drafted: int32[B]; drafts so far.
       kept: int32[B]; of them, those that are in the answer.
       passes: int32[B]; of the verifier so far.
+      evidence: float32[2]; see `draft_costs.faded`; None where no cycle chooses.
+      lengths: int32[B, n]; of the passes, those after each number of drafts; likewise.
     """
 
     made: Leaf
@@ -67,25 +70,30 @@ class Speculation:
     drafted: Leaf
     kept: Leaf
     passes: Leaf
+    evidence: Leaf = None
+    lengths: Leaf = None
 
 
-def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> None:
+def check(drafts: Speculate, recipe: Recipe | None, model: Model | None = None) -> None:
     """Refuses what cannot be drafted or verified.
 
     Args:
-      drafts: K, 0 for plain decoding.
+      drafts: K, 0 for plain decoding; "auto" or costs, where each cycle chooses.
       recipe: how the drafting tree is made.
       model: None as long as it is not loaded.
 
     Raises:
       ConfigError: K out of range, or with a recipe or a model that it does not go with.
-      Error: K is no whole number.
+      Error: another type.
     """
-    expect("speculate", drafts, (int, np.integer), "a whole number")
-    if not 0 <= drafts <= MOST:
-        raise ConfigError(f"speculate: expected 0 to {MOST} drafts per cycle, got {drafts}")
-    if not drafts:
-        return
+    auto, number = chooses(drafts), cast(int, drafts)
+    if not auto:
+        what = f'a whole number, "{AUTO}" or DraftCosts(…)'
+        expect("speculate", drafts, (int, np.integer), what)
+        if not 0 <= number <= MOST:
+            raise ConfigError(f"speculate: expected 0 to {MOST} drafts per cycle, got {drafts}")
+        if not number:
+            return
     if recipe is None:
         raise ConfigError(
             "speculation: expected a recipe whose quantized weights draft, got the unquantized "
@@ -96,8 +104,25 @@ def check(drafts: int, recipe: Recipe | None, model: Model | None = None) -> Non
             "speculation: a refresh would quantize again from tokens that are not verified yet; "
             "set moments.refresh to 0"
         )
+    if auto and recipe.batch != "pooled":
+        raise ConfigError(
+            f"speculate: {AUTO} chooses one number of drafts for the whole batch, and prompts with "
+            "weights of their own go through cycles of their own; set batch to pooled, or give the "
+            "number"
+        )
     if model is None:
         return
+    if auto and jax.process_count() > 1:
+        raise ConfigError(
+            f"speculate: {AUTO} needs one process, for times differ from process to process, got "
+            f"{jax.process_count()}; give a number"
+        )
+    if auto and any(map(on_host, jax.tree.leaves(model.params["layers"]))):
+        raise ConfigError(
+            f"speculate: {AUTO} has nothing to weigh where the unquantized weights come from the "
+            "host's memory for every pass: the more drafts share one, the better; give a number, "
+            "such as 8"
+        )
     if head_bits(model.params) is not None:
         raise ConfigError(
             "speculation: the verifier needs the unquantized tables, and this model's were packed "
@@ -154,29 +179,36 @@ def drafter(packed: Params, offline: Offline) -> Params:
     return {**packed, **(offline.head or {})}
 
 
-def begin(first: Decoding) -> Speculation:
+def begin(first: Decoding, drafts: Lengths) -> Speculation:
     """From an answer of one token, chosen by the unquantized model.
 
     Args:
-      first: of `decode.begin`; its cache has K slots more than the answer.
+      first: of `decode.begin`; its cache has as many slots more than the answer as a cycle drafts.
+      drafts: of each cycle, or what it chooses from.
 
     Returns:
       The same answer.
     """
     none = jnp.zeros_like(first.token)
     rows = jnp.full_like(first.token, first.cache.used)
+    chosen: dict[str, Any] = {}
+    if isinstance(drafts, tuple):
+        counts = jnp.zeros((len(first.token), len(drafts)), jnp.int32)
+        chosen = {"evidence": jnp.zeros(2, jnp.float32), "lengths": counts}
     return Speculation(
         made=none + 1, token=first.token, cache=dataclasses.replace(first.cache, used=rows),
         out=first.out, done=first.done, counts=first.counts, finite=first.finite,
-        drafted=none, kept=none, passes=none,
+        drafted=none, kept=none, passes=none, **chosen,
     )  # fmt: skip
 
 
-def stats(state: Any) -> Int[Array, "B 4"] | None:
-    """The numbers of `Drafts` of each row; None for an answer without drafts."""
+@jax.jit
+def stats(state: Any) -> Int[Array, "*B n"] | None:
+    """The numbers of `Drafts.of` for each row; None for an answer without drafts."""
     if not isinstance(state, Speculation):
         return None
-    return jnp.stack([state.drafted, state.kept, state.passes, state.made - 1], axis=-1)
+    four = jnp.stack([state.drafted, state.kept, state.passes, state.made - 1], axis=-1)
+    return four if state.lengths is None else jnp.concatenate([four, state.lengths], axis=-1)
 
 
 def advance(
@@ -214,11 +246,12 @@ def advance(
 
         def cycle(state: Speculation) -> Speculation:
             row = jnp.arange(len(state.token), dtype=jnp.int32)
-            keys = jax.vmap(partial(_keys, key, count=drafts + 1))(row, state.made)
+            keys = jax.vmap(partial(keys_of, key, count=drafts + 1))(row, state.made)
             drafted, by, cache = _draft(config, packed, state, keys[:, :-1], sampling)
-            scores, cache = _verify(config, params, state, drafted, cache)
+            scores, cache = verify(config, params, state, drafted, cache)
             agreed, tokens = _accept(scores, drafted, by, keys, sampling)
-            return _keep(state, agreed, tokens, scores, cache, limit, eos_ids)
+            chosen = scores_of(scores, tokens)
+            return keep(state, agreed, tokens, chosen, cache, limit, eos_ids, drafts)
 
         return jax.lax.while_loop(running, cycle, state)
 
@@ -229,13 +262,13 @@ def advance(
     return jax.lax.platform_dependent(params, packed, state, key, limit, cpu=apart, default=run)
 
 
-def _keys(key: Array, row: Array, made: Array, *, count: int) -> Array:
+def keys_of(key: Array, row: Array, made: Array, *, count: int) -> Array:
     """Keys of a row's next tokens: by its place in the batch and the token's in the answer."""
     at = made + jnp.arange(count, dtype=jnp.int32)
     return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, row)))(at)
 
 
-def _draw(keys: Array, logits: Array, what: int) -> Array:
+def draw_each(keys: Array, logits: Array, what: int) -> Array:
     """A token for each key and its logits; `what` tells draws of one key apart."""
     one = lambda key, row: jax.random.categorical(jax.random.fold_in(key, what), row)  # noqa: E731
     return jax.vmap(one)(keys, logits).astype(jnp.int32)
@@ -255,7 +288,7 @@ def _draft(
             token = likeliest(scores)
             return (token, cache), (token, None)
         scores = filtered(scores, sampling)
-        token = _draw(keys, scores, 0)
+        token = draw_each(keys, scores, 0)
         return (token, cache), (token, scores)
 
     carry = (state.token, state.cache)
@@ -265,7 +298,7 @@ def _draft(
     return drafted, by, cache
 
 
-def _verify(
+def verify(
     config: ModelConfig, params: Params, state: Speculation, drafted: Array, cache: Cache
 ) -> tuple[Float[Array, "B T V"], Cache]:
     """The unquantized model's logits after the last token and every draft."""
@@ -281,14 +314,14 @@ def _accept(
     """How many drafts of each row are accepted; and the tokens, of which so many and one count."""
     if by is None:
         tokens = likeliest(scores)
-        return _leading(tokens[:, :-1] == drafted), tokens
+        return leading(tokens[:, :-1] == drafted), tokens
     p = jax.nn.softmax(filtered(scores, sampling), axis=-1)
     q = jax.nn.softmax(by, axis=-1)
     # Of one type, whether 64-bit ones are enabled or not.
     draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 1), dtype=jnp.float32)  # noqa: E731
     uniform = jax.vmap(jax.vmap(draw))
     of = lambda probs: jnp.take_along_axis(probs, drafted[..., None], axis=-1)[..., 0]  # noqa: E731
-    agreed = _leading(uniform(keys[:, :-1]) * of(q) < of(p[:, :-1]))
+    agreed = leading(uniform(keys[:, :-1]) * of(q) < of(p[:, :-1]))
     # In place of the first rejected draft, what the draft's distribution lacks of the verifier's;
     # after the last accepted one, there is no draft.
     at = lambda probs: jnp.take_along_axis(probs, agreed[:, None, None], axis=1)[:, 0]  # noqa: E731
@@ -296,26 +329,45 @@ def _accept(
     # Rounding may leave nothing of two equal distributions.
     lacks = jnp.where(jnp.sum(lacks, axis=-1, keepdims=True) > 0, lacks, at(p))
     own = jnp.take_along_axis(keys, agreed[:, None], axis=1)[:, 0]
-    last = _draw(own, jnp.log(lacks), 2)
-    first = _places(scores.shape[1]) < agreed[:, None]
+    last = draw_each(own, jnp.log(lacks), 2)
+    first = places(scores.shape[1]) < agreed[:, None]
     return agreed, jnp.where(first, jnp.pad(drafted, ((0, 0), (0, 1))), last[:, None])
 
 
-def _places(count: int) -> Int[Array, "1 n"]:
+def places(count: int) -> Int[Array, "1 n"]:
     """0, 1, …, beside rows."""
     return jnp.arange(count, dtype=jnp.int32)[None]
 
 
-def _leading(agrees: Array) -> Int[Array, " B"]:
+def leading(agrees: Array) -> Int[Array, " B"]:
     """How many of each row's drafts are accepted before the first that is not."""
     return jnp.sum(jnp.cumprod(agrees, axis=1, dtype=jnp.int32), axis=1, dtype=jnp.int32)
 
 
-def _keep(
-    state: Speculation, agreed: Array, tokens: Array, scores: Array, cache: Cache, limit: Array,
-    eos_ids: tuple[int, ...],
+def scores_of(scores: Array, tokens: Array) -> Float[Array, "B T"]:
+    """The logits of these tokens."""
+    return jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
+
+
+def keep(
+    state: Speculation, agreed: Array, tokens: Array, chosen: Array, cache: Cache, limit: Array,
+    eos_ids: tuple[int, ...], drafts: int | Array,
 ) -> Speculation:  # fmt: skip
-    """The answers with a cycle's tokens, cut at a row's end and at the limit."""
+    """The answers with a cycle's tokens, cut at a row's end and at the limit.
+
+    Args:
+      state: before the cycle.
+      agreed: int32[B]; drafts that the verifier accepts, at most `drafts`.
+      tokens: int32[B, T]; of which `agreed` and one count, T > drafts.
+      chosen: float32[B, T]; their logits.
+      cache: after the verification.
+      limit: see `advance`.
+      eos_ids: see there.
+      drafts: of this cycle.
+
+    Returns:
+      The state after it.
+    """
     count = tokens.shape[1]
     active = ~state.done & (state.made < limit)
     ends = jnp.any(tokens[..., None] == jnp.asarray(eos_ids, jnp.int32)[None, None], axis=-1)
@@ -324,18 +376,18 @@ def _keep(
     new = jnp.where(active, new, 0)
     done = state.done | (active & (new == upto) & jnp.any(ends, axis=1))
 
-    at = _places(state.out.shape[1]) - state.made[:, None]
+    at = places(state.out.shape[1]) - state.made[:, None]
     found = jnp.take_along_axis(tokens, jnp.clip(at, 0, count - 1), axis=1)
     out = jnp.where((at >= 0) & (at < new[:, None]), found, state.out)
     last = jnp.take_along_axis(tokens, jnp.maximum(new - 1, 0)[:, None], axis=1)[:, 0]
 
-    chosen = jnp.take_along_axis(scores, tokens[..., None], axis=-1)[..., 0]
-    finite = jnp.all(jnp.isfinite(chosen) | (_places(count) >= new[:, None]))
+    finite = jnp.all(jnp.isfinite(chosen) | (places(count) >= new[:, None]))
 
     used = state.cache.used + new
-    read = _places(cache.valid.shape[1]) < used[:, None]
+    read = places(cache.valid.shape[1]) < used[:, None]
     cache = dataclasses.replace(cache, used=used, valid=cache.valid & read)
-    return Speculation(
+    return dataclasses.replace(
+        state,
         made=state.made + new,
         token=jnp.where(active, last, state.token),
         cache=cache,
@@ -343,7 +395,7 @@ def _keep(
         done=done,
         counts=state.counts + new - (done & ~state.done).astype(jnp.int32),
         finite=state.finite & finite,
-        drafted=state.drafted + jnp.where(active, count - 1, 0),
+        drafted=state.drafted + jnp.where(active, drafts, 0),
         kept=state.kept + jnp.minimum(agreed, new),
         passes=state.passes + active.astype(jnp.int32),
     )

@@ -1,172 +1,30 @@
-"""Text while it is decoded: the stages of `generate_tokens`, some tokens per call.
-
-`start` reads the prompt and quantizes; `go_on` decodes a few tokens and hands its state to the next
-call. Both are compiled once per shape. The tokens are those of `generate`.
-"""
+"""Text while it is decoded, some tokens per call of `stages.go_on`."""
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Int
 
 from ttq_jax import speculation
 from ttq_jax.chat.ask import Asked, ask
 from ttq_jax.checkpoint import Model
-from ttq_jax.config import ConfigError, ModelConfig
+from ttq_jax.config import ConfigError
+from ttq_jax.draft_costs import DraftCosts, Speculate
 from ttq_jax.finite import raise_not_finite
-from ttq_jax.generate import STATIC, answer, arguments, carried, read, separately
+from ttq_jax.generate import arguments
 from ttq_jax.generation import Drafts, Generation, made_of
+from ttq_jax.measured_drafts import measure
 from ttq_jax.partition import on, on_its_mesh, put
 from ttq_jax.prompts import SMALLEST_BUCKET
 from ttq_jax.quant.recipe import Recipe
-from ttq_jax.quant.tree import replace_kernels
 from ttq_jax.sampling import Sampling
-from ttq_jax.types import (
-    Leaf,
-    MixedLinear,
-    Moments,
-    Offline,
-    Params,
-    Prompts,
-    QuantizedLinear,
-    kernels,
-)
+from ttq_jax.stages import carried, go_on, of_go_on, start
+from ttq_jax.types import Offline
 
-_OF_START = ("capacity", "chunk", "cache_dtype")
 _CHUNK = 8
 """Tokens per call: a call costs about a millisecond, and a reader sees words appear, not lines."""
-
-
-@struct.dataclass
-class Begun:
-    """What `start` made of the prompts; a refresh makes it again.
-
-    Attributes:
-      packed: the quantized projections by name; {} for an unquantized model, or one packed ahead.
-      moments: per site, of everything read so far; {} unless the recipe keeps them.
-      key: for every draw of the answers.
-      unreached: float32[], the share of experts that no token reached; None without experts.
-    """
-
-    packed: dict[str, Any]
-    moments: dict[str, Moments]
-    key: Leaf
-    unreached: Leaf
-
-
-def _quantized(tree: Params) -> dict[str, Any]:
-    """The projections of a tree that were quantized for these prompts."""
-    found = kernels(tree["layers"])
-    return {n: k for n, k in found.items() if isinstance(k, QuantizedLinear | MixedLinear)}
-
-
-def _base(params: Params, offline: Offline) -> Params:
-    """The tree that `Begun.packed` is a part of."""
-    return params if offline.packed is None else offline.packed
-
-
-@partial(jax.jit, static_argnames=STATIC)
-def start(
-    params: Params,
-    prompts: Prompts,
-    offline: Offline,
-    key: Array,
-    *,
-    config: ModelConfig,
-    recipe: Recipe | None,
-    sampling: Sampling,
-    capacity: int,
-    eos_ids: tuple[int, ...],
-    drafts: int = 0,
-    chunk: int = 0,
-    cache_dtype: str | None = None,
-) -> tuple[Begun, Any]:
-    """Prompts to the first token of each answer.
-
-    Args:
-      params: see `generate_tokens`, as all the others.
-      prompts: see there.
-      offline: see there.
-      key: see there.
-      config: see there.
-      recipe: see there.
-      sampling: see there.
-      capacity: see there.
-      eos_ids: see there.
-      drafts: see there.
-      chunk: see there.
-      cache_dtype: see there.
-
-    Returns:
-      What the following calls need, and the answers; with a tree per prompt, by prompt.
-    """
-
-    def one(prompts: Prompts, key: Array) -> tuple[Begun, Any]:
-        tree, moments, state, unreached = read(
-            params, prompts, offline, key, config=config, recipe=recipe, sampling=sampling,
-            capacity=capacity, eos_ids=eos_ids, drafts=drafts, chunk=chunk,
-            cache_dtype=cache_dtype,
-        )  # fmt: skip
-        packed = {} if offline.packed is not None else _quantized(tree)
-        return Begun(packed, moments, key, unreached), state
-
-    if recipe is None or recipe.batch == "pooled":
-        return one(prompts, key)
-    return jax.vmap(one)(*separately(prompts, key))
-
-
-@partial(
-    jax.jit, static_argnames=("config", "recipe", "sampling", "eos_ids", "drafts"),
-    donate_argnames="state",
-)  # fmt: skip
-def go_on(
-    params: Params,
-    offline: Offline,
-    begun: Begun,
-    state: Any,
-    limit: Int[Array, ""],
-    *,
-    config: ModelConfig,
-    recipe: Recipe | None,
-    sampling: Sampling,
-    eos_ids: tuple[int, ...],
-    drafts: int = 0,
-) -> tuple[Begun | None, Any]:
-    """Some tokens more.
-
-    Args:
-      params: see `generate_tokens`.
-      offline: see there.
-      begun: from `start`; after a refresh from the last call.
-      state: the answers so far; the call uses it up.
-      limit: most tokens per answer, up to this call's end; dynamic.
-      config: see `generate_tokens`.
-      recipe: see there.
-      sampling: see there.
-      eos_ids: see there.
-      drafts: see there.
-
-    Returns:
-      With a refresh what takes the place of `begun`, else None; and the answers.
-    """
-    base = _base(params, offline)
-
-    def one(begun: Begun, state: Any) -> tuple[Begun | None, Any]:
-        tree, moments, state = answer(
-            params, replace_kernels(base, begun.packed), begun.moments, state, offline, begun.key,
-            limit, config=config, recipe=recipe, sampling=sampling, eos_ids=eos_ids, drafts=drafts,
-        )  # fmt: skip
-        new = None if tree is None else Begun(_quantized(tree), moments, begun.key, begun.unreached)
-        return new, state
-
-    if recipe is None or recipe.batch == "pooled":
-        return one(begun, state)
-    return jax.vmap(one)(begun, state)
 
 
 class Stream:
@@ -181,7 +39,7 @@ class Stream:
 
     def __init__(
         self, model: Model, rows: list[list[int]], arrays: tuple[Any, ...], how: dict[str, Any],
-        limit: int, began: float,
+        limit: int, began: float, costs: DraftCosts | None = None,
     ):  # fmt: skip
         """Reads the prompt; see `stream`.
 
@@ -192,14 +50,20 @@ class Stream:
           how: its static arguments.
           limit: most new tokens.
           began: when the caller called, by `time.perf_counter`.
+          costs: see `generate`; None measures them if each cycle chooses its drafts.
         """
         self._model, self._rows, self._limit, self._began = model, rows, limit, began
         self._params, self._prompts, self._offline, _ = arrays
         self._begun, self._state = start(*arrays, **how)
-        self._how = {k: value for k, value in how.items() if k not in _OF_START}
+        self._how = of_go_on(how)
         self._chunk = how["chunk"]
         self._new, self._ended = self._seen()
         self.first_token = time.perf_counter() - began
+        self._costs = costs
+        if costs is None and isinstance(how["drafts"], tuple) and not self._ended:
+            self._costs = measure(
+                self._params, self._offline, self._begun, self._state, self._how
+            )  # fmt: skip
         self._pieces = self._run()
 
     def __iter__(self) -> "Stream":
@@ -244,7 +108,7 @@ class Stream:
             with on(self._model.mesh):
                 begun, self._state = go_on(
                     self._params, self._offline, self._begun, self._state,
-                    put(np.int32(limit)), **self._how,
+                    put(np.int32(limit)), self._costs and put(self._costs.array()), **self._how,
                 )  # fmt: skip
                 self._begun = begun or self._begun
                 self._new, self._ended = self._seen()
@@ -258,12 +122,13 @@ class Stream:
         stopped = "end" if len(self._new) < self._limit else "limit"
         recipe = self._how["recipe"]
         moments, share = carried(recipe, self._begun.moments), self._begun.unreached
-        stats = speculation.stats(self._state)
+        stats = speculation.stats(self._state) if self._how["drafts"] else None
         return made_of(
             self._model, recipe, self._offline, self._rows, [self._new],
             [stopped if self._ended else "caller"], moments, time.perf_counter() - self._began,
             None if share is None else float(np.mean(jax.device_get(share))),
-            [] if stats is None else [Drafts(*map(int, np.reshape(jax.device_get(stats), -1)))],
+            [] if stats is None else [Drafts.of(np.reshape(jax.device_get(stats), -1))],
+            self._costs,
         )  # fmt: skip
 
 
@@ -271,7 +136,7 @@ class Stream:
 def stream(
     model: Model, prompt: Any, *, recipe: Recipe | None, offline: Offline | None = None,
     max_new_tokens: int = 64, sampling: Sampling = Sampling(), seed: int = 0, chat: bool = False,
-    smallest: int = SMALLEST_BUCKET, speculate: int = 0, prefill_chunk: int = 0,
+    smallest: int = SMALLEST_BUCKET, speculate: Speculate = 0, prefill_chunk: int = 0,
     cache_dtype: str | None = None,
 ) -> Stream:  # fmt: skip
     """Answers one prompt piece by piece; the tokens are those of `generate`.
@@ -312,4 +177,5 @@ def stream(
         sampling=sampling, seed=seed, smallest=smallest, speculate=speculate,
         prefill_chunk=prefill_chunk, cache_dtype=cache_dtype,
     )  # fmt: skip
-    return Stream(model, asked.rows, arrays, how, max_new_tokens, began)
+    costs = speculate if isinstance(speculate, DraftCosts) else None
+    return Stream(model, asked.rows, arrays, how, max_new_tokens, began, costs)

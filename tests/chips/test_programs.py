@@ -16,12 +16,14 @@ from pallas_kernels import xla
 from ttq_jax.chips.absent import CHIPS, ChipError, compile_for, tracing_for
 from ttq_jax.chips.programs import compile_generate, memory_of, streamed
 from ttq_jax.chips.released import params_shapes, released_config
+from ttq_jax.draft_costs import LENGTHS
 from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import preset
 from ttq_jax.sampling import Sampling
+from ttq_jax.stages import go_on, start
 from ttq_jax.types import Offline, Prompts, kernels, stored_bytes
 
 pytestmark = needs_compilers
@@ -172,6 +174,28 @@ def test_drafting_and_verifying_copy_no_packed_weight():
     for kernel in packed_tree(small_config(**WIDTHS), recipe).values():
         for array in (*kernel.planes, kernel.scales, kernel.zeros):
             assert makers(loop, types_of(array)) == []
+
+
+@pytest.mark.slow
+def test_chosen_numbers_of_drafts_copy_no_packed_weight_and_no_cache():
+    recipe, config = preset("ttq", bits=4, group_size=32), small_config(**WIDTHS)
+    params, shape = params_shapes(config, "bfloat16"), jax.ShapeDtypeStruct
+    prompts = Prompts(shape((2, 32), jnp.int32), shape((2, 32), jnp.bool_))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    how = {"config": config, "recipe": recipe, "sampling": Sampling(), "eos_ids": (0,),
+           "drafts": LENGTHS}  # fmt: skip
+    with tracing_for("v5e"):
+        read = partial(start, capacity=32, **how)
+        begun, state = jax.eval_shape(read, params, prompts, Offline(), key)
+    limit, costs = shape((), jnp.int32), shape((len(LENGTHS),), jnp.float32)
+    text = compile_for("v5e", go_on, params, Offline(), begun, state, limit, costs, **how).as_text()
+    assert calls(text)["packed_matmul"] == 7
+    loop = decode_loop(text)
+    for kernel in packed_tree(config, recipe).values():
+        for array in (*kernel.planes, kernel.scales, kernel.zeros):
+            assert makers(loop, types_of(array)) == []
+    cache = f"bf16[{','.join(map(str, state.cache.k.shape))}]"
+    assert not [line for line in text.splitlines() if f"= {cache}" in line and " copy(" in line]
 
 
 @pytest.mark.slow

@@ -56,6 +56,26 @@ def test_an_answer_with_drafts_is_the_unquantized_models(cli_json, tiny):
     assert got["effective_bits"] < 5, "of the weights that draft"
 
 
+def test_the_number_of_drafts_is_chosen(cli, cli_json, tiny):
+    ask = ["generate", "--model", tiny, "--prompt", "Once upon a time", "--max-new-tokens", 9]
+    (plain,) = cli_json(*ask, "--method", "none")
+    options = ["--speculate", "auto", "--bits", 3, "--select", "layers/q"]
+    (got,) = cli_json(*ask, *options)
+    assert got["text"] == plain["text"]
+    drafts, costs = got["drafts"], got["draft_costs"]
+    assert list(costs) == ["0", "1", "2", "4", "8"]
+    assert costs["0"] == 1
+    assert min(costs.values()) > 0
+    assert sum(drafts["passes_by_drafts"].values()) == drafts["passes"]
+    assert drafts["drafts_per_pass"] == pytest.approx(
+        drafts["drafted"] / drafts["passes"], abs=1e-4
+    )
+    code, out, err = cli(*ask, *options, "--stream")
+    assert code == 0, err
+    assert plain["text"] in out
+    assert "cycles of drafts take, in plain steps of the unquantized weights: " in err
+
+
 def test_what_is_said_of_drafts(cli, tiny):
     ask = ["generate", "--model", tiny, "--prompt", "Once", "--max-new-tokens", 9, "--stream"]
     code, _, err = cli(*ask, "--speculate", 3)
@@ -64,7 +84,9 @@ def test_what_is_said_of_drafts(cli, tiny):
     for words, message in (
         (["--speculate", 17], "expected 0 to 16 drafts per cycle, got 17"),
         (["--speculate", 2, "--method", "none"], "expected a recipe whose quantized weights draft"),
-        (["--speculate", "x"], "invalid int value"),
+        (["--speculate", "x"], "expected a whole number, 0 to 16, or auto, got 'x'"),
+        (["--speculate", "Auto"], "or auto, got 'Auto'"),
+        (["--speculate", "auto", "--set", "batch=per_prompt"], "set batch to pooled"),
     ):
         code, _, err = cli(*ask, *words)
         assert code == 2

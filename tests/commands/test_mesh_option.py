@@ -97,11 +97,14 @@ def test_widths_are_chosen_on_a_mesh_as_on_one_device(cli_json, tiny, text_file,
     assert shared["divergence"] == pytest.approx(alone["divergence"], rel=1e-3)
 
 
-@pytest.mark.parametrize("option", [("--stream",), ("--conversation", "d")])
+@pytest.mark.parametrize(
+    "option", [("--stream",), ("--conversation", "d"), ("--speculate", "auto")]
+)
 def test_several_processes_answer_a_whole_text_at_once(tiny, option):
     words = ["generate", "--model", tiny, "--prompt", "Hi", "--mesh", "model=2", *option]
     args = build_parser().parse_args([*words, "--processes", "here:1,2,0"])
-    with pytest.raises(ConfigError, match=f"--processes: {option[0]} answers in one process only"):
+    why = f"--processes: {option[0]} (answers in one process only|auto measures times)"
+    with pytest.raises(ConfigError, match=why):
         generate.run(args, Progress(enabled=False))
 
 

@@ -3,6 +3,22 @@
 import argparse
 
 
+def _drafts(text: str) -> int | str:
+    """A number of drafts, or auto.
+
+    Raises:
+      ArgumentTypeError: neither.
+    """
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number, 0 to 16, or auto, got {text!r}"
+        ) from None
+
+
 def add_system(parser: argparse.ArgumentParser) -> None:
     """Adds --system.
 
@@ -63,7 +79,8 @@ def add_asking(parser: argparse.ArgumentParser, most: int) -> None:
         help="sample from the likeliest tokens that together reach probability P "
         "(default: %(default)s)")  # fmt: skip
     add("--seed", type=int, help="seed of the sampling (default: 0)")
-    add("--speculate", type=int, default=0, metavar="K",
+    add("--speculate", type=_drafts, default=0, metavar="K|auto",
         help="the quantized weights draft K tokens at a time, 1 to 16, and the unquantized ones "
-        "verify them: the answer is the unquantized model's (default: 0, the quantized weights "
-        "answer)")  # fmt: skip
+        "verify them: the answer is the unquantized model's. auto measures what drafts and "
+        "verifications cost here, and drafts as many as pay, or none (default: 0, the quantized "
+        "weights answer)")  # fmt: skip

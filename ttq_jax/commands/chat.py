@@ -74,6 +74,7 @@ class _Answer:
             f"{self.made.stopped[0]}",
             said,
             *(drafts.in_words() for drafts in self.made.drafts),
+            *([self.made.draft_costs.in_words()] if self.made.draft_costs else []),
         ]
 
 

@@ -25,6 +25,7 @@ from ttq_jax.commands.options import (
 )
 from ttq_jax.commands.output import print_json, print_piece, print_text
 from ttq_jax.config import ConfigError
+from ttq_jax.draft_costs import chooses
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
 from ttq_jax.evaluation.progress import Progress
@@ -70,6 +71,7 @@ def _print_json(
                 **cache_in_json(args),
                 **_experts_in_json(made),
                 **({"drafts": made.drafts[i].describe()} if made.drafts else {}),
+                **({"draft_costs": made.draft_costs.describe()} if made.draft_costs else {}),
                 # Of the batch, so in its first row alone.
                 "timings": timings.describe() if timings and not i else None,
             }
@@ -93,6 +95,8 @@ def _tell(
     progress.note(describe_method(args.method, recipe, *bits))
     if made.drafts:
         progress.note(sum(made.drafts[1:], made.drafts[0]).in_words())
+    if made.draft_costs:
+        progress.note(made.draft_costs.in_words())
     if made.unreached_experts is not None:
         progress.note(
             f"{made.unreached_experts:.0%} of the experts got no token of the prompt and were "
@@ -151,6 +155,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.mesh is not None:
         parse_mesh(args.mesh)
+    if args.processes is not None and chooses(args.speculate):
+        raise ConfigError(
+            "--processes: --speculate auto measures times, which differ from process to process; "
+            "give the number of drafts"
+        )
     for option in ("stream", "conversation"):
         if args.processes is not None and getattr(args, option):
             raise ConfigError(

@@ -14,6 +14,7 @@ from typing import Any
 from ttq_jax.chat.ask import Asked
 from ttq_jax.checkpoint import Model
 from ttq_jax.config import ConfigError
+from ttq_jax.draft_costs import Speculate
 from ttq_jax.generate import program
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sampling import Sampling
@@ -85,7 +86,7 @@ class Timings:
 def time_answers(
     model: Model, texts: Sequence[str] | Asked, recipes: Mapping[str, Recipe | None], *,
     offline: Mapping[str, Offline] | None = None, max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(), seed: int = 0, speculate: int = 0,
+    sampling: Sampling = Sampling(), seed: int = 0, speculate: Speculate = 0,
     prefill_chunk: int = 0, cache_dtype: str | None = None, runs: int = RUNS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timings]:  # fmt: skip
