@@ -72,7 +72,8 @@ def how(sampling=Sampling(), eos_ids=()):
 
 
 def begun(prompts, **kind):
-    return start(PARAMS, prompts, Offline(), jax.random.key(0), capacity=CAPACITY, **how(**kind))
+    parts = {"capacity": CAPACITY, "chunk": 9}
+    return start(PARAMS, prompts, Offline(), jax.random.key(0), **parts, **how(**kind))
 
 
 def answers(prompts, costs, limit=LIMIT, **kind):

@@ -159,10 +159,8 @@ def read(
     )  # fmt: skip
     if recipe.prefill == "quantized":
         length = prompts.tokens.shape[1]
-        hidden, filled, _ = forward(
-            config, params, prompts.tokens, prompts.valid, cache, slots=length,
-            chunks=reading(chunk, length),
-        )  # fmt: skip
+        how: Any = {"slots": length, "chunks": reading(chunk, length)}
+        hidden, filled, _ = forward(config, params, prompts.tokens, prompts.valid, cache, **how)
     return hidden, filled, packed, moments, unreached
 
 
