@@ -93,6 +93,19 @@ def _():
     return [table, now], []
 
 
+@evidence("An embedding in eight bits changes perplexity by no more than a few thousandths")
+def _():
+    rows = quality.Results(RESULTS / "packed_tables_smollm2.jsonl").read()
+    over = quality.gaps(rows, 8, "fast-h0")
+    table = [["recipe", "bits of the embedding", "perplexity over `fast-h0`, minus 1",
+              *CORPORA.values()]]  # fmt: skip
+    for width in (8, 5, 4):
+        one = over[f"fast-h{width}"]
+        parts = [f"{one['by_corpus'][c]:+.3f}" for c in CORPORA]
+        table.append([f"`fast-h{width}`", str(width), quality.interval(one), *parts])
+    return [table], []
+
+
 @evidence("Four bits for a scale and a zero point are worth more in narrower groups")
 def _():
     found = gaps("scale_widths_smollm2.jsonl", 8)
