@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from compilers import needs_compilers
 from decode_loop import decode_loop, makers
+from marks import slow_but
 from small import small_config
 
 from pallas_kernels import xla
@@ -154,9 +155,10 @@ def no_fallback(monkeypatch):
     return FellBackError
 
 
-@pytest.mark.parametrize(
-    ("chip", "bits", "prefill"), [("v5e", 4, "full"), ("v5e", 3, "quantized"), ("h100", 4, "full")]
-)
+PROJECTED = [("v5e", 4, "full"), ("v5e", 3, "quantized"), ("h100", 4, "full")]
+
+
+@pytest.mark.parametrize(("chip", "bits", "prefill"), slow_but(PROJECTED, PROJECTED[:1]))
 def test_every_projection_runs_on_a_kernel(chip, bits, prefill, no_fallback):
     recipe = preset("ttq", bits=bits, group_size=32, prefill=prefill)
     made = calls(compile_small(chip, "bfloat16", recipe).as_text())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import small_config, small_params
 from tiny_qwen3 import LinenQwen3, NnxQwen3, empty_cache
 
@@ -108,11 +109,10 @@ CASES = {
     "ttq": [(linen, False), (module, True)], "fast": [(linen, True), (module, False)],
     "best": [(linen, True), (module, False)],
 }  # fmt: skip
+EACH = [(name, *case) for name, cases in CASES.items() for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "scanned"), [(name, *case) for name, cases in CASES.items() for case in cases]
-)
+@pytest.mark.parametrize(("name", "make", "scanned"), slow_but(EACH, EACH[:3]))
 def test_bytes_scales_and_tokens_are_those_of_our_own_decoder(name, make, scanned):
     recipe, (wanted, tokens) = RECIPES[name], of_our_own(name)
     fn, params = make(scanned)

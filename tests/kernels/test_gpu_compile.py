@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compilers import MODELS, needs_compilers
-from marks import slow_but
 
 import pallas_kernels
 from pallas_kernels.choice import KERNELS, Target
@@ -125,7 +124,7 @@ def program(design):
     return run, (x, w, scale, factors, layer)
 
 
-@pytest.mark.parametrize("design", slow_but(ALL, ALL[:9]), ids=str)
+@pytest.mark.parametrize("design", ALL, ids=str)
 def test_compiles_to_one_kernel_that_copies_no_weight(design):
     run, shapes = program(design)
     text = compile_for(design.chip, run, *shapes).as_text()
