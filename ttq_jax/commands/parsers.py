@@ -286,7 +286,7 @@ def _sweep_parser(commands: Any) -> None:
         "several processes may share DIR")  # fmt: skip
     add("--axis", action="append", default=[], metavar="KEY=V,V",
         help="replace the file's values of one key; a corpus, calibration or model may have a "
-        "label, as in corpus=wikitext2=FILE; may be repeated")  # fmt: skip
+        "label, as in corpus=wikitext2=FILE; may be repeated for other keys")  # fmt: skip
     add("--shard", metavar="I/N",
         help="run every N-th cell, starting with the I-th, to split a sweep over machines"
         )  # fmt: skip
