@@ -2,6 +2,7 @@
 every public name is documented."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,12 @@ def test_public_names_are_documented(path):
                 for member in node.body:
                     if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
                         assert ast.get_docstring(member), f"{node.name}.{member.name}"
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by it, and one worker finds the other's file."""
+    names = Counter(p.name for p in ROOT.glob("tests/**/*.py") if p.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_tuned_imports_at_start_up():
