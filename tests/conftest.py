@@ -3,10 +3,12 @@
 import gc
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
 import tempfile
+import time
 from zlib import crc32
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
@@ -71,13 +73,24 @@ _WITH_TORCH = (
 # A page is looked at where there is a browser.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 collect_ignore = [] if importlib.util.find_spec("torch") else list(_WITH_TORCH)
+_BEGAN, _NO_TIME = time.monotonic(), "no time was left for them"
 _WITHOUT_BROWSER = not any(map(shutil.which, BROWSERS))
 if _WITHOUT_BROWSER:
     collect_ignore.append("sweeps/test_page_in_browser.py")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Leaves out a test for which there is no time."""
+    if time.monotonic() - _BEGAN > item.config.getoption("seconds"):
+        pytest.skip(_NO_TIME)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says what was left out, where something was."""
+    late = [r for r in terminalreporter.stats.get("skipped", []) if _NO_TIME in str(r.longrepr)]
+    if late:
+        terminalreporter.write_line(f"{len(late)} tests were left out, {_NO_TIME}")
     if not importlib.util.find_spec("torch"):
         left_out = ", ".join(_WITH_TORCH)
         terminalreporter.write_line(f"torch is not installed, so these were left out: {left_out}")
@@ -117,6 +130,9 @@ def pytest_addoption(parser):
     """`--one-case`, for a second jax: every check once, and not for every bit width."""
     parser.addoption(
         "--one-case", action="store_true", help="of a parametrized test only the first case"
+    )
+    parser.addoption(
+        "--seconds", type=float, default=math.inf, help="begin no test later; the output says so"
     )
 
 
