@@ -1,6 +1,6 @@
 """How many windows each measure needs to tell two recipes apart.
 
-Claim     agreement with the unquantized model ranks recipes with fewer windows than perplexity.
+Claim     none yet, see `ranking.toml`.
 Command   ttq sweep experiments/ranking.toml --out DIR
           python experiments/ranking.py DIR
 Cost      none: it reads the rows of the sweep.
