@@ -24,7 +24,7 @@ def test_all_are_there():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_cell_is_legal_and_every_file_says_what_to_expect(path):
     cells = read_sweep(str(path))
-    assert len(cells) > 40 or path.stem == "protocols"
+    assert len(cells) > 40 or path.stem in {"protocols", "ranking"}
     assert not [cell.name() for cell in cells if cell.error]
     text = path.read_text()
     for word in ("# Claim ", "# Command ", "# Cost ", "# Expect "):
