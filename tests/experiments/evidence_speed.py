@@ -270,7 +270,7 @@ def _():
 def _():
     found = read("speculative_chips.json")
     drafts = list(dict.fromkeys(row["drafts"] for row in found["rows"]))
-    table = [["model", "a draft over a pass", *(f"{n} drafts" for n in drafts)]]
+    table = [["model", "a draft over a pass", *(f"k = {n}" for n in drafts)]]
     for model in dict.fromkeys(row["model"] for row in found["rows"]):
         mine = [row for row in found["rows"] if row["model"] == model]
         gains = [f"{row['over_unquantized']:.2f}" for row in mine]
