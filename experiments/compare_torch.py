@@ -40,7 +40,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_cpu import log, torch_model
-from quality import CALIBRATION_TOKENS, corpus_text, offline_of, protocol_data, recipe_named
+from quality import CALIBRATION_TOKENS, corpus_text, offline_of, protocol_data
+from recipe_names import recipe_named
 
 import ttq_jax as ttq
 from ttq_jax.checkpoint import ALIASES

@@ -33,7 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from bench_cpu import NEW_TOKENS, log, take_turns, torch_generate
 from compare_torch import as_torch, options, settings, torch_side, write
-from quality import corpus_text, protocol_data, recipe_named
+from quality import corpus_text, protocol_data
+from recipe_names import recipe_named
 
 import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import sha256

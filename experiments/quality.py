@@ -43,12 +43,12 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from quality_picture import draw
+from recipe_names import NAMES, recipe_named
 
 import ttq_jax as ttq
 from ttq_jax.evaluation.corpora import calibration_windows, sha256
@@ -59,10 +59,8 @@ from ttq_jax.files import check_destination, write_file
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import decoded_shapes, prefill
-from ttq_jax.quant.grid import SCALES
 from ttq_jax.quant.head import joined
-from ttq_jax.quant.recipe import PRESETS, Recipe
-from ttq_jax.quant.source import Source
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.sweeps.words import fixed
 from ttq_jax.types import Offline, Prompts, effective_bits
 
@@ -70,48 +68,6 @@ CALIBRATION_TOKENS = 8192
 DRAWS = 1000
 # A bootstrap of fewer windows of a corpus draws the same ones again and again.
 FEWEST = 5
-NAMES = (
-    "FILE.toml or "
-    "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-coded4|-float][-hHEAD][-nTOKENS|-sTOKENS]"
-    "[-fREFITS][-dDESCENTS][@CALIBRATION]; h0 leaves the head as it is; a prior worth so many "
-    "tokens, n from the weights (0 for none), s from samples; f and d are settings of the rounding"
-)
-
-_SHORT = {"g": "group_size", "r": "rank"}
-_PRIORS = {"n": "weights", "s": "samples"}
-_ROUNDING = {"f": "refits", "d": "descents"}
-
-
-def recipe_named(name: str) -> Recipe | None:
-    """The recipe of a name as in `NAMES`: `paper-3-r16`, `best-4-g192-sym`, `awq-3@c4`."""
-    if name.endswith(".toml"):
-        return ttq.load_recipe(name)
-    base, *rest = name.split("@")[0].split("-")
-    given: dict[str, Any] = {}
-    settings = []
-    for part in rest:
-        letter, number = part[0], part[1:]
-        if part in {"sym", "asym"}:
-            given["symmetric"] = part == "sym"
-        elif part in SCALES:
-            given["scales"] = part
-        elif part.isdigit():
-            given["bits"] = int(part)
-        elif letter == "h" and number.isdigit():
-            given["head"] = int(number) or None
-        elif letter in _SHORT and number.isdigit():
-            given[_SHORT[letter]] = int(number)
-        elif letter in _PRIORS and number.isdigit():
-            prior = _PRIORS[letter] if int(number) else "none"
-            given["moments"] = Source(prior=prior, prior_tokens=float(number))
-        elif letter in _ROUNDING and number.isdigit():
-            settings.append(f"rounding.{_ROUNDING[letter]}={number}")
-        else:
-            base = ""
-    if base not in PRESETS:
-        raise SystemExit(f"recipe {name!r}: expected {NAMES}; PRESET one of {', '.join(PRESETS)}")
-    recipe = ttq.preset(base, **given)
-    return ttq.with_settings(recipe, settings) if settings else recipe
 
 
 def corpus_text(spec: str) -> tuple[str, str]:

@@ -29,7 +29,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from quality import corpus_text, recipe_named, spread
+from quality import corpus_text, spread
+from recipe_names import recipe_named
 
 import ttq_jax as ttq
 from ttq_jax.chat.ask import ask
