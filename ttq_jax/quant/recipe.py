@@ -310,9 +310,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "fast": Preset(
         recipe=Recipe(
-            moments=_BLEND, rounding=ClipSearch(steps=5, smallest=0.6), grid=_WIDE, head=8
+            moments=_BLEND,
+            # Refits from the whole range leave less error than a search over ranges without.
+            rounding=ClipSearch(steps=1, smallest=0.6, refits=4),
+            grid=_WIDE,
+            head=8,
         ),
-        about="TTQ in groups of 64 with clip search and a prior",
+        about="TTQ in groups of 64, scales fitted to their codes, and a prior",
         cost="as ttq, with more arithmetic per weight",
         use="the default",
     ),
