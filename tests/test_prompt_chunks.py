@@ -205,7 +205,7 @@ def test_a_model_reads_parts_with_the_kernel(monkeypatch):
         return forward(config, params, tokens, valid, cache, slots=256, chunks=reading(chunk, 256))
 
     want, _, _ = read(0)
-    monkeypatch.setattr(prompt_attention, "serves", lambda length, head_dim: length == 128)
+    monkeypatch.setattr(prompt_attention, "serves", lambda config, length: length == 128)
     monkeypatch.setattr(prompt_attention, "attend_part_by_kernel", simulated)
     assert_close(read(128)[0], want)
     assert set(calls) == {True, False}

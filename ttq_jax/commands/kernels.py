@@ -147,6 +147,16 @@ def _of_head(
     return found
 
 
+def _of_prompts(config: ModelConfig, prompt_tokens: int, target: Target) -> dict[str, str]:
+    """What attends to prompts, and why."""
+    if why := refusal(config, prompt_tokens, target):
+        return {"implementation": "xla", "reason": why}
+    reason, devices = f"the kernel for {target.chip or target.platform}", count(shared())
+    if devices > 1:
+        reason += f", {config.n_heads // devices} query heads on each device"
+    return {"implementation": "splash", "reason": reason}
+
+
 def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq kernels`.
 
@@ -184,11 +194,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
             dtype=args.dtype,
         )  # fmt: skip
-        why = refusal(args.prompt_tokens, config.head_dim, target)
+        attention = _of_prompts(config, args.prompt_tokens, target)
     place = target.chip or target.platform
-    attention = {
-        "implementation": "xla" if why else "splash", "reason": why or f"the kernel for {place}",
-    }  # fmt: skip
     if args.json:
         print_json({
             "model": args.model, "chip": place, "dtype": args.dtype, "recipe": recipe.describe(),
