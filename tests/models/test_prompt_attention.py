@@ -95,7 +95,7 @@ def test_a_model_reads_its_prompt_with_it(monkeypatch):
         return forward(config, params, tokens, jnp.asarray(valid), cache, slots=128)
 
     want, filled, _ = read(130)
-    monkeypatch.setattr(prompt_attention, "serves", lambda config, length: True)
+    monkeypatch.setattr(prompt_attention, "serves", lambda config, length, dtype: True)
     monkeypatch.setattr(prompt_attention, "attend_prompt", simulated)
     got, cache, _ = read(130)
     assert calls == [(40, FAR)], "one call serves every layer of the scan"
@@ -172,16 +172,20 @@ def test_tpus_compile_it_for_a_prompt_in_parts():
 def test_when_it_is_chosen():
     v5e = Target(platform="tpu", chip="v5e")
     of = {width: small_config(head_dim=width, n_heads=4, n_kv_heads=2) for width in (64, 80, 128)}
-    assert refusal(of[128], FROM, v5e) is None
-    assert refusal(of[64], 32768, v5e) is None
-    assert "runs on TPUs, this is a CPU" in refusal(of[128], 4096, Target(platform="cpu"))
-    assert "heads of 80; the kernel has 64, 128, 256" in refusal(of[80], 4096, v5e)
-    assert "512 tokens; from 1024 on" in refusal(of[128], 512, v5e)
-    assert "1536 tokens are no multiple of 1024" in refusal(of[128], 1536, v5e)
+    assert refusal(of[128], FROM, "float32", v5e) is None
+    assert refusal(of[64], 32768, "float32", v5e) is None
+    assert "kernels run on TPUs and GPUs, this is a CPU" in refusal(
+        of[128], 4096, "float32", Target(platform="cpu")
+    )
+    assert "heads of 80; the kernel has 64, 128, 256" in refusal(of[80], 4096, "float32", v5e)
+    assert "512 tokens; from 1024 on" in refusal(of[128], 512, "float32", v5e)
+    assert "1536 tokens are no multiple of 1024" in refusal(of[128], 1536, "float32", v5e)
     with use_abstract_mesh(AbstractMesh((2, 2, 2), ("data", "kv", "rep"))):
-        assert refusal(of[128], 4096, v5e) is None
+        assert refusal(of[128], 4096, "float32", v5e) is None
     with use_abstract_mesh(AbstractMesh((3, 2), ("data", "rep"))):
-        assert refusal(of[128], 4096, v5e) is None
+        assert refusal(of[128], 4096, "float32", v5e) is None
     with use_abstract_mesh(AbstractMesh((4,), ("kv",))):
-        assert "2 heads of k, which 4 devices cannot share" in refusal(of[128], 4096, v5e)
-    assert prompt_attention.serves(of[128], 4096) is False
+        assert "2 heads of k, which 4 devices cannot share" in refusal(
+            of[128], 4096, "float32", v5e
+        )
+    assert prompt_attention.serves(of[128], 4096, "float32") is False

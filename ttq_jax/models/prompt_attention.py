@@ -3,10 +3,11 @@
 A prompt attends to itself alone. Its real tokens stand together, so that order among them is order
 among slots: a causal mask by index and "padding sees padding only" say what `attention.attend` says
 with positions. That is what JAX's splash attention computes on TPUs, block by block, and it leaves
-out the blocks that nobody sees: half of them, and nearly all under a short sliding window.
+out the blocks that nobody sees: half of them, and nearly all under a short sliding window. On GPUs
+it is JAX's attention in Triton, see `triton_attention`.
 
 A prompt in parts attends to itself part by part: each to itself and to those before, and their
-softmaxes are joined by their sums. The kernel does either where no layer slides.
+softmaxes are joined by their sums. The TPUs' kernel does either where no layer slides.
 
 On a mesh every device calls the kernel for its own prompts and heads: no head needs another one, so
 nothing is exchanged.
@@ -20,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mesh_sizes
 from pallas_kernels.choice import Target, current_target
 from ttq_jax.config import ModelConfig
+from ttq_jax.models import triton_attention
 from ttq_jax.models.attention import attend, attend_part, join_parts
 from ttq_jax.models.layer_constants import windows
 from ttq_jax.partition import DATA, SPLITS, count, on_several, shared
@@ -37,26 +40,33 @@ _BLOCK_COMPUTE = 512
 _HEAD_DIMS = (64, 128, 256)
 
 
-def refusal(config: ModelConfig, length: int, target: Target) -> str | None:
-    """Why the kernel cannot serve a prompt there.
+KERNELS = {"tpu": "splash", "gpu": "triton"}
+"""Which kernel a platform has."""
+
+
+def refusal(config: ModelConfig, length: int, dtype: DTypeLike, target: Target) -> str | None:
+    """Why the platform's kernel cannot serve a prompt there.
 
     Args:
       config: the model's; its heads are dealt out over the mesh of the program.
       length: T, padded.
+      dtype: of queries, keys and values.
       target: what the program is traced for.
 
     Returns:
       The reason; None if it can.
     """
-    if target.platform != "tpu":
-        return f"splash attention runs on TPUs, this is a {target.platform.upper()}"
+    if target.platform not in KERNELS:
+        return f"attention's kernels run on TPUs and GPUs, this is a {target.platform.upper()}"
+    if length < FROM:
+        return f"{length} tokens; from {FROM} on it is faster"
     for heads, name in ((config.n_heads, "q"), (config.n_kv_heads, "k")):
         if heads % (devices := count(SPLITS[name].columns)):
             return f"{heads} heads of {name}, which {devices} devices cannot share equally"
+    if target.platform == "gpu":
+        return triton_attention.refusal(config, length, dtype, target.chip)
     if config.head_dim not in _HEAD_DIMS:
         return f"heads of {config.head_dim}; the kernel has {', '.join(map(str, _HEAD_DIMS))}"
-    if length < FROM:
-        return f"{length} tokens; from {FROM} on it is faster"
     if length % _BLOCK:
         return f"{length} tokens are no multiple of {_BLOCK}"
     return None
@@ -95,7 +105,10 @@ def attend_slots(
         "window": window, "scale": config.query_scale, "cap": config.attn_softcap
     }  # fmt: skip
     # Tokens that fill every slot follow none.
-    if slots == q.shape[1] and serves(config, slots):
+    if slots == q.shape[1] and serves(config, slots, q.dtype):
+        if current_target().platform == "gpu":
+            run = partial(triton_attention.attend_prompt, scale=config.query_scale)
+            return _by_device(run, q, k, v, valid)
         return attend_prompt(q, k, v, valid=valid, windows=windows(config), **how)
     return attend(q, k, v, q_positions=positions, k_positions=k_positions, k_valid=k_valid, **how)
 
@@ -129,7 +142,7 @@ def attend_chunk(
     Returns:
       One mixed value per query head.
     """
-    by_kernel = serves_parts(config, q.shape[1], size)
+    by_kernel = serves_parts(config, q.shape[1], size, q.dtype)
     how: dict[str, Any] = {"scale": config.query_scale, "cap": config.attn_softcap}
 
     def part(at: Any, count: int, own: bool = False) -> tuple[Array, Array]:
@@ -149,25 +162,27 @@ def attend_chunk(
     return mixed.astype(q.dtype)
 
 
-def serves(config: ModelConfig, length: int) -> bool:
-    """Whether the kernel reads a prompt on the device that is traced for; see `refusal`."""
-    return refusal(config, length, current_target()) is None
+def serves(config: ModelConfig, length: int, dtype: DTypeLike) -> bool:
+    """Whether a kernel reads a prompt on the device that is traced for; see `refusal`."""
+    return refusal(config, length, dtype, current_target()) is None
 
 
-def serves_parts(config: ModelConfig, length: int, size: int) -> bool:
-    """Whether the kernel reads a part of a prompt on the device that is traced for.
+def serves_parts(config: ModelConfig, length: int, size: int, dtype: DTypeLike) -> bool:
+    """Whether a kernel reads a part of a prompt on the device that is traced for.
 
     Args:
       config: the model's; behind a sliding window a part may be seen in part, which the kernel
         would have to know before the program runs.
       length: tokens of the part.
       size: of the parts before it.
+      dtype: of queries, keys and values.
 
     Returns:
-      See `refusal`.
+      See `refusal`; never on a GPU.
     """
-    far = windows(config) == (np.iinfo(np.int32).max,)
-    return far and serves(config, length) and serves(config, size)
+    if current_target().platform == "gpu" or windows(config) != (np.iinfo(np.int32).max,):
+        return False
+    return serves(config, length, dtype) and serves(config, size, dtype)
 
 
 def attend_part_by_kernel(
