@@ -81,7 +81,7 @@ COMPILED = [
 @needs_compilers
 @pytest.mark.parametrize(("chip", "width", "dtype"), slow_but(COMPILED, COMPILED[:1]))
 def test_gpus_compile_it(chip, width, dtype):
-    """A model that reads a prompt; and prompts whose weights are their own, by a map."""
+    """A model that reads a prompt; a map over prompts, with JAX's wide integers."""
     config = small_config(n_heads=4, n_kv_heads=2, head_dim=width, n_layers=1)
     shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), shapes)
@@ -97,8 +97,10 @@ def test_gpus_compile_it(chip, width, dtype):
         one = lambda tokens, valid: read(params, tokens[None], valid[None])  # noqa: E731
         return jax.vmap(one)(tokens, valid)
 
-    for run in (read, each):
-        assert compile_for(chip, run, shapes, tokens, valid).as_text().count(TRITON) == 1
+    for run, wide in ((read, False), (each, True)):
+        with jax.enable_x64(wide):
+            text = compile_for(chip, run, shapes, tokens, valid).as_text()
+        assert text.count(TRITON) == 1
 
 
 def test_when_it_is_chosen(monkeypatch):

@@ -13,6 +13,7 @@ On a mesh every device calls the kernel for its own prompts and heads: no head n
 nothing is exchanged.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -329,4 +330,13 @@ def _kernel(
         MultiHeadMask([mask] * heads), block_sizes=sizes, is_mqa=False,
         attn_logits_soft_cap=cap, interpret=interpret, save_residuals=sums,
     )  # fmt: skip
-    return lambda q, k, v, of_q, of_k: kernel(q, k, v, segment_ids=SegmentIds(of_q, of_k))
+
+    def run(q: Array, k: Array, v: Array, of_q: Array, of_k: Array) -> Any:
+        # Whatever JAX's switches say: the kernel's indices are int32, and Mosaic refuses more than
+        # one pass over bfloat16.
+        wide = q.dtype == jnp.float32
+        passes = contextlib.nullcontext() if wide else jax.default_matmul_precision("default")
+        with jax.enable_x64(False), passes:
+            return kernel(q, k, v, segment_ids=SegmentIds(of_q, of_k))
+
+    return run

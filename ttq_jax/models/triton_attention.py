@@ -93,7 +93,10 @@ def attend_prompt(
     batch, length, heads, width = q.shape
     groups = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
     call = all_of if interpret else triton.quietly(all_of)
-    return call(groups, k, v, valid.astype(jnp.int32)).reshape(q.shape)
+    # In 32 bits, whatever `jax_enable_x64` says: the kernel's indices are int32.
+    with jax.enable_x64(False):
+        mixed = call(groups, k, v, valid.astype(jnp.int32))
+    return mixed.reshape(q.shape)
 
 
 def _attention() -> Any:
