@@ -131,7 +131,6 @@ def test_tpus_compile_it_under_every_switch():
 
 SLICES = {
     "prompts": ({"data": 2, "model": 2}, {"batch": 2}),
-    "copies": ({"model": 4}, {}),
     "parts": ({"model": 4}, {"prompt_tokens": 2048, "prefill_chunk": 1024}),
 }
 
