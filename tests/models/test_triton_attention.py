@@ -28,11 +28,13 @@ L4 = Target(platform="gpu", chip="l4")
 TRITON = "__gpu$xla.gpu.triton"
 
 
-@pytest.mark.parametrize("width", [64, 80])
-def test_it_is_attention(width):
+@pytest.mark.parametrize(
+    ("width", "dtype", "near"), [(64, "float32", 1e-5), (80, "bfloat16", 0.02)]
+)
+def test_it_is_attention(width, dtype, near):
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(2, 384, 4, width)), jnp.float32)
-    k, v = (jnp.asarray(rng.normal(size=(2, 384, 2, width)), jnp.float32) for _ in range(2))
+    q = jnp.asarray(rng.normal(size=(2, 384, 4, width)), dtype)
+    k, v = (jnp.asarray(rng.normal(size=(2, 384, 2, width)), dtype) for _ in range(2))
     valid = np.ones((2, 384), bool)
     valid[0, :200], valid[1, -90:] = False, False
     positions = jnp.asarray(np.maximum(np.cumsum(valid, 1) - 1, 0), jnp.int32)
@@ -41,8 +43,10 @@ def test_it_is_attention(width):
         window=jnp.asarray(FAR, jnp.int32), scale=0.3, cap=None,
     )  # fmt: skip
     got = attend_prompt(q, k, v, jnp.asarray(valid), scale=0.3, interpret=True)
-    np.testing.assert_allclose(np.asarray(got)[valid], np.asarray(want)[valid], atol=1e-5)
-    assert np.isfinite(np.asarray(got)).all()
+    assert got.dtype == q.dtype
+    got, want = (np.asarray(each, np.float32) for each in (got, want))
+    np.testing.assert_allclose(got[valid], want[valid], rtol=near, atol=near)
+    assert np.isfinite(got).all()
 
 
 def test_a_model_reads_its_prompt_with_it_on_a_mesh_too(monkeypatch):
