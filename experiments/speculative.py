@@ -6,10 +6,12 @@ Command   python experiments/speculative.py check --model smollm2 --corpus wikit
           python experiments/speculative.py time --model smollm2
               --out experiments/results/speculative_times_smollm2.json
 Cost      SmolLM2 on 2 cores: `check` of 200 prompts ten minutes for each number of drafts beside
-          other work, `time` of 3 prompts and 3 numbers of drafts 2 minutes.
+          other work, `time` of 3 prompts and 3 numbers of drafts 2 minutes; "auto" adds the
+          compilation of one more program per length of prompt.
 Expect    `check` prints a row per number of drafts and batch: answers that differ from the
           unquantized model's, and how close the two likeliest tokens were where they part; `time`
-          a row per number of drafts: tokens per second beside both kinds of plain decoding.
+          a row per number of drafts, and for "auto", whose cycles choose it by costs that are
+          measured before the clock starts: tokens per second beside both kinds of plain decoding.
 
 Prompts are the beginnings of windows spread over each text, of 130 to 240 tokens, so that batches
 are padded. Everything is greedy and in float32. Where two tokens are nearly as likely, sums of
@@ -19,7 +21,9 @@ size of the larger one.
 """
 
 import argparse
+import functools
 import json
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -34,6 +38,7 @@ from recipe_names import recipe_named
 
 import ttq_jax as ttq
 from ttq_jax.chat.ask import ask
+from ttq_jax.draft_costs import AUTO, chooses
 from ttq_jax.evaluation.corpora import sha256
 from ttq_jax.evaluation.describe import device, table, versions
 from ttq_jax.files import check_destination, write_file
@@ -129,16 +134,19 @@ def measure_times(args: argparse.Namespace) -> None:
     for drafts in args.drafts:
         contenders[str(drafts)] = {"recipe": recipe, "offline": offline, "speculate": drafts}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    totals = {name: Drafts(0, 0, 0, 0) for name in contenders}
+    totals: dict[str, list[Drafts]] = {name: [] for name in contenders}
+    costs: dict[str, dict[str, Any]] = {}
     for text in texts:
         runs = {
             name: program(model, [text], max_new_tokens=args.tokens, **how)[0]
             for name, how in contenders.items()
         }
         for name, run in runs.items():
-            stats = run(args.tokens)[-1]  # and compiles, at the first prompt
+            stats = run(args.tokens)[-1]  # and compiles, and measures costs, at the first prompt
             if stats is not None:
-                totals[name] += Drafts(*map(int, stats[0]))
+                totals[name].append(Drafts.of(stats[0]))
+            if chooses(contenders[name].get("speculate", 0)):
+                costs[name] = {"costs": run.costs.describe()}
         for name, run in runs.items():
             start = time.perf_counter()
             run(1)
@@ -153,7 +161,8 @@ def measure_times(args: argparse.Namespace) -> None:
             {
                 "decoding": name, "tokens_per_second": round(statistics.median(each), 2),
                 "over_none": round(statistics.median(each) / base, 3),
-                **(totals[name].describe() if totals[name].passes else {}),
+                **(functools.reduce(operator.add, totals[name]).describe() if totals[name] else {}),
+                **costs.get(name, {}),
             }
             for name, each in rates.items()
         ],
@@ -162,10 +171,16 @@ def measure_times(args: argparse.Namespace) -> None:
     write_file(args.out, json.dumps(found, indent=1) + "\n", parents=True)
     cells = [["drafts", "tokens/s", "over none", "accepted", "tokens per pass"]]
     for row in found["rows"]:
-        more = [f"{row[k]:.2f}" if k in row else "" for k in ("acceptance", "tokens_per_pass")]
+        told = (row.get(k) for k in ("acceptance", "tokens_per_pass"))
+        more = ["" if one is None else f"{one:.2f}" for one in told]
         cells.append([row["decoding"], f"{row['tokens_per_second']:.1f}",
                       f"{row['over_none']:.2f}", *more])  # fmt: skip
     print(table(cells))
+
+
+def number(text: str) -> int | str:
+    """A number of drafts, or auto."""
+    return text if text == AUTO else int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     two = commands.add_parser("time", help="tokens per second, in turns")
     two.add_argument("--prompts", type=int, default=8, help="default: %(default)s")
     two.add_argument("--tokens", type=int, default=128, help="new tokens, default: %(default)s")
-    two.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    two.add_argument(
+        "--drafts", type=number, nargs="+", default=[1, 2, 4, 8, AUTO],
+        help="of a cycle, each to be timed; auto chooses them, default: 1 2 4 8 auto",
+    )  # fmt: skip
     two.set_defaults(run=measure_times)
     for each in (one, two):
         each.add_argument("--model", default="smollm2")

@@ -47,6 +47,7 @@ KERNEL_USERS = {
     "ttq_jax.types", "ttq_jax.partition", "ttq_jax.linear", "ttq_jax.experts",
     "ttq_jax.quant.convert", "ttq_jax.quant.grid", "ttq_jax.commands.kernels",
     "ttq_jax.chips.comparison", "ttq_jax.chips.device_times", "ttq_jax.models.prompt_attention",
+    "ttq_jax.models.triton_attention",
 }  # fmt: skip
 
 

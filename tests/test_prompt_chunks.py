@@ -205,12 +205,12 @@ def test_a_model_reads_parts_with_the_kernel(monkeypatch):
         return forward(config, params, tokens, valid, cache, slots=256, chunks=reading(chunk, 256))
 
     want, _, _ = read(0)
-    monkeypatch.setattr(prompt_attention, "serves", lambda length, head_dim: length == 128)
+    monkeypatch.setattr(prompt_attention, "serves", lambda config, length, dtype: length == 128)
     monkeypatch.setattr(prompt_attention, "attend_part_by_kernel", simulated)
     assert_close(read(128)[0], want)
     assert set(calls) == {True, False}
     far = dataclasses.replace(config, sliding_window=40, sliding_layers=(True,))
-    assert not prompt_attention.serves_parts(far, 128, 128)
+    assert not prompt_attention.serves_parts(far, 128, 128, "float32")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 try:
     from jax.experimental.pallas import triton as plgpu
@@ -91,12 +91,31 @@ def pallas_call(kernel: Any, *, interpret: bool, **kind: Any) -> Callable[..., A
       A function of the operands.
     """
     call = pl.pallas_call(kernel, interpret=interpret, **kind)
-    if interpret:
-        return call
+    return call if interpret else quietly(call)
 
-    def run(*operands: jax.Array) -> Any:
+
+def quietly(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls Triton kernels, without jax's warning.
+
+    Args:
+      call: Takes and returns trees of arrays.
+
+    Returns:
+      The same function.
+    """
+
+    def run(*operands: Any) -> Any:
         jaxpr, shapes = jax.make_jaxpr(call, return_shape=True)(*operands)
-        outputs = _kernel_p.bind(*operands, jaxpr=jaxpr)
+        outputs = _kernel_p.bind(*jax.tree.leaves(operands), jaxpr=jaxpr)
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return run
+
+
+def _map(operands: Any, axes: Any, *, jaxpr: Any) -> Any:
+    """Of one call over many: Pallas adds an axis to the kernel's grid."""
+    outputs = quietly(jax.vmap(jaxpr_as_fun(jaxpr), tuple(axes)))(*operands)
+    return outputs, [0] * len(outputs)
+
+
+batching.primitive_batchers[_kernel_p] = _map

@@ -87,6 +87,23 @@ def test_one_line_tells_that_jax_will_remove_the_triton_backend(cli, monkeypatch
     assert "It will go." not in gone
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "attends", "why"),
+    [
+        ("qwen3-0.6b", (), "triton", "the kernel for a100"),
+        ("qwen3-0.6b", ("--dtype", "float32"), "xla", "float32 products"),
+        ("gemma-3-1b", (), "xla", "heads of 256"),
+        ("qwen3-0.6b", ("--mesh", "model=4"), "triton", "4 query heads on each device"),
+    ],
+)
+def test_it_says_what_attends_to_a_prompt_on_a_gpu(cli_json, model, options, attends, why):
+    (found,) = cli_json(
+        "kernels", "--model", model, "--chip", "a100", "--prompt-tokens", 2048, *options
+    )
+    assert found["attention"]["implementation"] == attends
+    assert why in found["attention"]["reason"]
+
+
 def test_recipes_change_who_is_asked(cli_json):
     model = ("kernels", "--model", "qwen3-0.6b", "--chip", "v5e")
     (ahead,) = cli_json(*model, "--method", "rtn", "--select", "layers/(q|down)")

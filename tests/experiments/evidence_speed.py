@@ -259,7 +259,8 @@ def _():
         ])
     speed = [["decoding", "over unquantized", "acceptance", "tokens per pass"]]
     for row in read("speculative_times_smollm2.json")["rows"]:
-        more = [f"{row[k]:.2f}" if k in row else "" for k in ("acceptance", "tokens_per_pass")]
+        told = (row.get(k) for k in ("acceptance", "tokens_per_pass"))
+        more = ["" if one is None else f"{one:.2f}" for one in told]
         speed.append([row["decoding"], f"{row['over_none']:.2f}", *more])
     return [table, speed], []
 

@@ -45,11 +45,18 @@ def test_contenders_take_turns(model, tmp_path, capsys):
     out = tmp_path / "times.json"
     speculative.main([
         "time", "--model", model, "--recipe", "ttq-3", "--prompts", "1", "--tokens", "6",
-        "--drafts", "2", "--out", str(out),
+        "--drafts", "2", "auto", "--out", str(out),
     ])  # fmt: skip
     rows = {row["decoding"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == ["none", "ttq-3", "2"]
+    assert list(rows) == ["none", "ttq-3", "2", "auto"]
     assert rows["none"]["over_none"] == 1
     assert "acceptance" not in rows["ttq-3"]
     assert rows["2"]["drafted"] == 2 * rows["2"]["passes"]
+    chosen = rows["auto"]["passes_by_drafts"]
+    assert sum(chosen.values()) == rows["auto"]["passes"]
+    assert sum(int(k) * n for k, n in chosen.items()) == rows["auto"]["drafted"]
+    assert rows["auto"]["tokens"] == rows["2"]["tokens"] == 5
+    assert rows["auto"]["costs"].keys() == chosen.keys()
+    assert rows["auto"]["costs"]["0"] == 1
+    assert not {"costs", "passes_by_drafts"} & rows["2"].keys()
     assert "tokens per pass" in capsys.readouterr().out

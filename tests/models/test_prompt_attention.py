@@ -5,16 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilers import needs_compilers
+from jax.sharding import AbstractMesh, use_abstract_mesh
+from marks import slow_but
 from small import small_config, small_params
 
 from pallas_kernels.choice import Target
 from ttq_jax.chips.absent import compile_for
+from ttq_jax.chips.slices import collectives, compile_on_slice
+from ttq_jax.mesh import make_mesh
 from ttq_jax.models import decoder, prompt_attention
 from ttq_jax.models.attention import attend
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
-from ttq_jax.models.prompt_attention import FROM, attend_prompt, refusal
+from ttq_jax.models.prompt_attention import FROM, attend_part_by_kernel, attend_prompt, refusal
+from ttq_jax.partition import on
 from ttq_jax.prefill import reading
+from ttq_jax.quant.recipe import preset
 
 FAR = np.iinfo(np.int32).max
 
@@ -41,6 +47,36 @@ def test_it_is_attention(window, cap):
     assert np.isfinite(np.asarray(got)).all()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [({"data": 2, "model": 4}, 2), ({"model": 2}, 1), ({"data": 4}, 2)],
+    ids=["copies of key-value heads", "heads", "prompts that are not dealt out"],
+)
+def test_every_device_of_a_mesh_has_its_own_heads(sizes, batch):
+    """Of a whole prompt, in a layer with a window, and of a part."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(batch, 256, 4, 64)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(batch, 256, 2, 64)), jnp.float32) for _ in range(2))
+    valid = np.ones((batch, 256), bool)
+    valid[0, :70] = False
+    how = {"scale": 0.3, "cap": None, "block": 128, "interpret": True}
+
+    @jax.jit
+    def mixed(q, k, v, valid, window):
+        whole = attend_prompt(q, k, v, valid=valid, window=window, windows=(50, FAR), **how)
+        parts = attend_part_by_kernel(q, k, v, valid=valid, k_valid=valid, own=False, **how)
+        return whole, *parts
+
+    operands = q, k, v, jnp.asarray(valid), jnp.asarray(50, jnp.int32)
+    want = jax.device_get(mixed(*operands))
+    with on(make_mesh(sizes, small_config(n_heads=4, n_kv_heads=2, vocab_size=96))):
+        got = mixed(*operands)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+    share = got[0].sharding.shard_shape(got[0].shape)
+    data = sizes.get("data", 1)
+    assert share == (batch // data or batch, 256, 4 // sizes.get("model", 1), 64)
+
+
 def test_a_model_reads_its_prompt_with_it(monkeypatch):
     config = small_config(
         head_dim=64, sliding_window=40, sliding_layers=(True, False), attn_softcap=20.0
@@ -59,7 +95,7 @@ def test_a_model_reads_its_prompt_with_it(monkeypatch):
         return forward(config, params, tokens, jnp.asarray(valid), cache, slots=128)
 
     want, filled, _ = read(130)
-    monkeypatch.setattr(prompt_attention, "serves", lambda length, head_dim: True)
+    monkeypatch.setattr(prompt_attention, "serves", lambda config, length, dtype: True)
     monkeypatch.setattr(prompt_attention, "attend_prompt", simulated)
     got, cache, _ = read(130)
     assert calls == [(40, FAR)], "one call serves every layer of the scan"
@@ -74,20 +110,50 @@ def test_a_model_reads_its_prompt_with_it(monkeypatch):
 
 
 @needs_compilers
-def test_tpus_compile_it():
+def test_tpus_compile_it_under_every_switch():
+    """Mosaic has no 64-bit integers, and refuses more than one pass over bfloat16."""
     config = small_config(
         n_heads=4, n_kv_heads=2, head_dim=128, sliding_window=512, sliding_layers=(True, False)
     )
     shapes = jax.eval_shape(lambda key: decoder.init_params(config, key), jax.random.key(0))
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16), shapes)
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     valid = jax.ShapeDtypeStruct((1, 2048), jnp.bool_)
 
     def read(params, tokens, valid):
-        cache = empty_cache(config, 1, 2176, jnp.float32)
+        cache = empty_cache(config, 1, 2176, jnp.bfloat16)
         return forward(config, params, tokens, valid, cache, slots=2048)[0]
 
-    text = compile_for("v5e", read, shapes, tokens, valid).as_text()
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        text = compile_for("v5e", read, shapes, tokens, valid).as_text()
     assert "splash" in text
+
+
+SLICES = {
+    "prompts": ({"data": 2, "model": 2}, {"batch": 2}),
+    "parts": ({"model": 4}, {"prompt_tokens": 2048, "prefill_chunk": 1024}),
+}
+
+
+@needs_compilers
+@pytest.mark.parametrize("case", slow_but(SLICES, ("prompts",)))
+def test_a_slice_of_tpus_runs_it_without_gathering(case):
+    sizes, how = SLICES[case]
+    config = small_config(
+        n_heads=8, n_kv_heads=2, head_dim=128, embed_dim=256, d_ff=512, vocab_size=512
+    )
+    recipe = preset("ttq", group_size=128)
+    compiled = compile_on_slice(
+        config, "v5e:2x2", sizes, recipe, new_tokens=8, **{"prompt_tokens": 1024} | how
+    )
+    text = compiled.as_text()
+    own = 8 // sizes["model"]
+    calls = [line for line in text.splitlines() if "splash" in line and " custom-call(" in line]
+    assert calls
+    assert all(f"[{own},1024,128]" in line for line in calls), "a device's own heads"
+    said = collectives(text)
+    layer = said["prompt's layer"] or said["once"]
+    assert all(one.endswith(" all-reduce") for one in layer), layer
 
 
 @pytest.mark.slow
@@ -107,12 +173,21 @@ def test_tpus_compile_it_for_a_prompt_in_parts():
 
 def test_when_it_is_chosen():
     v5e = Target(platform="tpu", chip="v5e")
-    assert refusal(FROM, 128, v5e) is None
-    assert refusal(32768, 64, v5e) is None
-    assert "runs on TPUs, this is a CPU" in refusal(4096, 128, Target(platform="cpu"))
-    assert "heads of 80; the kernel has 64, 128, 256" in refusal(4096, 80, v5e)
-    assert "512 tokens; from 1024 on" in refusal(512, 128, v5e)
-    assert "1536 tokens are no multiple of 1024" in refusal(1536, 128, v5e)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("model",))):
-        assert "a mesh cannot cut" in refusal(4096, 128, v5e)
-    assert prompt_attention.serves(4096, 128) is False
+    of = {width: small_config(head_dim=width, n_heads=4, n_kv_heads=2) for width in (64, 80, 128)}
+    assert refusal(of[128], FROM, "float32", v5e) is None
+    assert refusal(of[64], 32768, "float32", v5e) is None
+    assert "kernels run on TPUs and GPUs, this is a CPU" in refusal(
+        of[128], 4096, "float32", Target(platform="cpu")
+    )
+    assert "heads of 80; the kernel has 64, 128, 256" in refusal(of[80], 4096, "float32", v5e)
+    assert "512 tokens; from 1024 on" in refusal(of[128], 512, "float32", v5e)
+    assert "1536 tokens are no multiple of 1024" in refusal(of[128], 1536, "float32", v5e)
+    with use_abstract_mesh(AbstractMesh((2, 2, 2), ("data", "kv", "rep"))):
+        assert refusal(of[128], 4096, "float32", v5e) is None
+    with use_abstract_mesh(AbstractMesh((3, 2), ("data", "rep"))):
+        assert refusal(of[128], 4096, "float32", v5e) is None
+    with use_abstract_mesh(AbstractMesh((4,), ("kv",))):
+        assert "2 heads of k, which 4 devices cannot share" in refusal(
+            of[128], 4096, "float32", v5e
+        )
+    assert prompt_attention.serves(of[128], 4096, "float32") is False

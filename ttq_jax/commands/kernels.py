@@ -19,7 +19,7 @@ from ttq_jax.evaluation.preparation import load_model
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.experts import rows_per_block
 from ttq_jax.mesh import check_rows, in_shape, parse, undivided
-from ttq_jax.models.prompt_attention import refusal
+from ttq_jax.models.prompt_attention import KERNELS, refusal
 from ttq_jax.partition import SPLITS, count, own_rows, own_shape, shared
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
@@ -147,6 +147,18 @@ def _of_head(
     return found
 
 
+def _of_prompts(
+    config: ModelConfig, prompt_tokens: int, dtype: str, target: Target
+) -> dict[str, str]:
+    """What attends to prompts, and why."""
+    if why := refusal(config, prompt_tokens, dtype, target):
+        return {"implementation": "xla", "reason": why}
+    reason, devices = f"the kernel for {target.chip or target.platform}", count(shared())
+    if devices > 1:
+        reason += f", {config.n_heads // devices} query heads on each device"
+    return {"implementation": KERNELS[target.platform], "reason": reason}
+
+
 def run(args: argparse.Namespace, progress: Progress) -> None:
     """`ttq kernels`.
 
@@ -184,11 +196,8 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
             config, recipe, target, batch=args.batch_size, prompt_tokens=args.prompt_tokens,
             dtype=args.dtype,
         )  # fmt: skip
-        why = refusal(args.prompt_tokens, config.head_dim, target)
+        attention = _of_prompts(config, args.prompt_tokens, args.dtype, target)
     place = target.chip or target.platform
-    attention = {
-        "implementation": "xla" if why else "splash", "reason": why or f"the kernel for {place}",
-    }  # fmt: skip
     if args.json:
         print_json({
             "model": args.model, "chip": place, "dtype": args.dtype, "recipe": recipe.describe(),
@@ -207,7 +216,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     text = f"{args.model} on {place}, {args.dtype} activations\n\n{table(cells, left=7)}"
     said = f"{attention['implementation']} ({attention['reason']})"
     text += f"\n\nattention to prompts of {args.prompt_tokens} tokens: {said}"
-    if any(r["implementation"] == "triton" for r in rows):
+    if "triton" in {r["implementation"] for r in (*rows, attention)}:
         # Here: Pallas is slow to import.
         from pallas_kernels.gpu.triton import NOTICE
 
