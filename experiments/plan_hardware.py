@@ -39,11 +39,6 @@ SLICES = {"v5e-8": ("v5e", {"data": 1, "model": 8})}
 """What is several chips, and the mesh of them."""
 
 
-def memories(chip: str) -> tuple[str, ...]:
-    """Where the unquantized blocks may lie: those of a mesh are on its devices."""
-    return ("device",) if chip in SLICES else ("device", "host")
-
-
 def planned(model: str, chip: str, bits: int, memory: str) -> dict:
     """One plan by sums, as a record."""
     made = ask(model, chip, bits, memory, compiled=False)
@@ -97,7 +92,7 @@ def main() -> None:
         "compiled": before["compiled"] if args.sums else [compiled(*which) for which in COMPILED],
         "summed": [
             planned(model, chip, 4, memory)
-            for model in MODELS for chip in CHIPS for memory in memories(chip)
+            for model in MODELS for chip in CHIPS for memory in ("device", "host")
         ],
     }  # fmt: skip
     text = json.dumps(results, indent=1)
