@@ -3,7 +3,7 @@
 Claim     a model whose unquantized and packed blocks do not fit a chip side by side is quantized
           there all the same, if the unquantized ones lie in the host's memory and are streamed:
           Llama-3-8B on a v5e, Gemma-3-27B on a v6e. Eight v5e that share a model hold larger ones
-          without that.
+          without that, and with it Llama-3-70B.
 Command   python experiments/plan_hardware.py --out experiments/results/plans.json
 Cost      about 11 minutes on 2 busy cores, 6 GB of memory; no weights, no chip. Needs libtpu.
 Expect    see experiments/results/plans.json; 5.9 GiB of a v5e for Llama-3-8B, 13.5 GiB of a v6e for

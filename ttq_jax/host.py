@@ -1,8 +1,11 @@
 """Arrays in the host's memory: a program fetches one layer of a stack when it reads it.
 
 XLA gives every array a memory space; an operation on two of them is an error, so nothing here can
-be forgotten silently. A fetch is asynchronous: the transfers of a layer begin together, and each is
-awaited by the first operation that reads it. The next layer's are not begun ahead. A scan that
+be forgotten silently. On a mesh each device's part of a stack is in the memory of its own host, and
+a fetch exchanges nothing between devices.
+
+A fetch is asynchronous: the transfers of a layer begin together, and each is awaited by the first
+operation that reads it. The next layer's are not begun ahead. A scan that
 carries the next layer's weights and is unrolled twice would do it: XLA then begins each transfer a
 whole layer before it is awaited, where a carry alone or an unrolled scan alone does so for no layer
 or for every second one. It takes another layer's memory and twice the time to compile, and hides

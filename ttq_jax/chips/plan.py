@@ -62,8 +62,7 @@ class Plan:
       device: bytes in the device's memory by kind: "dense" blocks, "packed" blocks, "tables" (and
         norms and biases), "cache", "temporaries"; the last is what the compiler adds to the rest.
       total: their sum; of a program that the compiler refused, what it says would be needed.
-      host: bytes in the host's memory; on a mesh those of one device, and a host has them of each of
-        its own.
+      host: bytes in the host's memory; on a mesh of one device, and a host has them of each of its.
       memory: the device's, bytes.
       fits: whether the total does.
       bytes_per_token: weights and cache that each decoded token reads of a device; of experts the
