@@ -2,9 +2,9 @@
 
 Of an array on a mesh, a process reads the parts that its own devices hold. In the host's memory are
 the kernels of the blocks, pinned, so that a device fetches them without a copy by the processor; on
-a mesh each device's parts of them are in the memory of its own host. A
-program reads one layer of them at a time (`types.Stacked`). Norms, biases and the vocabulary's
-tables are read at every token and stay on the device.
+a mesh each device's parts are in the memory of its own host. A program reads one layer of them at a
+time (`types.Stacked`). Norms, biases and the vocabulary's tables are read at every token and stay
+on the device.
 """
 
 import dataclasses
