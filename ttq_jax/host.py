@@ -13,8 +13,8 @@ fetched while attention's weights and the first of gate and up are multiplied.
 A scan that carries the next layer's weights and is unrolled twice would fetch all the time, on one
 TPU and on a mesh: XLA then begins each transfer up to a whole layer before it is awaited. On one
 TPU a carry alone does so for no layer, and an unrolled scan alone for every second one. It takes
-another layer's memory, and on one TPU twice the time to compile, and hides products that take 4 %
-of the transfers' time at 512 tokens of an 8B model on a v5e.
+another layer's memory on a mesh, a third more than that on one TPU, and longer to compile. It hides
+products that take 4 % of the transfers' time at 512 tokens of an 8B model on a v5e.
 """
 
 from typing import Any
