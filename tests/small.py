@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ttq_jax.checkpoint.placing import pinned_memory, streams
+from ttq_jax.checkpoint.placing import names_of, shardings
 from ttq_jax.config import ModelConfig, Rope
 from ttq_jax.models.decoder import init_params
 from ttq_jax.types import Prompts
@@ -38,13 +38,12 @@ def small_params(config: ModelConfig, seed: int = 0):
     return params
 
 
-def in_host(params):
+def in_host(params, mesh=None):
     """The tree as `load(dense_memory="host")` places it."""
-    pinned = pinned_memory()
+    where = shardings(params, mesh, "host")
 
     def place(path, array):
-        there = pinned if streams(tuple(str(key.key) for key in path)) else None
-        return jax.device_put(array, there, may_alias=True)
+        return jax.device_put(array, where[names_of(path)], may_alias=True)
 
     return jax.tree_util.tree_map_with_path(place, params)
 

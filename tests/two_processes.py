@@ -1,4 +1,7 @@
-"""One of two processes of a mesh: argv is the coordinator's port, which process, and a model."""
+"""One of two processes of a mesh.
+
+argv is the coordinator's port, which process, a model, and where its dense blocks lie.
+"""
 
 import json
 import math
@@ -11,13 +14,13 @@ from ttq_jax.generate import generate
 from ttq_jax.quant.recipe import preset
 
 
-def main(port: str, rank: str, path: str) -> None:
+def main(port: str, rank: str, path: str, memory: str) -> None:
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
     taken = []
     allocate = placing.allocate
     placing.allocate = lambda shape, d: taken.append(shape) or allocate(shape, d)
     # Two devices each: the two halves of every weight are in two processes.
-    model = load(path, mesh={"model": 4})
+    model = load(path, mesh={"model": 4}, dense_memory=memory)
     made = generate(
         model, ["Hello", "A longer prompt."], recipe=preset("ttq", group_size=8), batch_size=2,
         max_new_tokens=8,

@@ -72,7 +72,8 @@ def test_a_store_is_loaded_onto_another_mesh(path, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_answer_as_one_device(path):
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_two_processes_answer_as_one_device(path, memory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -80,7 +81,7 @@ def test_two_processes_answer_as_one_device(path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     both = [
         subprocess.Popen(
-            [sys.executable, script, port, rank, path], stdout=subprocess.PIPE,
+            [sys.executable, script, port, rank, path, memory], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env=os.environ | QUICKLY | flags,
         )
         for rank in "01"

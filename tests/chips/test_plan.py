@@ -155,8 +155,9 @@ def test_the_sum_of_a_share_is_what_the_compiler_said():
     for one in programs:
         made = plan(
             released_config(one["model"]), one["slice"].partition(":")[0], TTQ,
-            mesh=parse(one["mesh"]), compiled=False,
+            mesh=parse(one["mesh"]), dense_memory=one["dense_memory"], compiled=False,
         )  # fmt: skip
+        assert made.host / GIB == pytest.approx(one["host_gib"], rel=1e-3)
         assert made.total / GIB == pytest.approx(one["memory_gib"]["peak"], rel=0.03), one["slice"]
         assert made.collectives["token's layer"] == one["collectives"]["token's layer"]
 
@@ -199,9 +200,22 @@ def test_a_group_may_not_lie_on_several_devices():
         plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"model": 32})
 
 
-def test_a_mesh_holds_its_weights_itself():
-    with pytest.raises(CheckpointError, match="dense_memory = 'host' is for one device, and mesh"):
-        plan(LLAMA, "v5e", TTQ, dense_memory="host", mesh={"model": 8})
+def test_another_memory_is_refused():
+    with pytest.raises(CheckpointError, match="expected device or host, got 'disk'"):
+        plan(LLAMA, "v5e", TTQ, dense_memory="disk", compiled=False)
+
+
+def test_each_device_of_a_mesh_fetches_its_own_part_from_the_host():
+    how = {"mesh": {"data": 2, "model": 4}, "compiled": False, "link": 10e9}
+    device, host = (plan(LLAMA, "v5e", TTQ, dense_memory=m, **how) for m in ("device", "host"))
+    whole = plan(LLAMA, "v5e", TTQ, dense_memory="host", compiled=False)
+    assert host.host * 4 == whole.host
+    assert host.device == device.device | {
+        "dense": 0, "temporaries": device.device["temporaries"] + host.host // LLAMA.n_layers,
+    }  # fmt: skip
+    assert host.first_token_seconds["read"] == host.host / 10e9
+    assert host.token_seconds == device.token_seconds
+    assert host.collectives == device.collectives
 
 
 def test_a_smaller_model_of_a_chip_has_its_own_memory():

@@ -1,14 +1,17 @@
-"""A whole program at full size, compiled for eight TPUs that are not here."""
+"""Whole programs, compiled for several TPUs that are not here."""
 
 import pytest
 from compilers import needs_compilers
 from decode_loop import decode_loop, makers
+from small import small_config
 
 from ttq_jax.chips.absent import ChipError
 from ttq_jax.chips.programs import memory_of
+from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.chips.slices import collectives, compile_on_slice
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.recipe import preset
+from ttq_jax.types import kernels, stored_bytes
 
 pytestmark = needs_compilers
 TTQ = preset("ttq", bits=4, group_size=128)
@@ -36,6 +39,38 @@ def test_a_layer_sums_twice_and_nothing_is_gathered():
     assert size["peak"] < size["chip"] / 5
     # 8.03 billion parameters of two bytes, among eight.
     assert size["arguments"] == pytest.approx(2 * 8.03e9 / 8 / 2**30, rel=0.01)
+
+
+@pytest.mark.slow
+def test_four_chips_fetch_their_parts_of_seventy_billion_weights_from_the_host():
+    compiled = compile_on_slice("llama-3-70b", "v5e:2x2", {"model": 4}, TTQ, dense_memory="host")
+    said = collectives(compiled.as_text())
+    assert said["token's layer"] == ["bf16[1,1,8192] all-reduce"] * 2
+    assert all(one.endswith(" all-reduce") for found in said.values() for one in found), said
+    size = memory_of(compiled, "v5e")
+    assert size["peak"] < 0.7 * size["chip"]
+    # The tables of 128256 tokens, two bytes each, among four; the blocks are elsewhere.
+    assert size["arguments"] == pytest.approx(2 * 2 * 128256 * 8192 / 4 / 2**30, rel=0.01)
+    blocks = stored_bytes(kernels(params_shapes(released_config("llama-3-70b"))["layers"]))
+    assert compiled.memory_analysis().host_argument_size_in_bytes == blocks / 4
+
+
+def test_what_a_mesh_streams_is_exchanged_no_more_than_what_it_holds():
+    # Each device's widths are whole tiles of 128: no part is padded in memory.
+    sizes = {"vocab_size": 104, "n_heads": 8, "n_kv_heads": 8, "head_dim": 32, "d_ff": 256}
+    config, recipe = small_config(**sizes), preset("ttq", group_size=32)
+    compiled = compile_on_slice(
+        config, "v5e:2x2", {"data": 2, "model": 2}, recipe, prompt_tokens=16, new_tokens=8,
+        dense_memory="host",
+    )  # fmt: skip
+    said = collectives(compiled.as_text())
+    assert said["token's layer"] == ["bf16[1,1,64] all-reduce"] * 2
+    assert all(one.endswith(" all-reduce") for found in said.values() for one in found), said
+    # Both groups of devices have a copy of the blocks.
+    blocks = stored_bytes(kernels(params_shapes(config)["layers"]))
+    memory = compiled.memory_analysis()
+    assert memory.host_argument_size_in_bytes == blocks / 2
+    assert memory.host_temp_size_in_bytes == 0
 
 
 def test_a_slice_that_is_none_is_refused():

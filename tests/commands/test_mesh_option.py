@@ -45,8 +45,9 @@ def test_a_sweep_and_a_prompt_are_for_a_mesh_too(cli_json, cli, tiny, text_file,
     asked = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *CHEAP)
     (alone,), (shared,) = cli_json(*asked), cli_json(*asked, "--mesh", "model=4")
     assert shared["text"] == alone["text"]
-    # Piece by piece, of two groups of devices that both read the one prompt.
-    code, out, err = cli(*asked, "--mesh", "data=2,model=4", "--stream", "--no-compilation-cache")
+    # Piece by piece, of two groups of devices that both read the one prompt, and from the host.
+    how = ("--mesh", "data=2,model=4", "--stream", "--dense-memory", "host")
+    code, out, err = cli(*asked, *how, "--no-compilation-cache")
     assert code == 0, err
     assert out == f"Hello{alone['text']}\n"
     assert "data=2 of the mesh does not divide a prompt by itself: each of its 2 groups" in err
@@ -62,7 +63,8 @@ def test_what_is_compared_and_prepared_on_a_mesh_is_that_of_one_device(
         assert shared[measure] == pytest.approx(alone[measure], rel=1e-4), measure
     fixed = ("--recipe", "rtn", "--group-size", 8, "--select", "layers/down")
     store = tmp_path / "store"
-    code, _, err = cli("prepare", "--model", tiny, *fixed, "--out", store, "--mesh", "model=4")
+    how = ("--mesh", "model=4", "--dense-memory", "host")
+    code, _, err = cli("prepare", "--model", tiny, *fixed, "--out", store, *how)
     assert code == 0, err
     answer = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *fixed)
     (plain,), (kept,) = cli_json(*answer), cli_json(*answer, "--prepared", store)

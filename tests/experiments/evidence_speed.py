@@ -143,12 +143,15 @@ def _():
 
 @evidence("A mesh of TPUs shares a model, and its devices sum twice per decoded layer")
 def _():
-    table = [["model", "slice", "mesh", "peak memory of a device", "of", "sums per decoded layer"]]
+    table = [["model", "slice", "mesh", "blocks", "peak memory of a device", "of",
+              "sums per decoded layer"]]  # fmt: skip
     for one in read("compiled_slices.json")["programs"]:
         memory, said = one["memory_gib"], one["collectives"]
         assert not any("gather" in what for found in said.values() for what in found)
         assert all(what.endswith(" all-reduce") for what in said["token's layer"])
-        table.append([one["model"], one["slice"], one["mesh"], f"{memory['peak']:.2f} GiB",
+        blocks = f", {one['host_gib']:.1f} GiB each" if one["host_gib"] else ""
+        table.append([one["model"], one["slice"], one["mesh"],
+                      f"on the {one['dense_memory']}{blocks}", f"{memory['peak']:.2f} GiB",
                       f"{memory['chip']:.0f} GiB", str(len(said["token's layer"]))])  # fmt: skip
     return [table], []
 

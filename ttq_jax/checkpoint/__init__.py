@@ -54,7 +54,7 @@ def load(
         program fetches them layer by layer while it reads a prompt: the device holds the packed
         weights, the tables and the cache. Results are the same. Every further pass over
         unquantized weights fetches them again: each token without a recipe, each refresh, each
-        cycle of `speculate`. For one device.
+        cycle of `speculate`. On a mesh each device's part lies in the memory of its own host.
       mesh: how many devices share the weights and the prompts, as in {"data": 2, "model": 4}, see
         `partition`; None for one device. In a program of several processes it counts the devices
         of all, and each reads its own part.
@@ -77,7 +77,7 @@ def load(
         )
     expect("mesh", mesh, (Mapping, type(None)), 'devices by axis, as in {"data": 2, "model": 4}')
     expect("model", model, (str, Path), "a path, a hub id or an alias")
-    check_memory(dense_memory, mesh)
+    check_memory(dense_memory)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
     read = load_directory if path.is_dir() else load_gguf
     made = read(

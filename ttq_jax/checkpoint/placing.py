@@ -1,13 +1,13 @@
 """Where a loaded array goes: to the default device, to a mesh, or into the host's memory.
 
 Of an array on a mesh, a process reads the parts that its own devices hold. In the host's memory are
-the kernels of the blocks, pinned, so that a device fetches them without a copy by the processor. A
-program reads one layer of them at a time (`types.Stacked`). Norms, biases and the vocabulary's
-tables are read at every token and stay on the device.
+the kernels of the blocks, pinned, so that a device fetches them without a copy by the processor; on
+a mesh each device's parts are in the memory of its own host. A program reads one layer of them at a
+time (`types.Stacked`). Norms, biases and the vocabulary's tables are read at every token and stay
+on the device.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -107,22 +107,42 @@ def streams(path: tuple[str, ...]) -> bool:
     return path[0] == "layers" and path[-1] == "kernel"
 
 
-def check_memory(memory: Any, mesh: Mapping[str, int] | None) -> None:
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A leaf's path, as `jax.tree_util` gives it, in the names that `streams` reads.
+
+    Args:
+      path: from the root of the parameter tree.
+
+    Returns:
+      A name for each key; "" for those of no dictionary, as inside a packed weight.
+    """
+    return tuple(str(getattr(key, "key", "")) for key in path)
+
+
+def check_memory(memory: Any) -> None:
     """Refuses what `load`'s `dense_memory` cannot be.
 
     Args:
       memory: "device" or "host".
-      mesh: sizes by axis; None for one device.
 
     Raises:
-      CheckpointError: another word, or "host" on a mesh.
+      CheckpointError: another word.
     """
     if memory not in get_args(Memory):
         raise CheckpointError(f"dense_memory: expected device or host, got {shown(memory)}")
-    if memory == "host" and mesh is not None:
+
+
+def _reads_host(device: jax.Device) -> None:
+    """Refuses a device that cannot read the host's memory.
+
+    Raises:
+      CheckpointError: it cannot.
+    """
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if PINNED not in kinds:
         raise CheckpointError(
-            "dense_memory = 'host' is for one device, and mesh was given, too; leave one of them "
-            "out: on a mesh each device holds a part of the unquantized weights"
+            f"dense_memory: expected a device that reads the host's memory ({PINNED}), but "
+            f"{device.device_kind} has {', '.join(kinds)} alone; load without dense_memory"
         )
 
 
@@ -137,12 +157,7 @@ def pinned_memory() -> Sharding:
     """
     there = jax.device_put(np.float32(0)).sharding
     (device,) = there.device_set
-    kinds = [memory.kind for memory in device.addressable_memories()]
-    if PINNED not in kinds:
-        raise CheckpointError(
-            f"dense_memory: expected a device that reads the host's memory ({PINNED}), but "
-            f"{device.device_kind} has {', '.join(kinds)} alone; load without dense_memory"
-        )
+    _reads_host(device)
     return there.with_memory_kind(PINNED)
 
 
@@ -152,7 +167,7 @@ def shardings(shapes: Params, mesh: Mesh | None, memory: Memory = "device") -> A
     Args:
       shapes: its tree of shapes.
       mesh: None for JAX's default device.
-      memory: of the blocks' kernels; "host" is for one device.
+      memory: of the blocks' kernels; on a mesh "host" is, for each device, that of its own host.
 
     Returns:
       {path: sharding or None}, a path being the keys from the root.
@@ -160,13 +175,18 @@ def shardings(shapes: Params, mesh: Mesh | None, memory: Memory = "device") -> A
     Raises:
       CheckpointError: the device cannot read the host's memory.
     """
-    pinned = pinned_memory() if memory == "host" else None
+    pinned = None
+    if memory == "host" and mesh is None:
+        pinned = pinned_memory()
+    elif memory == "host" and mesh is not None:
+        _reads_host(mesh.local_devices[0])
     specs = jax.tree.leaves_with_path(param_specs(shapes))
 
     def where(path: tuple[str, ...], spec: PartitionSpec) -> Sharding | None:
-        if mesh is not None:
-            return NamedSharding(mesh, spec)
-        return pinned if streams(path) else None
+        if mesh is None:
+            return pinned if streams(path) else None
+        kind = PINNED if memory == "host" and streams(path) else None
+        return NamedSharding(mesh, spec, memory_kind=kind)
 
-    keys = [(tuple(str(k.key) for k in path), spec) for path, spec in specs]
+    keys = [(names_of(path), spec) for path, spec in specs]
     return {path: where(path, spec) for path, spec in keys}

@@ -62,7 +62,7 @@ class Plan:
       device: bytes in the device's memory by kind: "dense" blocks, "packed" blocks, "tables" (and
         norms and biases), "cache", "temporaries"; the last is what the compiler adds to the rest.
       total: their sum; of a program that the compiler refused, what it says would be needed.
-      host: bytes in the host's memory.
+      host: bytes in the host's memory; on a mesh of one device, and a host has them of each of its.
       memory: the device's, bytes.
       fits: whether the total does.
       bytes_per_token: weights and cache that each decoded token reads of a device; of experts the
@@ -160,7 +160,7 @@ def plan(
       ConfigError: a size below 1, a recipe that needs more than the prompt, a chunk that
         `prefill.check_chunk` refuses, a cache_dtype that there is not, or a model that the mesh
         cannot share.
-      CheckpointError: weights on the host and a mesh together.
+      CheckpointError: a dense_memory that there is not.
     """
     if min(batch, prompt_tokens, new_tokens) < 1 or (link is not None and link <= 0):
         raise ConfigError(
@@ -168,7 +168,7 @@ def plan(
             f"{batch}, {prompt_tokens} and {new_tokens}, {link}"
         )
     _check(recipe)
-    check_memory(dense_memory, mesh)
+    check_memory(dense_memory)
     check_chunk(prefill_chunk, recipe)
     check_dtype(cache_dtype)
     base, it = chip_of(chip)
@@ -319,7 +319,9 @@ def _asked(
         if mesh is None:
             made = compile_generate(config, chip, recipe, dense_memory=dense_memory, **how)
         else:
-            made = compile_on_slice(config, _slice(chip, mesh), mesh, recipe, **how)
+            made = compile_on_slice(
+                config, _slice(chip, mesh), mesh, recipe, dense_memory=dense_memory, **how
+            )
     except jax.errors.JaxRuntimeError as e:
         # "… memory required for HLO temporaries (18.62G) exceeds available HBM (15.75G)": of all.
         needed = re.search(r"\(([\d.]+)([GM])\) exceeds available HBM", str(e))

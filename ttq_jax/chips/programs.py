@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ttq_jax.checkpoint.placing import Memory, streams
+from ttq_jax.checkpoint.placing import Memory, names_of, streams
 from ttq_jax.chips.absent import CHIPS, compile_for
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.config import ModelConfig
@@ -74,8 +74,7 @@ def streamed(path: tuple[Any, ...]) -> bool:
       True for the blocks' dense kernels.
     """
     argument, *inside = path
-    names = [getattr(key, "key", None) for key in inside]
-    return argument.idx == 0 and streams((str(names[0]), str(names[-1])))
+    return argument.idx == 0 and streams(names_of(tuple(inside)))
 
 
 def memory_of(compiled: Any, chip: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
+from ttq_jax.checkpoint.placing import PINNED, Memory, names_of, streams
 from ttq_jax.chips.absent import CHIPS, QUIET, ChipError, chip, compiled_afresh
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.config import ModelConfig
@@ -35,7 +36,7 @@ _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 def compile_on_slice(
     model: str | ModelConfig, slice_: str, sizes: Mapping[str, int], recipe: Recipe | None, *,
     batch: int = 1, prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
-    prefill_chunk: int = 0, cache_dtype: str | None = None,
+    dense_memory: Memory = "device", prefill_chunk: int = 0, cache_dtype: str | None = None,
 ) -> Any:  # fmt: skip
     """Compiles `generate_tokens` at a model's full size on a mesh.
 
@@ -48,6 +49,7 @@ def compile_on_slice(
       prompt_tokens: T.
       new_tokens: most tokens to generate.
       dtype: of the dense weights and the activations.
+      dense_memory: see `checkpoint.load`.
       prefill_chunk: see `generate`.
       cache_dtype: see `generate`.
 
@@ -68,9 +70,13 @@ def compile_on_slice(
     config = released_config(model) if isinstance(model, str) else model
     mesh = make_mesh(sizes, config, found.devices)
 
-    def at(shape: Any, *axes: str | None) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    def at(shape: Any, *axes: str | None, kind: str | None = None) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes), memory_kind=kind)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    def weight(path: tuple[Any, ...], shape: Any, spec: PartitionSpec) -> Any:
+        host = dense_memory == "host" and streams(names_of(path))
+        return at(shape, *spec, kind=PINNED if host else None)
 
     with use_abstract_mesh(mesh.abstract_mesh), compiled_afresh():
         params, moments = params_shapes(config, dtype), {}
@@ -87,7 +93,7 @@ def compile_on_slice(
         rest = (Offline(moments=moments), jax.eval_shape(lambda: jax.random.key(0)))
         rows = DATA if batch % mesh.shape[DATA] == 0 else None
         traced = generate_tokens.trace(
-            jax.tree.map(lambda s, spec: at(s, *spec), params, param_specs(params)),
+            jax.tree.map_with_path(weight, params, param_specs(params)),
             jax.tree.map(lambda s: at(s, rows), prompts),
             *jax.tree.map(at, rest), at(shape((), jnp.int32)),
             config=config, recipe=recipe, sampling=Sampling(), capacity=new_tokens, eos_ids=(0,),

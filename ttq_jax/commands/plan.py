@@ -98,18 +98,17 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
 def _in_words(args: argparse.Namespace, made: Plan, speeds: dict[str, Any]) -> str:
     """A plan for people."""
     size = lambda n: f"{n / _GIB:.2f} GiB"  # noqa: E731
-    several = made.mesh is not None
+    several, host = made.mesh is not None, made.per_host
+    of = f"each of {host['hosts']} hosts" if host["hosts"] > 1 else "the host"
     rows = [[_KINDS[kind], size(n)] for kind, n in made.device.items() if n]
     if made.by == "arithmetic":
         rows[-1][0] += ", about"
     where = "on each device" if several else "on the device"
     rows += [[where, f"{size(made.total)} of {size(made.memory)}"]]
     if several:
-        host = made.per_host
-        of = f"each of {host['hosts']} hosts" if host["hosts"] > 1 else "the host"
         rows += [[f"on the {host['devices']} devices of {of}", size(host["device_bytes"])]]
     if made.host:
-        rows += [["in the host's memory", size(made.host)]]
+        rows += [[f"in the memory of {of}", size(made.host * host["devices"])]]
     rows += [["largest array that a host reads", size(made.per_host["reading"])]]
     first = made.first_token_seconds
     place = f"each {args.chip} of a mesh of {args.mesh}" if several else args.chip
