@@ -1,4 +1,4 @@
-"""GPU kernels, checked against the oracle on the device and then measured.
+"""GPU kernels and attention, checked against plain JAX on the device and then measured.
 
 Claim     on an H100 every kernel agrees with `pallas_kernels.reference`; 4-bit `packed_matmul`,
           group 128, up to 16 rows, takes at most a third of the bfloat16 product's time on shapes
@@ -27,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import attention_checks
 import jax
 from kernel_checks import Check, checks, failure_table, log, problem_of, run_checks
 
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     with jax.default_device(device):
         todo = device_checks()
         log(f"{device.device_kind}: {len(todo)} checks")
-        checked = run_checks(todo, public_call)
+        checked = attention_checks.run_checks() + run_checks(todo, public_call)
     results["checks"] = {"run": len(checked), "failed": [r for r in checked if not r["ok"]]}
     results["check_seconds"] = round(time.monotonic() - start, 1)
     save()
@@ -229,6 +230,11 @@ def measure_all(
     )
     results["summary"] = summary(records)
     save()
+    attention: list[Any] = []
+    for case in attention_checks.TIMED:
+        if left() > 45:
+            attention.append(attention_checks.measure(*case))
+            keep(attention, "attention")
     chip = current_target().chip
     some = [c for c in cases() if c.bits in {4, 8} and c.m >= 16 and c.kernel == "packed_matmul"]
     some = [c for c in some if refusal(c.problem, "mosaic_gpu", current_target()) is None]

@@ -316,12 +316,12 @@ FIELDS = ("kernel", "implementation", "kind", "bits", "group_size", "zero_point"
 
 
 def failure_line(record: dict[str, Any]) -> str:
-    return " ".join(f"{name}={record[name]}" for name in FIELDS)
+    return " ".join(f"{name}={record.get(name, '')}" for name in FIELDS)
 
 
 def failure_table(records: list[dict[str, Any]]) -> str:
     """What disagrees, a line each under a header."""
-    rows = [FIELDS, *(tuple(str(r[f]) for f in FIELDS) for r in records if not r["ok"])]
+    rows = [FIELDS, *(tuple(str(r.get(f, "")) for f in FIELDS) for r in records if not r["ok"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(FIELDS))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -16,9 +16,11 @@ from pallas_kernels import Target, choose, tiles
 from pallas_kernels.choice import KERNELS
 from pallas_kernels.gpu import packed_matmul, prefill_quantize, quantize_pack
 from pallas_kernels.problem import matmul_problem, rounding_problem
+from ttq_jax.models.triton_attention import attend_prompt
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
+import attention_checks  # noqa: E402
 import check_gpu_kernels as command  # noqa: E402
 import kernel_checks  # noqa: E402
 
@@ -145,6 +147,24 @@ def test_what_is_wrong_is_found_and_named():
     assert len(kernel_checks.failure_table(good).splitlines()) == 1
 
 
+def test_attention_is_checked_and_measured():
+    """By the simulated kernel; one that is wrong is found, one that raises is named."""
+    kernel = partial(attend_prompt, interpret=True)
+    right = attention_checks.check("bfloat16", 64, 256, kernel)
+    wrong = attention_checks.check("bfloat16", 64, 256, lambda *a, scale: kernel(*a, scale=1.0))
+    broken = attention_checks.check("bfloat16", 64, 256, lambda *a, scale: a[9])
+    assert [r["ok"] for r in (right, wrong, broken)] == [True, False, False]
+    assert wrong["error"] > right["error"] > 0
+    lines = kernel_checks.failure_table([right, wrong, broken]).splitlines()
+    assert len(lines) == 3
+    assert "IndexError" in lines[-1]
+    found = attention_checks.measure(
+        "float32", 64, 128, run=attention_checks.plain, heads=(2, 1), turns=1
+    )
+    assert set(found["microseconds"]) == {"kernel", "xla"}
+    json.dumps([right, wrong, broken, found])
+
+
 def test_measurements_stop_at_the_limit_and_are_saved():
     tiny = [dataclasses.replace(c, k=256, n=256, m=min(c.m, 4)) for c in command.cases()[:3]]
     seconds = iter((1.0, 1.0, -1.0))
@@ -222,6 +242,7 @@ def test_a_mismatch_is_status_1_and_nothing_is_measured(failing, monkeypatch, tm
     monkeypatch.setattr(command, "device_checks", lambda: [check])
     record = dataclasses.asdict(check) | {"ok": not failing, "error": 0.5, "limit": 0.0}
     monkeypatch.setattr(command, "run_checks", lambda todo, calls: [record])
+    monkeypatch.setattr(command.attention_checks, "run_checks", list)
     measured = []
     monkeypatch.setattr(
         command, "measure_all",
