@@ -53,6 +53,7 @@ class Rounding(Problem):
         exact = self.store_dtype == "float32"
         return (
             self.shrinks != (1.0,)
+            or self.refits > 0
             or self.coded
             or self.zero_point == "integer"
             or self.bits > (8 if exact else 5)
@@ -76,6 +77,7 @@ class Rounding(Problem):
         kept = pltpu.VMEM((self.steps, self.padded_groups, self.columns), jnp.float32)
         arena = SUBLANES + 2 * SUBLANES * SUBLANES + self.k // 4
         per_row = pl.cdiv(self.k, LANES) * LANES
+        sums = self.columns // LANES, SUBLANES * SUBLANES, LANES
         return [
             pltpu.VMEM((self.columns // LANES, arena, LANES), jnp.int32),
             pltpu.VMEM((*residual, self.columns), jnp.float32),
@@ -84,4 +86,5 @@ class Rounding(Problem):
             kept,
             pltpu.VMEM((per_row if self.scaled else SUBLANES, LANES), jnp.float32),
             pltpu.VMEM((per_row if self.weighed else SUBLANES, LANES), jnp.float32),
+            *([pltpu.VMEM((4, *sums), jnp.float32)] if self.refits else []),
         ]

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import grid
+from pallas_kernels import grid, search
 from pallas_kernels.layout import PLANES
 from pallas_kernels.tpu.blocks import LANES, SUBLANES, Rounding
 from pallas_kernels.tpu.schedule import Piece
@@ -152,9 +152,7 @@ class Rounder:
             )
             for i in range(SUBLANES)
         ]
-        while len(rows) > 1:
-            rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-        return rows[0]
+        return _reduced(rows, combine)
 
     def _ranges(self, batch: int, column: int) -> tuple[jax.Array, jax.Array]:
         """The least and the largest weights of a batch's groups."""
@@ -181,6 +179,9 @@ class Rounder:
 
     def fit(self, batch: int) -> None:
         """The grids of a batch."""
+        if self.spec.refits:
+            self._keep_grid(batch, slice(None), *self._refitted(batch))
+            return
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
         fit: Any = functools.partial(grid.fit, **s.grid, stored=as_stored)
@@ -197,11 +198,14 @@ class Rounder:
                 shrink = self._search(batch, groups, column, low, high, within)
             if s.searched or shrink != 1.0:
                 low, high = low * shrink, high * shrink
-            scales, zeros = within(low, high)
-            self.scratch[3][self.step, self._places(batch), lanes] = scales
-            self.scratch[4][self.step, self._places(batch), lanes] = zeros
-            for i, value in enumerate((1.0 / scales, zeros, scales)):
-                self.scratch[2][i, batch % 2, :groups, lanes] = value
+            self._keep_grid(batch, lanes, *within(low, high))
+
+    def _keep_grid(self, batch: int, lanes: slice, scales: jax.Array, zeros: jax.Array) -> None:
+        """Leaves a batch's grid for its codes, and for `put_grid`."""
+        self.scratch[3][self.step, self._places(batch), lanes] = scales
+        self.scratch[4][self.step, self._places(batch), lanes] = zeros
+        for i, value in enumerate((1.0 / scales, zeros, scales)):
+            self.scratch[2][i, batch % 2, : len(scales), lanes] = value
 
     def _search(
         self, batch: int, groups: int, column: int, low: Any, high: Any, fit: Callable
@@ -235,6 +239,101 @@ class Rounder:
         for shrink in s.shrinks:
             best = try_factor(jnp.float32(shrink), best)
         return best[1]
+
+    def _refitted(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """The best of a batch's ranges after their refits, of all columns: a loop over ranges."""
+        s = self.spec
+        groups = min(SUBLANES, s.groups - batch * SUBLANES)
+        form = s.grid | {"stored": as_stored}
+        form["columns"] = None if self.of_columns is None else self.of_columns[...]
+        if s.finds_columns:
+            low, high = (self.scratch[i][0, self._places(batch), :] for i in (3, 4))
+        else:
+            sides = zip(*(self._ranges(batch, column) for column, _ in self._lanes()), strict=True)
+            low, high = (jnp.concatenate(side, axis=1) for side in sides)
+
+        def shrink(i: Any) -> Any:
+            factor = jnp.float32(s.shrinks[0])
+            for at, other in enumerate(s.shrinks[1:], 1):
+                factor = jnp.where(i == at, jnp.float32(other), factor)
+            return factor
+
+        weights = None
+        if s.zero_point != "none":
+            ones = jnp.ones((s.group_size, LANES), jnp.float32)
+
+            def weight(kept: jax.Array, h: Any, *_: Any) -> tuple[jax.Array, ...]:
+                h = ones if h is None else h
+                return h, h * kept
+
+            weights = self._sums(batch, weight)
+        measure = functools.partial(self._measured, batch)
+        return search.best(low, high, shrink, len(s.shrinks), s.refits, measure, weights, **form)
+
+    def _measured(
+        self, batch: int, scales: jax.Array, zeros: jax.Array, refitted: bool
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """See `search.Measure`."""
+        s = self.spec
+
+        def parts(kept: jax.Array, h: Any, at: Any) -> tuple[jax.Array, ...]:
+            scale, zero = scales[at], zeros[at]
+            codes = grid.encode(kept, scale, zero, bits=s.bits)
+            error = jnp.square(kept - grid.decode(codes, scale, zero))
+            error = error if h is None else h * error
+            if not refitted:
+                return (error,)
+            return error, *search.terms(kept, codes, zero, h, zero_point=s.zero_point)
+
+        error, *sums = self._sums(batch, parts)
+        return error, tuple(sums)
+
+    def _sums(self, batch: int, parts: Callable[..., tuple[jax.Array, ...]]) -> tuple[Any, ...]:
+        """Sums over the rows of each group of a batch, ``[groups, columns]``.
+
+        Args:
+          batch: which.
+          parts: a group's weights in one register's lanes, h or None, and where these are, to what
+            is summed.
+
+        Returns:
+          The sums.
+        """
+        s, g = self.spec, self.spec.group_size
+        groups = min(SUBLANES, s.groups - batch * SUBLANES)
+        count = 0
+        for column, lanes in self._lanes():
+            for t in range(groups):
+                kept = self.scratch[1][(*self._kept(batch, t), lanes)]
+                found = parts(kept, self._weight(batch, t), (slice(t, t + 1), lanes))
+                count = len(found)
+                for i, part in enumerate(found):
+                    total = jnp.sum(part.reshape(g // SUBLANES, SUBLANES, LANES), 0)
+                    self.scratch[7][i, column, t * SUBLANES : (t + 1) * SUBLANES, :] = total
+
+        def across(i: int, column: int) -> jax.Array:
+            rows = [
+                self.scratch[7][i, column, pl.ds(row, groups, stride=SUBLANES), :]
+                for row in range(SUBLANES)
+            ]
+            return _reduced(rows, jnp.add)
+
+        columns = [column for column, _ in self._lanes()]
+        return tuple(
+            jnp.concatenate([across(i, column) for column in columns], axis=1)
+            for i in range(count)
+        )
+
+    def _weight(self, batch: int, t: int) -> jax.Array | None:
+        """What a squared error of a group's rows costs; None is 1."""
+        s, g = self.spec, self.spec.group_size
+        row = (batch * SUBLANES + t) * g
+        if s.weighed:
+            return self._per_row(6, row)
+        if s.d_in < s.k:
+            # Of padding, a zero point that is no whole number makes an error.
+            return jnp.where(self.present(row, g), 1.0, 0.0)
+        return None
 
     def encode(self, batch: int, t: int) -> None:
         """The codes of group ``t`` of a batch, four to a word of the arena."""
@@ -343,6 +442,12 @@ class Rounder:
                 cost = 24 / width * rows * s.columns / 1024
                 found.append((cost, s.rows, functools.partial(self.merge, plane, start, rows)))
         return found
+
+
+def _reduced(rows: list[jax.Array], combine: Callable) -> jax.Array:
+    while len(rows) > 1:
+        rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    return rows[0]
 
 
 def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
