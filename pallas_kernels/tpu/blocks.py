@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.problem import Problem
 
 LANES, SUBLANES = 128, 8
+_TOGETHER = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,20 @@ class Rounding(Problem):
         return self.coded and self.steps == 1 and not self.row_axes
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all weights of a block are scaled and measured before the first is rounded.
+
+        Coded scales need a whole column's ranges. Refits are a loop over the groups, because the
+        compiler takes minutes for it unrolled, and no other work fits into a loop.
+        """
+        return self.finds_columns or self.refits > 0
+
+    @property
+    def together(self) -> int:
+        """Groups of a step of the loop of refits: enough work to hide what is done once a group."""
+        return min(self.groups, max(SUBLANES, _TOGETHER // self.group_size))
+
+    @property
     def padded_groups(self) -> int:
         """Rows that the scales of a block take in scratch."""
         return pl.cdiv(self.groups, SUBLANES) * SUBLANES
@@ -73,11 +88,11 @@ class Rounding(Problem):
         """The scratch arrays that `Rounder` takes, in order."""
         batch = min(self.groups, SUBLANES) * self.group_size
         # No code is chosen before all groups of a column are measured.
-        residual = (1, self.rows) if self.finds_columns else (2, batch)
+        residual = (1, self.rows) if self.keeps_all else (2, batch)
         kept = pltpu.VMEM((self.steps, self.padded_groups, self.columns), jnp.float32)
         arena = SUBLANES + 2 * SUBLANES * SUBLANES + self.k // 4
         per_row = pl.cdiv(self.k, LANES) * LANES
-        sums = self.columns // LANES, SUBLANES * SUBLANES, LANES
+        sums = self.columns // LANES, self.together * SUBLANES, LANES
         return [
             pltpu.VMEM((self.columns // LANES, arena, LANES), jnp.int32),
             pltpu.VMEM((*residual, self.columns), jnp.float32),

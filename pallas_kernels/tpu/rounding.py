@@ -104,19 +104,19 @@ class Rounder:
         for column in range(self.spec.columns // LANES):
             yield column, slice(column * LANES, (column + 1) * LANES)
 
-    def _per_row(self, which: int, row: int) -> jax.Array:
+    def _per_row(self, which: int, row: Any) -> jax.Array:
         g = self.spec.group_size
         start = row if self.spec.steps == 1 else pl.multiple_of(self.step * self.spec.rows + row, 8)
         return self.scratch[which][pl.ds(start, g), :]
 
-    def present(self, row: int, rows: int) -> jax.Array:
+    def present(self, row: Any, rows: int) -> jax.Array:
         """Which of the block's rows from ``row`` on are rows of the weight: bool ``[rows, 1]``."""
         index = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
         return index < self.spec.d_in - self.step * self.spec.rows - row
 
     def _kept(self, batch: int, t: int) -> tuple[int, slice]:
         """Where `measure` leaves a group's weights."""
-        slot, row = (0, batch * SUBLANES + t) if self.spec.finds_columns else (batch % 2, t)
+        slot, row = (0, batch * SUBLANES + t) if self.spec.keeps_all else (batch % 2, t)
         return slot, slice(row * self.spec.group_size, (row + 1) * self.spec.group_size)
 
     def measure(self, batch: int, t: int) -> None:
@@ -165,11 +165,16 @@ class Rounder:
     def _places(self, batch: int) -> slice:
         return slice(batch * SUBLANES, min((batch + 1) * SUBLANES, self.spec.groups))
 
+    @property
+    def _slot(self) -> Any:
+        """Which of the column's blocks' grids is this one's."""
+        return 0 if self.spec.steps == 1 else self.step
+
     def keep_ranges(self, batch: int) -> None:
         """Leaves a batch's ranges where its grid will be."""
         for column, lanes in self._lanes():
             for target, side in zip(self.scratch[3:5], self._ranges(batch, column), strict=True):
-                target[0, self._places(batch), lanes] = side
+                target[self._slot, self._places(batch), lanes] = side
 
     def find_columns(self) -> None:
         """What the scales of each column are multiples of, once all its ranges are kept."""
@@ -179,9 +184,6 @@ class Rounder:
 
     def fit(self, batch: int) -> None:
         """The grids of a batch."""
-        if self.spec.refits:
-            self._keep_grid(batch, slice(None), *self._refitted(batch))
-            return
         s = self.spec
         groups = min(SUBLANES, s.groups - batch * SUBLANES)
         fit: Any = functools.partial(grid.fit, **s.grid, stored=as_stored)
@@ -198,14 +200,21 @@ class Rounder:
                 shrink = self._search(batch, groups, column, low, high, within)
             if s.searched or shrink != 1.0:
                 low, high = low * shrink, high * shrink
-            self._keep_grid(batch, lanes, *within(low, high))
+            scales, zeros = within(low, high)
+            self.scratch[3][self.step, self._places(batch), lanes] = scales
+            self.scratch[4][self.step, self._places(batch), lanes] = zeros
+            self._open(batch, lanes, scales, zeros)
 
-    def _keep_grid(self, batch: int, lanes: slice, scales: jax.Array, zeros: jax.Array) -> None:
-        """Leaves a batch's grid for its codes, and for `put_grid`."""
-        self.scratch[3][self.step, self._places(batch), lanes] = scales
-        self.scratch[4][self.step, self._places(batch), lanes] = zeros
+    def _open(self, batch: int, lanes: slice, scales: jax.Array, zeros: jax.Array) -> None:
+        """Leaves a batch's grid for its codes."""
         for i, value in enumerate((1.0 / scales, zeros, scales)):
             self.scratch[2][i, batch % 2, : len(scales), lanes] = value
+
+    def open(self, batch: int) -> None:
+        """The grid of a batch that `refit` found, for its codes."""
+        for _, lanes in self._lanes():
+            kept = (self.scratch[i][self._slot, self._places(batch), lanes] for i in (3, 4))
+            self._open(batch, lanes, *kept)
 
     def _search(
         self, batch: int, groups: int, column: int, low: Any, high: Any, fit: Callable
@@ -240,17 +249,28 @@ class Rounder:
             best = try_factor(jnp.float32(shrink), best)
         return best[1]
 
-    def _refitted(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        """The best of a batch's ranges after their refits, of all columns: a loop over ranges."""
+    def refit(self) -> None:
+        """The grids of all groups of the block, the best of their ranges after their refits."""
         s = self.spec
-        groups = min(SUBLANES, s.groups - batch * SUBLANES)
+        whole, rest = divmod(s.groups, s.together)
+
+        def some(i: Any, _: None) -> None:
+            self._refit(pl.multiple_of(i * s.together, SUBLANES), s.together)
+
+        if whole == 1:
+            self._refit(0, s.together)
+        else:
+            lax.fori_loop(0, whole, some, None)
+        if rest:
+            self._refit(whole * s.together, rest)
+
+    def _refit(self, first: Any, groups: int) -> None:
+        """The same of some groups."""
+        s = self.spec
         form = s.grid | {"stored": as_stored}
         form["columns"] = None if self.of_columns is None else self.of_columns[...]
-        if s.finds_columns:
-            low, high = (self.scratch[i][0, self._places(batch), :] for i in (3, 4))
-        else:
-            sides = zip(*(self._ranges(batch, column) for column, _ in self._lanes()), strict=True)
-            low, high = (jnp.concatenate(side, axis=1) for side in sides)
+        at = pl.ds(first, groups)
+        low, high = (self.scratch[i][self._slot, at, :] for i in (3, 4))
 
         def shrink(i: Any) -> Any:
             factor = jnp.float32(s.shrinks[0])
@@ -262,37 +282,43 @@ class Rounder:
         if s.zero_point != "none":
             ones = jnp.ones((s.group_size, LANES), jnp.float32)
 
-            def weight(kept: jax.Array, h: Any, *_: Any) -> tuple[jax.Array, ...]:
+            def weight(kept: jax.Array, h: Any, _: Any) -> tuple[jax.Array, ...]:
                 h = ones if h is None else h
                 return h, h * kept
 
-            weights = self._sums(batch, weight)
-        measure = functools.partial(self._measured, batch)
-        return search.best(low, high, shrink, len(s.shrinks), s.refits, measure, weights, **form)
+            weights = self._sums(first, groups, weight)
 
-    def _measured(
-        self, batch: int, scales: jax.Array, zeros: jax.Array, refitted: bool
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """See `search.Measure`."""
-        s = self.spec
+        # A compiler that knew the number would add its negative to it, and leave out both.
+        magic = self.zero.astype(jnp.float32) + _NEAREST
 
-        def parts(kept: jax.Array, h: Any, at: Any) -> tuple[jax.Array, ...]:
-            scale, zero = scales[at], zeros[at]
-            codes = grid.encode(kept, scale, zero, bits=s.bits)
-            error = jnp.square(kept - grid.decode(codes, scale, zero))
-            error = error if h is None else h * error
-            if not refitted:
-                return (error,)
-            return error, *search.terms(kept, codes, zero, h, zero_point=s.zero_point)
+        def nearest(x: jax.Array) -> jax.Array:
+            return (x + magic) - magic
 
-        error, *sums = self._sums(batch, parts)
-        return error, tuple(sums)
+        def measure(scales: jax.Array, zeros: jax.Array, refitted: bool) -> Any:
+            def parts(kept: jax.Array, h: Any, at: Any) -> tuple[jax.Array, ...]:
+                scale, zero = scales[at], zeros[at]
+                codes = grid.encode(kept, scale, zero, bits=s.bits, nearest=nearest)
+                error = jnp.square(kept - grid.decode(codes, scale, zero))
+                error = error if h is None else h * error
+                if not refitted:
+                    return (error,)
+                return error, *search.terms(kept, codes, zero, h, zero_point=s.zero_point)
 
-    def _sums(self, batch: int, parts: Callable[..., tuple[jax.Array, ...]]) -> tuple[Any, ...]:
-        """Sums over the rows of each group of a batch, ``[groups, columns]``.
+            error, *sums = self._sums(first, groups, parts)
+            return error, tuple(sums)
+
+        found = search.best(low, high, shrink, len(s.shrinks), s.refits, measure, weights, **form)
+        for i, value in zip((3, 4), found, strict=True):
+            self.scratch[i][self.step, at, :] = value
+
+    def _sums(
+        self, first: Any, groups: int, parts: Callable[..., tuple[jax.Array, ...]]
+    ) -> tuple[Any, ...]:
+        """Sums over the rows of some groups, ``[groups, columns]``.
 
         Args:
-          batch: which.
+          first: of the block's groups.
+          groups: how many.
           parts: a group's weights in one register's lanes, h or None, and where these are, to what
             is summed.
 
@@ -300,12 +326,13 @@ class Rounder:
           The sums.
         """
         s, g = self.spec, self.spec.group_size
-        groups = min(SUBLANES, s.groups - batch * SUBLANES)
         count = 0
         for column, lanes in self._lanes():
             for t in range(groups):
-                kept = self.scratch[1][(*self._kept(batch, t), lanes)]
-                found = parts(kept, self._weight(batch, t), (slice(t, t + 1), lanes))
+                row = (first + t) * g
+                row = row if isinstance(row, int) else pl.multiple_of(row, SUBLANES)
+                kept = self.scratch[1][0, pl.ds(row, g), lanes]
+                found = parts(kept, self._weight(row), (slice(t, t + 1), lanes))
                 count = len(found)
                 for i, part in enumerate(found):
                     total = jnp.sum(part.reshape(g // SUBLANES, SUBLANES, LANES), 0)
@@ -324,10 +351,9 @@ class Rounder:
             for i in range(count)
         )
 
-    def _weight(self, batch: int, t: int) -> jax.Array | None:
-        """What a squared error of a group's rows costs; None is 1."""
+    def _weight(self, row: Any) -> jax.Array | None:
+        """What a squared error costs in the rows of the group from ``row`` on; None is 1."""
         s, g = self.spec, self.spec.group_size
-        row = (batch * SUBLANES + t) * g
         if s.weighed:
             return self._per_row(6, row)
         if s.d_in < s.k:
@@ -411,17 +437,22 @@ class Rounder:
         def add(cost: float | int, piece: Callable, *args: int) -> None:
             found.append((cost * work, coded, lambda: piece(*args)))
 
-        first = range(batches) if s.finds_columns else (0,)
+        first = range(batches) if s.keeps_all else (0,)
         for b in first:
             for t in range(sizes[b]):
                 add(4, self.measure, b, t)
-            if s.finds_columns:
+            if s.keeps_all:
                 add(1, self.keep_ranges, b)
         if s.finds_columns:
             add(1, self.find_columns)
+        if s.refits:
+            add(0, self.refit)
         for b in range(batches):
-            add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
-            ahead = sizes[b + 1] if b + 1 < batches and not s.finds_columns else 0
+            if s.refits:
+                add(3, self.open, b)
+            else:
+                add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
+            ahead = sizes[b + 1] if b + 1 < batches and not s.keeps_all else 0
             for t in range(max(sizes[b], ahead)):
                 if t < sizes[b]:
                     coded += s.group_size
