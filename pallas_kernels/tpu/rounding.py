@@ -9,8 +9,9 @@ A block of ``rows`` is rounded in *batches* of up to eight groups, so that the g
 computed on full registers, in three passes: `Rounder.measure` finds each group's range,
 `Rounder.fit` its scale and zero point, `Rounder.encode` the codes. Coded scales are multiples of a
 number of their column: where a block has all of it, every group is measured before the first is
-fitted, and `Rounder.find_columns` stands between. When a column of blocks is complete,
-`Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
+fitted, and `Rounder.find_columns` stands between. So it is with refits, which `Rounder.refit` makes
+before the first code. When a column of blocks is complete, `Rounder.pack` merges the bytes of codes
+into bit planes, four codes to the operation.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import grid, search
+from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
 from pallas_kernels.tpu.blocks import LANES, SUBLANES, Rounding
+from pallas_kernels.tpu.refit import Refits, as_stored, reduced
 from pallas_kernels.tpu.schedule import Piece
 
 _NEAREST = 1.5 * 2.0**23
@@ -138,9 +140,9 @@ class Rounder:
                 part *= factor
             self.scratch[1][(*self._kept(batch, t), lanes)] = part
             stacked = part.reshape(g // SUBLANES, SUBLANES, LANES)
-            for side, reduced in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
+            for side, extreme in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
                 at = self._at((side * SUBLANES + t) * SUBLANES, SUBLANES)
-                self.arena[column, at, :] = pltpu.bitcast(reduced, jnp.int32)
+                self.arena[column, at, :] = pltpu.bitcast(extreme, jnp.int32)
 
     def _across(self, side: int, groups: int, column: int, combine: Callable) -> jax.Array:
         """Reduces sublanes: row t of the result is group t's."""
@@ -152,7 +154,7 @@ class Rounder:
             )
             for i in range(SUBLANES)
         ]
-        return _reduced(rows, combine)
+        return reduced(rows, combine)
 
     def _ranges(self, batch: int, column: int) -> tuple[jax.Array, jax.Array]:
         """The least and the largest weights of a batch's groups."""
@@ -228,14 +230,10 @@ class Rounder:
             for t in range(groups):
                 kept = self.scratch[1][(*self._kept(batch, t), lanes)]
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]
-                codes = grid.encode(kept, scale, zero, bits=s.bits)
+                codes = grid.encode(kept, scale, zero, bits=s.bits, nearest=self._nearest)
                 error = jnp.square(kept - grid.decode(codes, scale, zero))
-                row = (batch * SUBLANES + t) * g
-                if s.weighed:
-                    error *= self._per_row(6, row)
-                elif s.d_in < s.k:
-                    # Of padding, a zero point that is no whole number makes an error.
-                    error = jnp.where(self.present(row, g), error, 0.0)
+                h = self._weight((batch * SUBLANES + t) * g)
+                error = error if h is None else h * error
                 total = jnp.sum(error.reshape(g // SUBLANES, SUBLANES, LANES), 0)
                 self.arena[column, self._at(t * SUBLANES, SUBLANES), :] = pltpu.bitcast(
                     total, jnp.int32
@@ -251,105 +249,11 @@ class Rounder:
 
     def refit(self) -> None:
         """The grids of all groups of the block, the best of their ranges after their refits."""
-        s = self.spec
-        whole, rest = divmod(s.groups, s.together)
-
-        def some(i: Any, _: None) -> None:
-            self._refit(pl.multiple_of(i * s.together, SUBLANES), s.together)
-
-        if whole == 1:
-            self._refit(0, s.together)
-        else:
-            lax.fori_loop(0, whole, some, None)
-        if rest:
-            self._refit(whole * s.together, rest)
-
-    def _refit(self, first: Any, groups: int) -> None:
-        """The same of some groups."""
-        s = self.spec
-        form = s.grid | {"stored": as_stored}
-        form["columns"] = None if self.of_columns is None else self.of_columns[...]
-        at = pl.ds(first, groups)
-        low, high = (self.scratch[i][self._slot, at, :] for i in (3, 4))
-
-        def shrink(i: Any) -> Any:
-            factor = jnp.float32(s.shrinks[0])
-            for at, other in enumerate(s.shrinks[1:], 1):
-                factor = jnp.where(i == at, jnp.float32(other), factor)
-            return factor
-
-        weights = None
-        if s.zero_point != "none":
-            ones = jnp.ones((s.group_size, LANES), jnp.float32)
-
-            def weight(kept: jax.Array, h: Any, _: Any) -> tuple[jax.Array, ...]:
-                h = ones if h is None else h
-                return h, h * kept
-
-            weights = self._sums(first, groups, weight)
-
-        # A compiler that knew the number would add its negative to it, and leave out both.
-        magic = self.zero.astype(jnp.float32) + _NEAREST
-
-        def nearest(x: jax.Array) -> jax.Array:
-            return (x + magic) - magic
-
-        def measure(scales: jax.Array, zeros: jax.Array, refitted: bool) -> Any:
-            def parts(kept: jax.Array, h: Any, at: Any) -> tuple[jax.Array, ...]:
-                scale, zero = scales[at], zeros[at]
-                codes = grid.encode(kept, scale, zero, bits=s.bits, nearest=nearest)
-                error = jnp.square(kept - grid.decode(codes, scale, zero))
-                error = error if h is None else h * error
-                if not refitted:
-                    return (error,)
-                return error, *search.terms(kept, codes, zero, h, zero_point=s.zero_point)
-
-            error, *sums = self._sums(first, groups, parts)
-            return error, tuple(sums)
-
-        found = search.best(low, high, shrink, len(s.shrinks), s.refits, measure, weights, **form)
-        for i, value in zip((3, 4), found, strict=True):
-            self.scratch[i][self.step, at, :] = value
-
-    def _sums(
-        self, first: Any, groups: int, parts: Callable[..., tuple[jax.Array, ...]]
-    ) -> tuple[Any, ...]:
-        """Sums over the rows of some groups, ``[groups, columns]``.
-
-        Args:
-          first: of the block's groups.
-          groups: how many.
-          parts: a group's weights in one register's lanes, h or None, and where these are, to what
-            is summed.
-
-        Returns:
-          The sums.
-        """
-        s, g = self.spec, self.spec.group_size
-        count = 0
-        for column, lanes in self._lanes():
-            for t in range(groups):
-                row = (first + t) * g
-                row = row if isinstance(row, int) else pl.multiple_of(row, SUBLANES)
-                kept = self.scratch[1][0, pl.ds(row, g), lanes]
-                found = parts(kept, self._weight(row), (slice(t, t + 1), lanes))
-                count = len(found)
-                for i, part in enumerate(found):
-                    total = jnp.sum(part.reshape(g // SUBLANES, SUBLANES, LANES), 0)
-                    self.scratch[7][i, column, t * SUBLANES : (t + 1) * SUBLANES, :] = total
-
-        def across(i: int, column: int) -> jax.Array:
-            rows = [
-                self.scratch[7][i, column, pl.ds(row, groups, stride=SUBLANES), :]
-                for row in range(SUBLANES)
-            ]
-            return _reduced(rows, jnp.add)
-
-        columns = [column for column, _ in self._lanes()]
-        return tuple(
-            jnp.concatenate([across(i, column) for column in columns], axis=1)
-            for i in range(count)
-        )
+        _, residual, _, low, high, *_, sums = self.scratch
+        Refits(
+            spec=self.spec, residual=residual, ranges=(low, high), slot=self._slot, sums=sums,
+            of_columns=self.of_columns, weight=self._weight, nearest=self._nearest,
+        ).emit()  # fmt: skip
 
     def _weight(self, row: Any) -> jax.Array | None:
         """What a squared error costs in the rows of the group from ``row`` on; None is 1."""
@@ -360,6 +264,12 @@ class Rounder:
             # Of padding, a zero point that is no whole number makes an error.
             return jnp.where(self.present(row, g), 1.0, 0.0)
         return None
+
+    def _nearest(self, x: jax.Array) -> jax.Array:
+        """`jnp.round` of numbers below 2**22, in two operations of the vector unit."""
+        # A compiler that knew the number would add its negative to it, and leave out both.
+        magic = self.zero.astype(jnp.float32) + _NEAREST
+        return (x + magic) - magic
 
     def encode(self, batch: int, t: int) -> None:
         """The codes of group ``t`` of a batch, four to a word of the arena."""
@@ -473,31 +383,6 @@ class Rounder:
                 cost = 24 / width * rows * s.columns / 1024
                 found.append((cost, s.rows, functools.partial(self.merge, plane, start, rows)))
         return found
-
-
-def _reduced(rows: list[jax.Array], combine: Callable) -> jax.Array:
-    while len(rows) > 1:
-        rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-    return rows[0]
-
-
-def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`grid.as_stored` of float32 and bfloat16, which Mosaic cannot translate, on the bits.
-
-    Converted there and back, the simulator's XLA would drop both.
-
-    Args:
-      x: float32, finite.
-      dtype: float32 or bfloat16.
-
-    Returns:
-      As x.
-    """
-    if jnp.dtype(dtype) == jnp.float32:
-        return x
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    odd = lax.shift_right_logical(bits, jnp.int32(16)) & jnp.int32(1)
-    return lax.bitcast_convert_type((bits + jnp.int32(0x7FFF) + odd) & jnp.int32(-65536), x.dtype)
 
 
 def _turn(source: Any, target: Any) -> None:
