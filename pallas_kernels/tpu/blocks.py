@@ -12,7 +12,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.problem import Problem
 
 LANES, SUBLANES = 128, 8
-_TOGETHER = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,12 @@ class Rounding(Problem):
 
     @property
     def together(self) -> int:
-        """Groups of a step of the loop of refits: enough work to hide what is done once a group."""
-        return min(self.groups, max(SUBLANES, _TOGETHER // self.group_size))
+        """Groups of a step of the loop of refits.
+
+        Enough work to hide what is done once a group, and no more than registers can hold: what is
+        known of 16 groups of 256 columns takes four of the 64 registers each.
+        """
+        return min(self.groups, 2 * SUBLANES if self.group_size <= 64 else SUBLANES)
 
     @property
     def padded_groups(self) -> int:
