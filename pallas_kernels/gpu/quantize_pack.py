@@ -103,7 +103,8 @@ def block_columns(problem: Problem) -> int:
     """The default columns per program.
 
     Registers hold, per weight of a group, its float32 and a carrier of every part (5 for 5 bits);
-    16 weights for each of 256 threads leave room for both.
+    16 weights for each of 256 threads leave room for both. With refits, the most that does not
+    spill is 8.
 
     Args:
       problem: What is asked for.
@@ -112,6 +113,8 @@ def block_columns(problem: Problem) -> int:
       A power of two from 16 to 128.
     """
     weights = 4096 if len(PLANES[problem.bits]) > 1 else 8192
+    if problem.refits:
+        weights = 2048
     return min(128, max(16, weights >> (problem.group_size - 1).bit_length()))
 
 
