@@ -68,8 +68,8 @@ class Rounding(Problem):
     def keeps_all(self) -> bool:
         """Whether all weights of a block are scaled and measured before the first is rounded.
 
-        Coded scales need a whole column's ranges. Refits are a loop over the groups, because the
-        compiler takes minutes for it unrolled, and no other work fits into a loop.
+        Coded scales need a whole column's ranges. Refits are a loop over the groups, because it
+        would be too much code unrolled, and no other work fits into a loop.
         """
         return self.finds_columns or self.refits > 0
 

@@ -1,8 +1,8 @@
 """The search of `pallas_kernels.search` over a block's groups inside a TPU kernel, with refits.
 
-A loop: unrolled, as the search without refits is, the compiler would take minutes for it. What is
-known once a group comes out of long chains of few operations, so that each step of the loop takes
-enough groups to hide them.
+A loop: unrolled, as the search without refits is, it would be too much code for the compiler. What
+is known once a group comes out of long chains of few operations, so that each step of the loop
+takes enough groups to hide them.
 """
 
 from __future__ import annotations
