@@ -108,6 +108,7 @@ def quantize_pack(
     store_dtype: jax.typing.DTypeLike,
     scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
+    refits: int = 0,
     row_axes: tuple[str, ...] = (),
     layer: jax.Array | int | None = None,
     implementation: str | None = None,
@@ -128,6 +129,8 @@ def quantize_pack(
         float32 or bfloat16, and for zero points in eight bits; or ``"coded4"`` for `CodedPairs`,
         which need the zero point ``"float"`` and at most 5 bits.
       shrinks: Factors in (0, 1] on a group's range; each group and column takes the best.
+      refits: How often the scale and zero point of each of these ranges are fitted to its codes, 0
+        to 100; see `search`.
       row_axes: Inside a `shard_map`, the mesh axes that a column's other rows are on.
       layer: Quantizes this layer of ``w[L, d_in, n]``, without copying it out; the other operands
         are that layer's own. None: there is no such axis.
@@ -143,7 +146,7 @@ def quantize_pack(
     _check_weight(w, channel_scale, importance, low_rank, layer)
     problem = rounding_problem(
         w, channel_scale, low_rank, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, scales=scales, shrinks=shrinks, row_axes=row_axes,
+        store_dtype=store_dtype, scales=scales, shrinks=shrinks, refits=refits, row_axes=row_axes,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
 
@@ -168,6 +171,7 @@ def prefill_quantize(
     store_dtype: jax.typing.DTypeLike,
     scales: str = "float",
     shrinks: tuple[float, ...] = (1.0,),
+    refits: int = 0,
     quantized: bool = False,
     row_axes: tuple[str, ...] = (),
     layer: jax.Array | int | None = None,
@@ -187,6 +191,7 @@ def prefill_quantize(
       store_dtype: See `quantize_pack`.
       scales: See `quantize_pack`.
       shrinks: See `quantize_pack`.
+      refits: See `quantize_pack`.
       quantized: Multiply with the weight that was just packed, as the paper does, instead of `w`.
       row_axes: See `quantize_pack`.
       layer: See `quantize_pack`.
@@ -207,8 +212,8 @@ def prefill_quantize(
         )
     problem = rounding_problem(
         w, channel_scale, low_rank, x, bits=bits, group_size=group_size, zero_point=zero_point,
-        store_dtype=store_dtype, scales=scales, shrinks=shrinks, quantized=quantized,
-        row_axes=row_axes,
+        store_dtype=store_dtype, scales=scales, shrinks=shrinks, refits=refits,
+        quantized=quantized, row_axes=row_axes,
     )  # fmt: skip
     stacks, layer = _with_layers(w, layer)
     rows = x.reshape(-1, d_in)

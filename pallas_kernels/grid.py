@@ -380,7 +380,7 @@ def encode(
     Returns:
       Whole numbers in ``0 .. 2**bits - 1``, float32.
     """
-    return jnp.clip(nearest(w * (1.0 / scales) + zeros), 0.0, 2.0**bits - 1)
+    return nearest(jnp.clip(w * (1.0 / scales) + zeros, 0.0, 2.0**bits - 1))
 
 
 def decode(codes: jax.Array, scales: jax.Array, zeros: jax.Array) -> jax.Array:

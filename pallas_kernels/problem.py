@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.grid import SCALES, ZERO_POINTS, kind_of, zero_unit
 from pallas_kernels.layout import check_packing
+from pallas_kernels.search import MOST_REFITS
 
 FLOATS = ("float32", "bfloat16", "float16")
 """What activations, weights, scales and float zero points may be."""
@@ -40,6 +41,7 @@ class Problem:
       scales: one of `grid.SCALES`.
       rank: of the low-rank term, 0 for none.
       shrinks: factors in (0, 1] on a group's range to choose from; none for `packed_matmul`.
+      refits: of each range's scale and zero point to its codes, 0 to 100; see `search`.
       quantized: `prefill_quantize` multiplies with the quantized weight.
       scaled: there is a channel scale.
       out_dtype: of the product, one of `FLOATS`; None is `dtype`.
@@ -61,6 +63,7 @@ class Problem:
     scales: str = "float"
     rank: int = 0
     shrinks: tuple[float, ...] = ()
+    refits: int = 0
     quantized: bool = False
     scaled: bool = False
     out_dtype: str | None = None
@@ -88,6 +91,11 @@ class Problem:
         if (packs and not self.shrinks) or not all(0 < s <= 1 for s in self.shrinks):
             raise ValueError(
                 f"shrinks: expected factors in (0, 1], got {self.shrinks}; 1 is the full range"
+            )
+        if not 0 <= self.refits <= MOST_REFITS:
+            raise ValueError(
+                f"refits: expected 0 (none) to {MOST_REFITS}, got {self.refits}; after 2 to 4 "
+                "little is left to gain"
             )
 
     @property
@@ -135,8 +143,8 @@ class Problem:
 
     @property
     def searched(self) -> bool:
-        """Whether there is more than one range to choose from."""
-        return len(self.shrinks) > 1
+        """Whether errors are measured: of more than one range, or before and after a refit."""
+        return len(self.shrinks) > 1 or self.refits > 0
 
 
 def _rank(low_rank: tuple[Any, Any] | None) -> int:
@@ -179,8 +187,8 @@ def matmul_problem(
 def rounding_problem(
     w: Any, channel_scale: Any = None, low_rank: tuple[Any, Any] | None = None, x: Any = None, *,
     bits: int, group_size: int, zero_point: str, store_dtype: jax.typing.DTypeLike,
-    scales: str = "float", shrinks: tuple[float, ...] = (1.0,), quantized: bool = False,
-    row_axes: tuple[str, ...] = (),
+    scales: str = "float", shrinks: tuple[float, ...] = (1.0,), refits: int = 0,
+    quantized: bool = False, row_axes: tuple[str, ...] = (),
 ) -> Problem:  # fmt: skip
     """The problem of a `prefill_quantize`, or of a `quantize_pack` without x.
 
@@ -195,6 +203,7 @@ def rounding_problem(
       store_dtype: see `Problem`.
       scales: see `Problem`.
       shrinks: see `Problem`.
+      refits: see `Problem`.
       quantized: see `Problem`.
       row_axes: see `Problem`.
 
@@ -207,6 +216,6 @@ def rounding_problem(
         m=0 if x is None else math.prod(x.shape[:-1]), d_in=d_in, n=n, bits=bits,
         group_size=group_size, zero_point=zero_point, dtype=(w if x is None else x).dtype.name,
         store_dtype=jnp.dtype(store_dtype).name, scales=scales, rank=_rank(low_rank),
-        shrinks=tuple(map(float, shrinks)), quantized=quantized, scaled=channel_scale is not None,
-        row_axes=row_axes,
+        shrinks=tuple(map(float, shrinks)), refits=refits, quantized=quantized,
+        scaled=channel_scale is not None, row_axes=row_axes,
     )  # fmt: skip

@@ -12,14 +12,13 @@ prompt's activations are divided by ``D`` instead of the weight (arXiv:2603.1929
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import grid
+from pallas_kernels import grid, search
 from pallas_kernels.grid import Scales
 from pallas_kernels.layout import pack, unpack
 from pallas_kernels.problem import Problem
@@ -120,42 +119,80 @@ def quantize_pack(
       low_rank: ``(A, B)`` or None.
       problem: Bits, group size, zero point, what is stored as what, and the factors on a group's
         range. Each group and column takes the one with the least ``sum(importance * error**2)``,
-        the earliest of equals.
+        the earliest of equals, each after ``problem.refits`` of its scale and zero point.
 
     Returns:
       ``(planes, scales, zeros)``; zeros are None, ``store_dtype`` or uint8.
     """
-    d_in, n = w.shape
-    bits, shrinks = problem.bits, problem.shrinks
     groups = _groups(w, channel_scale, low_rank, problem)
     low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
-    columns = _columns(low, high, problem) if problem.coded else None
-
-    def fit(shrink: Any) -> tuple[jax.Array, jax.Array]:
-        return grid.fit(low * shrink, high * shrink, columns, **problem.grid)
-
-    shrink: Any = shrinks[0]
+    form = problem.grid | {"columns": _columns(low, high, problem) if problem.coded else None}
     if problem.searched:
-        h = jnp.ones(d_in, jnp.float32) if importance is None else importance.astype(jnp.float32)
-        h = jnp.pad(h, (0, problem.k - d_in)).reshape(-1, problem.group_size, 1)
+        h = None
+        if importance is not None or problem.d_in < problem.k:
+            # A zero point that is no whole number makes an error of padding, which counts nowhere.
+            h = jnp.ones(problem.d_in) if importance is None else importance
+            h = jnp.pad(h.astype(jnp.float32), (0, problem.k - problem.d_in))
+            h = h.reshape(-1, problem.group_size, 1)
+        scales, zeros = searched(
+            groups, h, low, high, shrinks=problem.shrinks, refits=problem.refits, **form
+        )
+    else:
+        shrink = problem.shrinks[0]
+        scales, zeros = grid.fit(low * shrink, high * shrink, **form)
+    codes = grid.encode(groups, scales[:, None], zeros[:, None], bits=problem.bits)
+    planes = pack(codes.reshape(-1, problem.n).astype(jnp.uint8), bits=problem.bits)
+    return planes, *grid.write(scales, zeros, form["columns"], **problem.grid)
 
-        def try_factor(
-            best: tuple[jax.Array, jax.Array], shrink: jax.Array
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            scales, zeros = (p[:, None] for p in fit(shrink))
-            rounded = grid.decode(grid.encode(groups, scales, zeros, bits=bits), scales, zeros)
-            error = jnp.sum(h * jnp.square(groups - rounded), axis=1)
-            better = error < best[0]
-            return (jnp.where(better, error, best[0]), jnp.where(better, shrink, best[1])), None
 
-        full = functools.partial(jnp.full, low.shape, dtype=jnp.float32)
-        start = full(fill_value=jnp.inf), full(fill_value=shrinks[0])
-        (_, shrink), _ = jax.lax.scan(try_factor, start, jnp.asarray(shrinks, jnp.float32))
+def searched(
+    groups: jax.Array,
+    h: jax.Array | None,
+    low: jax.Array,
+    high: jax.Array,
+    *,
+    shrinks: tuple[float, ...],
+    refits: int = 0,
+    bits: int,
+    zero_point: str,
+    **form: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """The search over ranges and their refits, see `search.best`.
 
-    scales, zeros = fit(shrink)
-    codes = grid.encode(groups, scales[:, None], zeros[:, None], bits=bits)
-    planes = pack(codes.reshape(-1, n).astype(jnp.uint8), bits=bits)
-    return planes, *grid.write(scales, zeros, columns, **problem.grid)
+    Args:
+      groups: ``float32[n_group, group_size, n]``.
+      h: ``float32[n_group, group_size, 1]``, what a squared error costs; None is 1.
+      low: ``float32[n_group, n]``, the smallest of each group.
+      high: Likewise, the largest.
+      shrinks: Factors on a group's range.
+      refits: Of each range's scale and zero point.
+      bits: Width of a code.
+      zero_point: See `grid.fit`.
+      **form: What `grid.fit` takes beside them.
+
+    Returns:
+      ``(scales, zeros)``, ``float32[n_group, n]`` with the values that are stored.
+    """
+
+    def total(rows: jax.Array) -> jax.Array:
+        return jnp.sum(rows, axis=1)
+
+    def measure(scales: jax.Array, zeros: jax.Array, refitted: bool) -> Any:
+        s, z = scales[:, None], zeros[:, None]
+        codes = grid.encode(groups, s, z, bits=bits)
+        error = jnp.square(groups - grid.decode(codes, s, z))
+        sums = search.terms(groups, codes, z, h, zero_point=zero_point) if refitted else ()
+        return total(error if h is None else h * error), tuple(map(total, sums))
+
+    weights = None
+    if refits and zero_point != "none":
+        ones = jnp.ones((*groups.shape[:2], 1), jnp.float32) if h is None else h
+        weights = total(ones), total(ones * groups)
+    factors = jnp.asarray(shrinks, jnp.float32)
+    return search.best(
+        low, high, lambda i: factors[i], len(shrinks), refits, measure, weights,
+        bits=bits, zero_point=zero_point, **form,
+    )  # fmt: skip
 
 
 def _groups(

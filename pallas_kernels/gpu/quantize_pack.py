@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import grid
+from pallas_kernels import grid, search
 from pallas_kernels.gpu import triton, unpack
 from pallas_kernels.gpu.limits import SHARED_BYTES
 from pallas_kernels.gpu.triton import pallas_call, plgpu
@@ -103,7 +103,8 @@ def block_columns(problem: Problem) -> int:
     """The default columns per program.
 
     Registers hold, per weight of a group, its float32 and a carrier of every part (5 for 5 bits);
-    16 weights for each of 256 threads leave room for both.
+    16 weights for each of 256 threads leave room for both. With refits, the most that does not
+    spill is 8.
 
     Args:
       problem: What is asked for.
@@ -112,6 +113,8 @@ def block_columns(problem: Problem) -> int:
       A power of two from 16 to 128.
     """
     weights = 4096 if len(PLANES[problem.bits]) > 1 else 8192
+    if problem.refits:
+        weights = 2048
     return min(128, max(16, weights >> (problem.group_size - 1).bit_length()))
 
 
@@ -207,35 +210,43 @@ def quantize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The codes of a group's residual, its scales and its zero points; all float32."""
     nearest = functools.partial(unpack.nearest, interpret=facts.interpret)
-    fit: Any = functools.partial(
-        grid.fit, **facts.grid, nearest=nearest,
-        stored=functools.partial(unpack.as_stored, interpret=facts.interpret),
-    )  # fmt: skip
-    if "of_columns" in refs:
-        fit = functools.partial(fit, columns=load_row(refs["of_columns"], place))
+    form = facts.grid | {
+        "nearest": nearest,
+        "stored": functools.partial(unpack.as_stored, interpret=facts.interpret),
+        "columns": load_row(refs["of_columns"], place) if "of_columns" in refs else None,
+    }
     encode = functools.partial(grid.encode, bits=facts.bits, nearest=nearest)
     low, high = jnp.min(w, axis=0), jnp.max(w, axis=0)
-    shrink: Any = facts.shrinks[0]
-    if len(facts.shrinks) > 1:
-        h, real = None, place.real(row)
-        if "importance" in refs:
-            h = load(refs["importance"], (pl.ds(row, facts.depth),), real)[:, None]
-        elif real is not None:
-            # A zero point that is no whole number makes an error of padding, which counts nowhere.
-            h = real.astype(jnp.float32)[:, None]
+    if not facts.searched:
+        scales, zeros = grid.fit(low * facts.shrinks[0], high * facts.shrinks[0], **form)
+        return encode(w, scales[None, :], zeros[None, :]), scales, zeros
+    h, real = None, place.real(row)
+    if "importance" in refs:
+        h = load(refs["importance"], (pl.ds(row, facts.depth),), real)[:, None]
+    elif real is not None:
+        # A zero point that is no whole number makes an error of padding, which counts nowhere.
+        h = real.astype(jnp.float32)[:, None]
 
-        def attempt(i: Any, best: Any) -> Any:
-            factor = refs["shrinks"][i]
-            scales, zeros = fit(low * factor, high * factor)
-            scales, zeros = scales[None, :], zeros[None, :]
-            error = jnp.square(w - grid.decode(encode(w, scales, zeros), scales, zeros))
-            error = jnp.sum(error if h is None else h * error, axis=0)
-            better = error < best[0]
-            return jnp.where(better, error, best[0]), jnp.where(better, factor, best[1])
+    def total(rows: jax.Array) -> jax.Array:
+        return jnp.sum(rows, axis=0)
 
-        start = jnp.full_like(low, jnp.inf), jnp.full_like(low, facts.shrinks[0])
-        _, shrink = lax.fori_loop(0, len(facts.shrinks), attempt, start)
-    scales, zeros = fit(low * shrink, high * shrink)
+    def measure(scales: jax.Array, zeros: jax.Array, refitted: bool) -> Any:
+        s, z = scales[None, :], zeros[None, :]
+        codes = encode(w, s, z)
+        error = jnp.square(w - grid.decode(codes, s, z))
+        sums = search.terms(w, codes, z, h, zero_point=facts.zero_point) if refitted else ()
+        return total(error if h is None else h * error), tuple(map(total, sums))
+
+    weights = None
+    if facts.refits and facts.zero_point != "none":
+        weights = (
+            jnp.full_like(low, facts.group_size) if h is None else jnp.full_like(low, jnp.sum(h)),
+            total(w if h is None else h * w),
+        )
+    scales, zeros = search.best(
+        low, high, lambda i: refs["shrinks"][i], len(facts.shrinks), facts.refits, measure, weights,
+        **form,
+    )  # fmt: skip
     return encode(w, scales[None, :], zeros[None, :]), scales, zeros
 
 

@@ -53,6 +53,7 @@ class Rounding(Problem):
         exact = self.store_dtype == "float32"
         return (
             self.shrinks != (1.0,)
+            or self.refits > 0
             or self.coded
             or self.zero_point == "integer"
             or self.bits > (8 if exact else 5)
@@ -64,6 +65,24 @@ class Rounding(Problem):
         return self.coded and self.steps == 1 and not self.row_axes
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether all weights of a block are scaled and measured before the first is rounded.
+
+        Coded scales need a whole column's ranges. Refits are a loop over the groups, because it
+        would be too much code unrolled, and no other work fits into a loop.
+        """
+        return self.finds_columns or self.refits > 0
+
+    @property
+    def together(self) -> int:
+        """Groups of a step of the loop of refits.
+
+        Enough work to hide what is done once a group, and no more than registers can hold: what is
+        known of 16 groups of 256 columns takes four of the 64 registers each.
+        """
+        return min(self.groups, 2 * SUBLANES if self.group_size <= 64 else SUBLANES)
+
+    @property
     def padded_groups(self) -> int:
         """Rows that the scales of a block take in scratch."""
         return pl.cdiv(self.groups, SUBLANES) * SUBLANES
@@ -72,10 +91,11 @@ class Rounding(Problem):
         """The scratch arrays that `Rounder` takes, in order."""
         batch = min(self.groups, SUBLANES) * self.group_size
         # No code is chosen before all groups of a column are measured.
-        residual = (1, self.rows) if self.finds_columns else (2, batch)
+        residual = (1, self.rows) if self.keeps_all else (2, batch)
         kept = pltpu.VMEM((self.steps, self.padded_groups, self.columns), jnp.float32)
         arena = SUBLANES + 2 * SUBLANES * SUBLANES + self.k // 4
         per_row = pl.cdiv(self.k, LANES) * LANES
+        sums = self.columns // LANES, self.together * SUBLANES, LANES
         return [
             pltpu.VMEM((self.columns // LANES, arena, LANES), jnp.int32),
             pltpu.VMEM((*residual, self.columns), jnp.float32),
@@ -84,4 +104,5 @@ class Rounding(Problem):
             kept,
             pltpu.VMEM((per_row if self.scaled else SUBLANES, LANES), jnp.float32),
             pltpu.VMEM((per_row if self.weighed else SUBLANES, LANES), jnp.float32),
+            *([pltpu.VMEM((4, *sums), jnp.float32)] if self.refits else []),
         ]

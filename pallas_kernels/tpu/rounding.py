@@ -9,8 +9,9 @@ A block of ``rows`` is rounded in *batches* of up to eight groups, so that the g
 computed on full registers, in three passes: `Rounder.measure` finds each group's range,
 `Rounder.fit` its scale and zero point, `Rounder.encode` the codes. Coded scales are multiples of a
 number of their column: where a block has all of it, every group is measured before the first is
-fitted, and `Rounder.find_columns` stands between. When a column of blocks is complete,
-`Rounder.pack` merges the bytes of codes into bit planes, four codes to the operation.
+fitted, and `Rounder.find_columns` stands between. So it is with refits, which `Rounder.refit` makes
+before the first code. When a column of blocks is complete, `Rounder.pack` merges the bytes of codes
+into bit planes, four codes to the operation.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import grid
 from pallas_kernels.layout import PLANES
 from pallas_kernels.tpu.blocks import LANES, SUBLANES, Rounding
+from pallas_kernels.tpu.refit import Refits, as_stored, reduced
 from pallas_kernels.tpu.schedule import Piece
 
 _NEAREST = 1.5 * 2.0**23
@@ -104,19 +106,19 @@ class Rounder:
         for column in range(self.spec.columns // LANES):
             yield column, slice(column * LANES, (column + 1) * LANES)
 
-    def _per_row(self, which: int, row: int) -> jax.Array:
+    def _per_row(self, which: int, row: Any) -> jax.Array:
         g = self.spec.group_size
         start = row if self.spec.steps == 1 else pl.multiple_of(self.step * self.spec.rows + row, 8)
         return self.scratch[which][pl.ds(start, g), :]
 
-    def present(self, row: int, rows: int) -> jax.Array:
+    def present(self, row: Any, rows: int) -> jax.Array:
         """Which of the block's rows from ``row`` on are rows of the weight: bool ``[rows, 1]``."""
         index = lax.broadcasted_iota(jnp.int32, (rows, LANES), 0)
         return index < self.spec.d_in - self.step * self.spec.rows - row
 
     def _kept(self, batch: int, t: int) -> tuple[int, slice]:
         """Where `measure` leaves a group's weights."""
-        slot, row = (0, batch * SUBLANES + t) if self.spec.finds_columns else (batch % 2, t)
+        slot, row = (0, batch * SUBLANES + t) if self.spec.keeps_all else (batch % 2, t)
         return slot, slice(row * self.spec.group_size, (row + 1) * self.spec.group_size)
 
     def measure(self, batch: int, t: int) -> None:
@@ -138,9 +140,9 @@ class Rounder:
                 part *= factor
             self.scratch[1][(*self._kept(batch, t), lanes)] = part
             stacked = part.reshape(g // SUBLANES, SUBLANES, LANES)
-            for side, reduced in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
+            for side, extreme in enumerate((jnp.min(stacked, 0), jnp.max(stacked, 0))):
                 at = self._at((side * SUBLANES + t) * SUBLANES, SUBLANES)
-                self.arena[column, at, :] = pltpu.bitcast(reduced, jnp.int32)
+                self.arena[column, at, :] = pltpu.bitcast(extreme, jnp.int32)
 
     def _across(self, side: int, groups: int, column: int, combine: Callable) -> jax.Array:
         """Reduces sublanes: row t of the result is group t's."""
@@ -152,9 +154,7 @@ class Rounder:
             )
             for i in range(SUBLANES)
         ]
-        while len(rows) > 1:
-            rows = [combine(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-        return rows[0]
+        return reduced(rows, combine)
 
     def _ranges(self, batch: int, column: int) -> tuple[jax.Array, jax.Array]:
         """The least and the largest weights of a batch's groups."""
@@ -167,11 +167,16 @@ class Rounder:
     def _places(self, batch: int) -> slice:
         return slice(batch * SUBLANES, min((batch + 1) * SUBLANES, self.spec.groups))
 
+    @property
+    def _slot(self) -> Any:
+        """Which of the column's blocks' grids is this one's."""
+        return 0 if self.spec.steps == 1 else self.step
+
     def keep_ranges(self, batch: int) -> None:
         """Leaves a batch's ranges where its grid will be."""
         for column, lanes in self._lanes():
             for target, side in zip(self.scratch[3:5], self._ranges(batch, column), strict=True):
-                target[0, self._places(batch), lanes] = side
+                target[self._slot, self._places(batch), lanes] = side
 
     def find_columns(self) -> None:
         """What the scales of each column are multiples of, once all its ranges are kept."""
@@ -200,8 +205,18 @@ class Rounder:
             scales, zeros = within(low, high)
             self.scratch[3][self.step, self._places(batch), lanes] = scales
             self.scratch[4][self.step, self._places(batch), lanes] = zeros
-            for i, value in enumerate((1.0 / scales, zeros, scales)):
-                self.scratch[2][i, batch % 2, :groups, lanes] = value
+            self._open(batch, lanes, scales, zeros)
+
+    def _open(self, batch: int, lanes: slice, scales: jax.Array, zeros: jax.Array) -> None:
+        """Leaves a batch's grid for its codes."""
+        for i, value in enumerate((1.0 / scales, zeros, scales)):
+            self.scratch[2][i, batch % 2, : len(scales), lanes] = value
+
+    def open(self, batch: int) -> None:
+        """The grid of a batch that `refit` found, for its codes."""
+        for _, lanes in self._lanes():
+            kept = (self.scratch[i][self._slot, self._places(batch), lanes] for i in (3, 4))
+            self._open(batch, lanes, *kept)
 
     def _search(
         self, batch: int, groups: int, column: int, low: Any, high: Any, fit: Callable
@@ -215,14 +230,10 @@ class Rounder:
             for t in range(groups):
                 kept = self.scratch[1][(*self._kept(batch, t), lanes)]
                 scale, zero = scales[t : t + 1], zeros[t : t + 1]
-                codes = grid.encode(kept, scale, zero, bits=s.bits)
+                codes = grid.encode(kept, scale, zero, bits=s.bits, nearest=self._nearest)
                 error = jnp.square(kept - grid.decode(codes, scale, zero))
-                row = (batch * SUBLANES + t) * g
-                if s.weighed:
-                    error *= self._per_row(6, row)
-                elif s.d_in < s.k:
-                    # Of padding, a zero point that is no whole number makes an error.
-                    error = jnp.where(self.present(row, g), error, 0.0)
+                h = self._weight((batch * SUBLANES + t) * g)
+                error = error if h is None else h * error
                 total = jnp.sum(error.reshape(g // SUBLANES, SUBLANES, LANES), 0)
                 self.arena[column, self._at(t * SUBLANES, SUBLANES), :] = pltpu.bitcast(
                     total, jnp.int32
@@ -235,6 +246,30 @@ class Rounder:
         for shrink in s.shrinks:
             best = try_factor(jnp.float32(shrink), best)
         return best[1]
+
+    def refit(self) -> None:
+        """The grids of all groups of the block, the best of their ranges after their refits."""
+        _, residual, _, low, high, *_, sums = self.scratch
+        Refits(
+            spec=self.spec, residual=residual, ranges=(low, high), slot=self._slot, sums=sums,
+            of_columns=self.of_columns, weight=self._weight, nearest=self._nearest,
+        ).emit()  # fmt: skip
+
+    def _weight(self, row: Any) -> jax.Array | None:
+        """What a squared error costs in the rows of the group from ``row`` on; None is 1."""
+        s, g = self.spec, self.spec.group_size
+        if s.weighed:
+            return self._per_row(6, row)
+        if s.d_in < s.k:
+            # Of padding, a zero point that is no whole number makes an error.
+            return jnp.where(self.present(row, g), 1.0, 0.0)
+        return None
+
+    def _nearest(self, x: jax.Array) -> jax.Array:
+        """`jnp.round` of numbers below 2**22, in two operations of the vector unit."""
+        # A compiler that knew the number would add its negative to it, and leave out both.
+        magic = self.zero.astype(jnp.float32) + _NEAREST
+        return (x + magic) - magic
 
     def encode(self, batch: int, t: int) -> None:
         """The codes of group ``t`` of a batch, four to a word of the arena."""
@@ -312,17 +347,22 @@ class Rounder:
         def add(cost: float | int, piece: Callable, *args: int) -> None:
             found.append((cost * work, coded, lambda: piece(*args)))
 
-        first = range(batches) if s.finds_columns else (0,)
+        first = range(batches) if s.keeps_all else (0,)
         for b in first:
             for t in range(sizes[b]):
                 add(4, self.measure, b, t)
-            if s.finds_columns:
+            if s.keeps_all:
                 add(1, self.keep_ranges, b)
         if s.finds_columns:
             add(1, self.find_columns)
+        if s.refits:
+            add(0, self.refit)
         for b in range(batches):
-            add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
-            ahead = sizes[b + 1] if b + 1 < batches and not s.finds_columns else 0
+            if s.refits:
+                add(3, self.open, b)
+            else:
+                add(3 + 80 * s.searched * len(s.shrinks), self.fit, b)
+            ahead = sizes[b + 1] if b + 1 < batches and not s.keeps_all else 0
             for t in range(max(sizes[b], ahead)):
                 if t < sizes[b]:
                     coded += s.group_size
@@ -343,25 +383,6 @@ class Rounder:
                 cost = 24 / width * rows * s.columns / 1024
                 found.append((cost, s.rows, functools.partial(self.merge, plane, start, rows)))
         return found
-
-
-def as_stored(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`grid.as_stored` of float32 and bfloat16, which Mosaic cannot translate, on the bits.
-
-    Converted there and back, the simulator's XLA would drop both.
-
-    Args:
-      x: float32, finite.
-      dtype: float32 or bfloat16.
-
-    Returns:
-      As x.
-    """
-    if jnp.dtype(dtype) == jnp.float32:
-        return x
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    odd = lax.shift_right_logical(bits, jnp.int32(16)) & jnp.int32(1)
-    return lax.bitcast_convert_type((bits + jnp.int32(0x7FFF) + odd) & jnp.int32(-65536), x.dtype)
 
 
 def _turn(source: Any, target: Any) -> None:

@@ -119,14 +119,15 @@ def test_recipes_change_who_is_asked(cli_json):
 
 
 @pytest.mark.parametrize("chip", ["v5e", "h100"])
-def test_a_search_with_refits_says_that_no_kernel_does_it(cli_json, chip):
+def test_a_search_with_refits_has_the_kernels(cli_json, chip):
     options = ["--model", "qwen3-0.6b", "--chip", chip, "--set", "rounding.refits=2"]
     (found,) = cli_json("kernels", *options)
     rows = [r for r in found["kernels"] if r["kernel"] == "prefill_quantize"]
     assert rows
     for row in rows:
-        assert (row["implementation"], row["fallback"]) == ("xla", True)
-        assert row["reason"] == "there is no kernel for clip rounding with refits"
+        kernel = {"v5e": "tpu", "h100": "triton"}[chip]
+        assert (row["implementation"], row["fallback"]) == (kernel, False)
+        assert row["reason"] == f"the kernel for {chip}"
 
 
 def test_a_model_on_disk_here(cli_json, tiny):

@@ -23,7 +23,7 @@ from pallas_kernels.gpu import quantize_pack as triton
 from pallas_kernels.layout import PLANES, unpack
 from pallas_kernels.problem import rounding_problem
 from pallas_kernels.tpu import quantize_pack as mosaic
-from pallas_kernels.tpu import rounding
+from pallas_kernels.tpu import refit
 from pallas_kernels.tpu.activations import split3
 
 K, N, GROUP = 128, 128, 32
@@ -108,7 +108,7 @@ def test_codes_chosen_under_jit_are_the_oracles(what):
     )
 
 
-@pytest.mark.parametrize("stored", [grid.as_stored, rounding.as_stored])
+@pytest.mark.parametrize("stored", [grid.as_stored, refit.as_stored])
 def test_rounding_to_bfloat16_is_the_conversions(stored):
     rng = np.random.default_rng(1)
     words = rng.integers(0, 2**32, 4096, dtype=np.uint32)

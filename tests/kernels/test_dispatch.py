@@ -91,6 +91,8 @@ def test_packed_matmul_says_what_does_not_fit(changes, parts):
         ({"shrinks": ()}, {}, ["shrinks", "(0, 1]", "got ()"]),
         ({"shrinks": (1.0, 1.5)}, {}, ["shrinks", "(0, 1]", "1.5", "1 is the full range"]),
         ({"shrinks": (0.0,)}, {}, ["shrinks", "(0, 1]", "0.0"]),
+        ({"refits": -1}, {}, ["refits", "0 (none) to 100", "got -1", "2 to 4"]),
+        ({"refits": 101}, {}, ["refits", "0 (none) to 100", "got 101"]),
         ({"layer": 0}, {}, ["w", "3 axes with a layer", "[48, 24]", "pass layer="]),
         ({}, {"channel_scale": D[:3]}, ["channel_scale", "(48,)", "(3,)"]),
         ({}, {"importance": D[:3]}, ["importance", "(48,)", "(3,)"]),

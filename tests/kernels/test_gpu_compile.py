@@ -167,7 +167,8 @@ def test_coded_scales_compile(chip, coded):
         )
 
     kind = {"bits": bits, "group_size": 32, "zero_point": "float" if paired else ZEROS[i],
-            "store_dtype": "bfloat16", "scales": coded}  # fmt: skip
+            "store_dtype": "bfloat16", "scales": coded, "shrinks": (1.0, 0.8),
+            "refits": 1 + i}  # fmt: skip
 
     def quantize(x, w, d):
         return pallas_kernels.prefill_quantize(x, w, d, **kind, quantized=i > 0, **implementation)

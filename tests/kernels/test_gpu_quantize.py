@@ -324,6 +324,29 @@ def test_coded_scales(bits, group_size, d_in, n, zero_point, dtype, shrinks, sca
     assert np.all(np.abs(np.asarray(y, np.float64) - left @ weight) <= bound)
 
 
+@pytest.mark.parametrize(
+    ("bits", "group_size", "d_in", "zero_point", "scales", "weighed", "refits"),
+    [
+        (4, 32, 90, "float", "coded", True, 2),
+        (3, 48, 96, "none", "float", False, 1),
+        (2, 64, 128, "integer", "float", False, 3),
+    ],
+)
+def test_refits_are_the_oracles(bits, group_size, d_in, zero_point, scales, weighed, refits):
+    rng = np.random.default_rng(bits)
+    w = jnp.asarray(rng.standard_normal((1, d_in, 20)) ** 3, jnp.bfloat16)
+    h = jnp.asarray(rng.gamma(0.5, size=d_in), jnp.float32) if weighed else None
+    kind = {"bits": bits, "group_size": group_size, "zero_point": zero_point, "scales": scales,
+            "store_dtype": "bfloat16", "shrinks": (1.0, 0.8)}  # fmt: skip
+    got = pack(w, None, h, None, 0, **kind, refits=refits)
+    want = oracle(w[0], None, h, None, **kind, refits=refits)
+    plain = oracle(w[0], None, h, None, **kind)
+    assert np.any(np.asarray(stored_grid(*plain[1:], bits)[0] != stored_grid(*want[1:], bits)[0]))
+    # Sums of other order may choose another of two equally good grids.
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.mean(np.asarray(one) != np.asarray(other)) < 0.02
+
+
 ROUNDING = {"d_in": 1000, "n": 64, "bits": 4, "group_size": 32, "zero_point": "float",
             "shrinks": (1.0,), "scaled": True, "dtype": "bfloat16"}  # fmt: skip
 

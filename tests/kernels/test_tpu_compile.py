@@ -182,6 +182,7 @@ def test_coded_scales(chip, scales):
     text = compile_for(chip, call, shape((1 + 16 * i, k), "bfloat16"), *packed).as_text()
     assert calls(text)["packed_matmul"] == 1
     kind |= {"scales": scales, "store_dtype": "bfloat16", "shrinks": (1.0, 0.8)[: 1 + i % 2]}
+    kind["refits"] = 1 + i % 3
     weight = shape((2, k - 7, n), "bfloat16"), shape((k - 7,), "float32")
     call = functools.partial(pallas_kernels.quantize_pack, **kind, **common)
     text = compile_for(chip, call, *weight).as_text()

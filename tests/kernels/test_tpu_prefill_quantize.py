@@ -25,12 +25,12 @@ SEARCH = (1.0, 0.85, 0.7)
 
 
 def run(m, bits, zero_point, group, d_in, n, *, quantized, store="bfloat16", dtype="bfloat16",
-        w_dtype="bfloat16", cores=1, blocks=None, shrinks=(1.0,), scales="float",
+        w_dtype="bfloat16", cores=1, blocks=None, shrinks=(1.0,), refits=0, scales="float",
         **weight):  # fmt: skip
     kind = {"bits": bits, "group_size": group, "zero_point": zero_point}
     x = mixed_rows(m, m, d_in, dtype)
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=w_dtype, **weight)
-    kind |= {"store_dtype": store, "shrinks": shrinks, "scales": scales}
+    kind |= {"store_dtype": store, "shrinks": shrinks, "refits": refits, "scales": scales}
     problem, tiles = given.problem(x, **kind, quantized=quantized), None
     if blocks:
         tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
@@ -67,7 +67,7 @@ def test_every_width_and_grid(bits, zero_point, group, d_in, n, m, options, quan
 @pytest.mark.parametrize(
     ("bits", "zero_point", "group", "d_in", "quantized", "options"),
     [
-        (3, "float", 32, 96, True, {"shrinks": SEARCH, "weighed": True, "real": True}),
+        (3, "float", 32, 96, True, {"shrinks": SEARCH, "refits": 1, "weighed": True, "real": True}),
         (4, "none", 64, 128, False, {"shrinks": SEARCH}),
         (4, "float", 32, 90, True, {"rank": 3, "w_dtype": "float32"}),
         (5, "integer", 64, 192, False, {"rank": 2, "w_dtype": "float32"}),

@@ -17,10 +17,10 @@ SEARCH = (1.0, 0.85, 0.7)
 
 
 def run(bits, zero_point, group, d_in, n, store="bfloat16", dtype="bfloat16", *, cores=1,
-        blocks=None, shrinks=(1.0,), scales="float", **weight):  # fmt: skip
+        blocks=None, shrinks=(1.0,), refits=0, scales="float", **weight):  # fmt: skip
     kind = {"bits": bits, "group_size": group, "zero_point": zero_point}
     given = mixed_weight(d_in + n, d_in, n, **kind, dtype=dtype, **weight)
-    kind |= {"store_dtype": store, "shrinks": shrinks, "scales": scales}
+    kind |= {"store_dtype": store, "shrinks": shrinks, "refits": refits, "scales": scales}
     problem, tiles = given.problem(**kind), None
     if blocks:
         tiles = dataclasses.replace(kernel.default_blocks(problem), cores=cores, **blocks)
@@ -123,6 +123,22 @@ def test_blocks(bits, zero_point, group, d_in, n, cores, blocks, options):
 def test_coded_scales(bits, zero_point, group, d_in, blocks, options):
     options = {"scales": "coded"} | options
     run(bits, zero_point, group, d_in, 200, blocks=blocks, real=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("bits", "zero_point", "group", "d_in", "blocks", "options"),
+    [
+        (4, "float", 32, 90, None, {"scales": "coded", "weighed": True, "refits": 2}),
+        # Blocks of rows, and padding that nothing weighs.
+        (3, "none", 64, 250, {"rows": 128, "columns": 128}, {"shrinks": (0.9,), "refits": 1}),
+        # More groups than a step of the loop takes, and not a multiple of that.
+        (2, "integer", 128, 2176, None, {"shrinks": (1.0, 0.8), "weighed": True, "refits": 3}),
+        (5, "float", 32, 64, None, {"scales": "coded4", "refits": 1}),
+    ],
+)
+def test_refits(bits, zero_point, group, d_in, blocks, options):
+    options = {"shrinks": SEARCH} | options
+    assert run(bits, zero_point, group, d_in, 128, blocks=blocks, real=True, **options) < 20
 
 
 def test_nothing_and_constants_stay_what_they_are():

@@ -256,16 +256,17 @@ def _errors(weight, codes, s, z, group_size):
 
 
 def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shrinks=(1.0,),
-                 scales="float"):  # fmt: skip
+                 refits=0, scales="float"):  # fmt: skip
     """Holds packed codes to the reference's; returns how many differ, all of them near ties.
 
     A code may differ only where the weight lies between two codes up to what float32 makes of
     ``w / s + z``: three roundings and those of the target. Scales and zero points are the
-    reference's to the bit, unless a real low-rank product moved a group's range, or two range
-    factors' errors are equal up to rounding.
+    reference's to the bit, unless a real low-rank product moved a group's range, or two errors
+    between which a search chose are equal up to rounding.
     """
     problem = weight.problem(bits=bits, group_size=group_size, zero_point=zero_point,
-                             store_dtype=store_dtype, shrinks=shrinks, scales=scales)  # fmt: skip
+                             store_dtype=store_dtype, shrinks=shrinks, refits=refits,
+                             scales=scales)  # fmt: skip
     oracle = functools.partial(reference.quantize_pack, problem=problem)
     given = weight.w[LAYER], weight.channel_scale, weight.importance, weight.low_rank
     want = jax.jit(oracle)(*given)
@@ -284,13 +285,13 @@ def check_packed(got, weight, *, bits, group_size, zero_point, store_dtype, shri
     assert not np.any(differ & ~tie & ~other_grid), "a code differs, and no tie excuses it"
     if weight.whole:
         assert not np.any(differ[:, ::2] | other_grid[:, ::2]), "whole numbers are exact"
-    if len(shrinks) > 1:
+    if len(shrinks) > 1 or refits:
         (ours, blur), (theirs, _) = (
             _errors(weight, *grid, group_size)
             for grid in ((codes, s, z), (want_codes, want_s, want_z))
         )
         excused = np.repeat(np.abs(ours - theirs) <= 2 * blur, group_size, 0)
-        assert np.all(excused | ~other_grid), "not the best range factor"
+        assert np.all(excused | ~other_grid), "not the best of the search"
     elif weight.low_rank is not None and not weight.whole:
         moved = _moved(weight, want_s, want_z, bits, group_size, store_dtype)
         if scales == "coded":

@@ -263,8 +263,8 @@ def test_recipes_of_before_say_nothing_of_it_and_others_do():
     assert second.describe()["rounding"]["descents"] == 1
 
 
-def test_only_a_search_without_refits_has_a_kernel():
+def test_a_search_has_a_kernel_with_and_without_refits():
     assert has_kernel(Nearest())
     assert has_kernel(ClipSearch())
-    assert not has_kernel(ClipSearch(refits=1))
+    assert has_kernel(ClipSearch(refits=1))
     assert not has_kernel(SecondOrder())

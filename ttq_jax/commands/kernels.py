@@ -21,7 +21,6 @@ from ttq_jax.experts import rows_per_block
 from ttq_jax.mesh import check_rows, in_shape, parse, undivided
 from ttq_jax.models.prompt_attention import KERNELS, refusal
 from ttq_jax.partition import SPLITS, count, own_rows, own_shape, shared
-from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import Nearest
 from ttq_jax.quant.head import BLOCK, grid_of
 from ttq_jax.quant.names import quantizes_nothing
@@ -95,8 +94,7 @@ def listing(
                     "k": -(-d_in // group) * group, "n": d_out,
                 }  # fmt: skip
                 if quantizes and not shrinks:
-                    refits = " with refits" if isinstance(rounding, ClipSearch) else ""
-                    reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding{refits}"
+                    reason = f"there is no kernel for {RULE_NAMES[type(rounding)]} rounding"
                     rows.append({
                         **row,
                         "implementation": "xla",
@@ -108,6 +106,7 @@ def listing(
                     kernel=kernel, m=m, d_in=d_in, n=d_out, dtype=dtype, **grid.packing(d_in),
                     rank=recipe.low_rank.rank if quantizes else recipe.low_rank.total,
                     shrinks=shrinks if quantizes else (),
+                    refits=rounding.refits if quantizes and has_kernel(rounding) else 0,
                     quantized=kernel == "prefill_quantize" and recipe.prefill == "quantized",
                     scaled=not isinstance(recipe.scale, NoScale),
                     row_axes=split.rows if quantizes and split else (),

@@ -132,6 +132,7 @@ def _round_by_kernel(
     how: dict[str, Any] = {
         **ready.grid.packing(ready.stack.shape[-2]),
         "shrinks": rule.shrinks,
+        "refits": rule.refits,
         "layer": ready.layer,
         "split": ready.split,
     }
@@ -142,7 +143,7 @@ def _round_by_kernel(
 
 
 def _round_together(
-    ready: list[_Ready], moments: Moments | None, rule: ClipSearch | SecondOrder | HalfQuadratic
+    ready: list[_Ready], moments: Moments | None, rule: SecondOrder | HalfQuadratic
 ) -> list[QuantizedLinear]:
     """Roundings without a kernel; projections of one input, D and grid are one wide weight."""
     first, gram = ready[0], None
@@ -242,7 +243,7 @@ def quantize_site(
             if y is not None:
                 ys[name] = y
     else:
-        assert not isinstance(rounding, Nearest), "the kernels round to nearest"
+        assert not isinstance(rounding, Nearest | ClipSearch), "kernels round so"
         for names in _alike(ready, recipe):
             made = _round_together([ready[n] for n in names], moments, rounding)
             packed |= dict(zip(names, made, strict=True))

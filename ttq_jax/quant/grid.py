@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import grid as formula
+from pallas_kernels import search
+from pallas_kernels.reference import searched
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields, shown
 
@@ -206,16 +208,40 @@ def fit(
 
 def fit_scales(scales: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
     """Positive scales as the grid stores them; float32. Coded: the grid is from `for_weight`."""
-    columns = _columns(grid)
-    if columns is None:
-        found = formula.as_stored(scales, grid.store_dtype)
-        return jnp.where(found > formula.SMALLEST, found, 1.0)
-    return jnp.clip(jnp.round(scales / columns), 1.0, formula.most(grid.scales)) * columns
+    return search.fit_scales(scales, _columns(grid), **_stored(grid))
 
 
 def fit_zeros(zeros: Float[Array, "n_group d_out"], grid: Grid) -> Float[Array, "n_group d_out"]:
     """Zero points, in units of codes, as a grid with zero points stores them; float32."""
     return formula.fit_zeros(zeros, **_stored(grid))
+
+
+def search_ranges(
+    groups: Float[Array, "n_group rows n"],
+    importance: Float[Array, "n_group rows"],
+    grid: Grid,
+    shrinks: tuple[float, ...],
+    refits: int = 0,
+) -> tuple[Float[Array, "n_group n"], Float[Array, "n_group n"]]:
+    """The clip search as plain JAX, for roundings without a kernel.
+
+    Args:
+      groups: scaled weights, float32.
+      importance: h, what a squared error costs.
+      grid: from `for_weight`.
+      shrinks: factors on a group's range; the first of equally good ones wins.
+      refits: see `ClipSearch`.
+
+    Returns:
+      (scales, zeros), float32 with the values that are stored.
+    """
+    low, high = jnp.min(groups, axis=1), jnp.max(groups, axis=1)
+    if len(shrinks) == 1 and not refits:
+        return fit_range(low * shrinks[0], high * shrinks[0], grid)
+    return searched(
+        groups, importance[..., None], low, high, shrinks=shrinks, refits=refits,
+        columns=_columns(grid), **_stored(grid),
+    )  # fmt: skip
 
 
 def write(
@@ -270,3 +296,4 @@ class Nearest:
     powers: ClassVar[tuple[float, ...]] = ()
     span: ClassVar[int] = 0
     shrinks: ClassVar[tuple[float, ...]] = (1.0,)  # the whole range
+    refits: ClassVar[int] = 0

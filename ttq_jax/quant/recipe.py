@@ -231,7 +231,7 @@ RULES: dict[str, dict[str, type]] = {
 
 def has_kernel(rounding: Any) -> TypeGuard[KernelRounding]:
     """Whether kernels round so; the others are plain JAX."""
-    return isinstance(rounding, Nearest | ClipSearch) and not getattr(rounding, "refits", 0)
+    return isinstance(rounding, Nearest | ClipSearch)
 
 
 RULE_NAMES = {rule: name for rules in RULES.values() for name, rule in rules.items()}

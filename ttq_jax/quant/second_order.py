@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import check_fields
-from ttq_jax.quant.clip import check_refits, search_ranges, shrink_factors
-from ttq_jax.quant.grid import Grid, decode, encode, split_groups
+from ttq_jax.quant.clip import check_refits, shrink_factors
+from ttq_jax.quant.grid import Grid, decode, encode, search_ranges, split_groups
 
 Refit = Callable[[Float[Array, "rows n"], Int[Array, ""]], tuple[Array, Array]]
 
