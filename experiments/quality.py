@@ -295,7 +295,8 @@ def report(args: argparse.Namespace) -> None:
         )
     counts = args.windows if len(args.windows) > 1 else len(files) * (args.windows or [None])
     for (model, rows), windows in zip(files.items(), counts, strict=True):
-        found[model] = gaps(rows, windows)
+        wanted = {"none", *args.only} if args.only else {name for name, _ in rows}
+        found[model] = gaps({key: row for key, row in rows.items() if key[0] in wanted}, windows)
         reference = found[model].get(args.reference)
         corpora = next(iter(found[model].values()))["by_corpus"]
         cells = [
@@ -338,6 +339,7 @@ def main() -> None:
         default=[],
         help="only the first of each corpus; one number, or one for each model in the files' order",
     )
+    two.add_argument("--only", nargs="*", default=[], metavar="NAME", help="only these recipes")
     two.add_argument("--times", nargs="*", type=Path, default=[], help="from time, per model")
     two.add_argument("--picture", type=Path)
     two.set_defaults(run=report)

@@ -11,17 +11,19 @@ from small import OPT, prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.config import ConfigError
 from ttq_jax.generate import answer, generate_tokens, read
-from ttq_jax.linear import linear
+from ttq_jax.linear import dense_weight, linear
 from ttq_jax.mesh import make_mesh, parse
+from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.partition import on, param_specs, put, shard
 from ttq_jax.quant.head import pack_head
 from ttq_jax.quant.recipe import preset
 from ttq_jax.quant.scaling import SearchedAlpha
-from ttq_jax.quant.tree import check_selection, static_factors
+from ttq_jax.quant.tree import check_selection, quantize_tree, static_factors
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import Sampling
+from ttq_jax.sites import observing
 from ttq_jax.types import Offline, kernels
 
 # Every device has a whole group of 32 input channels of o and of down, at eight devices too.
@@ -134,6 +136,44 @@ def test_drafts_and_prompts_of_their_own_are_shared_too(how):
     lengths, sizes = ([20], {"model": 2}) if how == "speculate" else ([20, 9, 13, 30], WHOLE)
     alone, shared = both(sizes, config, recipe, random_rows(lengths, vocab=104), run)
     jax.tree.map(np.testing.assert_array_equal, shared, alone)
+
+
+@pytest.mark.slow
+def test_where_gptq_amplifies_rounding_one_device_does_the_same():
+    """A mesh adds in another order; a Gram matrix of few tokens with little damping turns codes.
+
+    As many turn on one device whose weights differ by 1e-7, and hardly one with fewer channels.
+    """
+    config, recipe = small_config(**BASE), preset("gptq", bits=3, group_size=32)
+
+    @jax.jit
+    def rounded(params, prompts):
+        cache = empty_cache(config, *prompts.tokens.shape, jnp.float32)
+        see = observing(prompts.valid, recipe.reads)
+        seen = forward(config, params, prompts.tokens, prompts.valid, cache, project=see)[2]
+        return quantize_tree(params, recipe, seen, {})
+
+    def dense(tree):
+        found = jax.device_get(kernels(tree["layers"]))
+        return {name: jax.vmap(dense_weight)(kernel) for name, kernel in found.items()}
+
+    params, prompts = small_params(config), prompts_of(random_rows([20, 20], vocab=104), 32)
+    alone = dense(rounded(params, prompts))
+
+    def turned(tree):
+        return {name: np.mean(abs(w - alone[name]) > 1e-3) for name, w in dense(tree).items()}
+
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    moved = jax.tree.map(lambda a, k: a * (1 + 1e-7 * jax.random.normal(k, a.shape)), params, keys)
+    nearly = turned(rounded(moved, prompts))
+    mesh = make_mesh({"model": 8}, config)
+    with on(mesh):
+        shared = turned(rounded(shard(params, mesh), put(jax.device_get(prompts))))
+    few = {"o", "down"}  # 256 channels, 40 tokens
+    meshed, perturbed = (sum(found[name] for name in few) for found in (shared, nearly))
+    assert 0 < meshed < 5 * perturbed < 0.2
+    assert all(max(shared[name], nearly[name]) < 1e-3 for name in shared.keys() - few)
 
 
 def test_a_device_has_its_share_of_every_weight():

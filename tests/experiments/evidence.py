@@ -95,14 +95,16 @@ def _():
 
 @evidence("An embedding in eight bits changes perplexity by no more than a few thousandths")
 def _():
-    rows = quality.Results(RESULTS / "packed_tables_smollm2.jsonl").read()
-    over = quality.gaps(rows, 8, "fast-h0")
-    table = [["recipe", "bits of the embedding", "perplexity over `fast-h0`, minus 1",
+    table = [["model", "bits of the embedding", "perplexity over that with it as it is, minus 1",
               *CORPORA.values()]]  # fmt: skip
-    for width in (8, 5, 4):
-        one = over[f"fast-h{width}"]
-        parts = [f"{one['by_corpus'][c]:+.3f}" for c in CORPORA]
-        table.append([f"`fast-h{width}`", str(width), quality.interval(one), *parts])
+    for model, name in [("smollm2", "fast-h{}"), ("gemma3", "fast-asym-coded-h{}-p1-f4")]:
+        rows = quality.Results(RESULTS / f"packed_tables_{model}.jsonl").read()
+        over = quality.gaps(rows, 8, name.format(0))
+        for width in (8, 5, 4):
+            one = over[name.format(width)]
+            parts = [f"{one['by_corpus'][c]:+.3f}" for c in CORPORA]
+            said = {"smollm2": "SmolLM2", "gemma3": "Gemma3"}[model]
+            table.append([said, str(width), quality.interval(one), *parts])
     return [table], []
 
 
@@ -155,6 +157,15 @@ def _():
         ]:  # fmt: skip
             row = beside([codes, ranges, refits], base, f"{base}{suffix}")
             table += [row] if set(row[3:]) != {"—"} else []
+    return [table], []
+
+
+@evidence("At 4 bits, a second stream through the quantized layers gains nothing that 40 windows show")
+def _():
+    base, both = "fast-asym-coded-h0-p1-f4", "fast-asym-coded-h0-both-a5-k30-p1-f4"
+    table = [["prompt is read", *BESIDE]]
+    for read_by, name in [("once", base), ("in two streams", both)]:
+        table.append(beside([read_by], base, name))
     return [table], []
 
 
