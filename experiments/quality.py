@@ -1,16 +1,19 @@
 """How much of the unquantized model each recipe keeps, at how many bits, in how much time.
 
-Claim     with bfloat16 scales `fast` leaves two fifths of the gap of TTQ at 3 bits with 16 ranks,
-          `best` (on SmolLM2 without its prior) three tenths or less, at 4.27 stored bits of the
-          linear layers against 4.76 (SmolLM2) and 4.62 (Gemma3); with scales in eight bits, as they
-          are now, `fast` leaves about a quarter. All read the prompt unquantized.
+Claim     `fast`, the default, leaves about a fifth of the gap of TTQ at 3 bits with 16 ranks, at
+          4.30 stored bits of the linear layers against 4.76 (SmolLM2) and 4.62 (Gemma3). `best`
+          with bfloat16 scales (on SmolLM2 without its prior) leaves three tenths or less at 4.27.
+          All read the prompt unquantized.
 Command   python experiments/quality.py measure --model smollm2 --corpus wikitext2=FILE
               --corpus python --recipe paper-3 --recipe best-3 … --windows 40
               --out experiments/results/quality_smollm2.jsonl
           … --windows 6 --prompt-tokens 16 --window 272
               --out experiments/results/quality_smollm2_p16.jsonl
-          python experiments/quality.py report experiments/results/quality_{smollm2,gemma3}.jsonl
-              --windows 40 --picture experiments/results/frontier.svg
+          python experiments/quality.py report
+              experiments/results/{quality,default}_{smollm2,gemma3}.jsonl --windows 40
+              --only ttq-3 ttq-3-r16 awq-4-g64-sym@c4 gptq-4-g64-sym@c4 best-n0 best
+              fast-p1-f4-h0 experiments/recipes/gemma3_5.01.toml
+              --picture experiments/results/frontier.svg
           python experiments/quality.py time --model smollm2 --recipe fast …
               --out experiments/results/prefill_times_smollm2.json
           ttq allocate --model smollm2 --corpus C4_TRAIN --recipe best --group-size 192

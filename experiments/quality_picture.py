@@ -21,7 +21,9 @@ def said(name: str, recipe: dict) -> str:
         values["rank"] = recipe["low_rank"]["rank"]
     if calibration := name.partition("@")[2]:
         values["calibration"] = calibration
-    return label(values, list(values)[1:]) + ", no prior" * ("-n0" in name)
+    before = recipe["grid"].get("scales", "float") == "float" and values["recipe"] == "best"
+    more = ", no prior" * ("-n0" in name) + ", bfloat16 scales" * before
+    return label(values, list(values)[1:]) + more
 
 
 def draw(found: dict[str, dict], path: Path) -> None:

@@ -16,8 +16,11 @@ import query_projection  # noqa: E402
 COMMANDS = {
     "frontier": (
         quality,
-        ["report", *(RESULTS / f"quality_{m}.jsonl" for m in ("smollm2", "gemma3")),
-         "--windows", "40"],
+        ["report", *(RESULTS / f"{kind}_{m}.jsonl" for kind in ("quality", "default")
+                     for m in ("smollm2", "gemma3")),
+         "--windows", "40", "--only", "ttq-3", "ttq-3-r16", "awq-4-g64-sym@c4",
+         "gptq-4-g64-sym@c4", "best-n0", "best", "fast-p1-f4-h0",
+         "experiments/recipes/gemma3_5.01.toml"],
     ),
     "query_projection": (
         query_projection,
