@@ -39,8 +39,9 @@ def draw(found: dict[str, dict], path: Path) -> None:
             value, ends = one["gap"][0], one["interval"]
             reach = None if ends is None else np.abs(np.subtract(ends, 1 + value))[:, None]
             axis.errorbar(one["bits"], value, yerr=reach, **style)
-            # GPTQ, without a channel scale, lies a little to the left of its neighbours.
-            left = family == "gptq" or one["bits"] == max(o["bits"] for o in shown.values())
+            # They lie a little to the left of their neighbours.
+            last = max(o["bits"] for o in shown.values())
+            left = family in {"gptq", "best"} or one["bits"] == last
             axis.annotate(
                 textwrap.fill(said(name, one["recipe"]), 26), (one["bits"], value),
                 xytext=(-7 if left else 7, 0), textcoords="offset points", fontsize=8,

@@ -323,7 +323,7 @@ PRESETS: dict[str, Preset] = {
     "best": Preset(
         recipe=Recipe(moments=_BLEND, rounding=SecondOrder(act_order=True), grid=_WIDE, head=8),
         about="second-order rounding from the prompt, groups of 64",
-        cost="13 prefills of 256 tokens (CPU), at any length",
+        cost="15 prefills of 256 tokens (CPU), at any length",
         use="for long answers or the best quality",
     ),
 }
