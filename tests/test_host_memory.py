@@ -116,6 +116,7 @@ def test_answers_are_the_same(case, on_mesh):
     assert device == host
 
 
+@pytest.mark.slow
 @ON
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_measurements_are_the_same(experts, on_mesh):

@@ -37,6 +37,7 @@ def run(tiny, *options):
     return status, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_methods_under_both_protocols(tiny, capsys):
     calibration = f"c={tiny[0] / 'text.txt'}"
     methods = ["awq@c", "ttq-r8"]

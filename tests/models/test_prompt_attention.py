@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from compilers import needs_compilers
 from jax.sharding import AbstractMesh, use_abstract_mesh
-from marks import slow_but
 from small import small_config, small_params
 
 from pallas_kernels.choice import Target
@@ -109,6 +108,7 @@ def test_a_model_reads_its_prompt_with_it(monkeypatch):
     assert len(calls) == 1, "what follows a prompt sees the cache"
 
 
+@pytest.mark.slow
 @needs_compilers
 def test_tpus_compile_it_under_every_switch():
     """Mosaic has no 64-bit integers, and refuses more than one pass over bfloat16."""
@@ -135,8 +135,9 @@ SLICES = {
 }
 
 
+@pytest.mark.slow
 @needs_compilers
-@pytest.mark.parametrize("case", slow_but(SLICES, ("prompts",)))
+@pytest.mark.parametrize("case", SLICES)
 def test_a_slice_of_tpus_runs_it_without_gathering(case):
     sizes, how = SLICES[case]
     config = small_config(
