@@ -316,7 +316,7 @@ PRESETS: dict[str, Preset] = {
             grid=_WIDE,
             head=8,
         ),
-        about="TTQ in groups of 64, scales fitted to their codes, and a prior",
+        about="TTQ in groups of 64 with fitted scales and a prior",
         cost="as ttq, with more arithmetic per weight",
         use="the default",
     ),
