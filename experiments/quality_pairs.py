@@ -2,7 +2,7 @@
 
 Claim     fitting scales and zero points to their codes lowers perplexity at the same stored bits.
 Command   python experiments/quality_pairs.py experiments/results/better_codes_smollm2.jsonl
-              --over fast-asym-coded-h0 --windows 8
+              --over fast-asym-coded-h0-p5-f0 --windows 8
 Cost      none: it reads what `quality.py measure` wrote.
 Expect    a row per recipe: its perplexity over the other's on the same windows, minus 1, mean over
           the corpora, with a 95 % interval (Student's t). One without 0 is a difference.

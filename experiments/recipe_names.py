@@ -1,4 +1,4 @@
-"""Recipes by short names, as `fast-3-g32-asym-coded-h0-f4`, for the commands that compare many."""
+"""Recipes by short names, as `fast-3-g32-h0-p5-f4`, for the commands that compare many."""
 
 from typing import Any
 

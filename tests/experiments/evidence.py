@@ -13,7 +13,6 @@ from kept import (
     GEMMA3,
     RESULTS,
     SMOLLM2,
-    along,
     bits,
     gap,
     gaps,
@@ -100,10 +99,12 @@ def _():
     ]
     table = [["codes", "floating-point scales: bits", "gap", "coded scales: bits", "gap"]]
     for codes, *both in pairs:
-        table.append([codes, *(f(file, 8, f"{n}-h0") for n in both for f in (bits, gap))])
+        rounds = "-p5-f0" if both[0].startswith("fast") else ""
+        names = [f"{name}-h0{rounds}" for name in both]
+        table.append([codes, *(of(file, 8, name) for name in names for of in (bits, gap))])
     now = [["recipe", "bits", "mean gap", *CORPORA.values()]]
     file = "default_smollm2.jsonl"
-    for name in ("fast", "fast-asym-coded-h0"):
+    for name in ("fast", "fast-asym-coded-h0-p5-f0"):
         parts = gaps(file, 40)[name]["by_corpus"]
         cells = [f"{parts[c]:.3f}" for c in CORPORA]
         now.append([f"`{name}`", bits(file, 40, name), gap(file, 40, name), *cells])
@@ -114,7 +115,7 @@ def _():
 def _():
     table = [["model", "bits of the embedding", "perplexity over that with it as it is, minus 1",
               *CORPORA.values()]]  # fmt: skip
-    for model, name in [("smollm2", "fast-h{}"), ("gemma3", "fast-asym-coded-h{}-p1-f4")]:
+    for model, name in [("smollm2", "fast-h{}-p5-f0"), ("gemma3", "fast-asym-coded-h{}-p1-f4")]:
         rows = quality.Results(RESULTS / f"packed_tables_{model}.jsonl").read()
         over = quality.gaps(rows, 8, name.format(0))
         for width in (8, 5, 4):
@@ -165,14 +166,14 @@ BESIDE = [side for model in ("SmolLM2", "Gemma3")
 @evidence("Scales and zero points fitted to their codes: less gap at the same stored bits")
 def _():
     table = [["codes", "ranges tried", "refits of each", *BESIDE]]
-    for codes, base in [
+    for codes, grid in [
         ("4 bits, groups of 64", "fast-asym-coded-h0"),
         ("3 bits, groups of 32", "fast-3-g32-asym-coded-h0"),
     ]:
         for suffix, ranges, refits in [
-            ("", "5", "0"), ("-p1-f4", "1", "4"), ("-p3-f2", "3", "2"), ("-f4", "5", "4"),
+            ("p5-f0", "5", "0"), ("p1-f4", "1", "4"), ("p3-f2", "3", "2"), ("p5-f4", "5", "4"),
         ]:  # fmt: skip
-            row = beside([codes, ranges, refits], base, f"{base}{suffix}")
+            row = beside([codes, ranges, refits], f"{grid}-p5-f0", f"{grid}-{suffix}")
             table += [row] if set(row[3:]) != {"—"} else []
     return [table], []
 
@@ -188,7 +189,7 @@ def _():
 
 @evidence("With an importance matrix, llama.cpp's 4-bit formats are ahead of `fast`")
 def _():
-    file, ours = "frontier_smollm2.jsonl", ("fast-asym-coded-h0", "fast-p1-f4-h0")
+    file, ours = "frontier_smollm2.jsonl", ("fast-asym-coded-h0-p5-f0", "fast-p1-f4-h0")
     found = gaps(file, 16)
     found |= {name: gaps("default_smollm2.jsonl", 16)[name] for name in ours}
     table = [["codes", "importance", "bits", "gap"]]
@@ -351,76 +352,4 @@ def _():
         learns = "yes" if name.startswith("learned") else "no"
         one = found[name]
         table.append([label, learns, quality.interval(one), quality.ratio(one, found["ttq"])])
-    return [table], []
-
-
-@evidence("The paper's Table 1: AWQ shows no trend with its calibration tokens")
-def _():
-    table = [["gap, causal", "SmolLM2", "Gemma3"]]
-    one, two = (results_of(f"table1_{model}", "causal") for model in ("smollm2", "gemma3"))
-    table.append(["TTQ, no calibration", *(r["TTQ as published"]["gap"] for r in (one, two))])
-    for power in range(11, 18):
-        label = f"AWQ calibrated on {2**power} tokens"
-        both = [rows.get(name, {}).get("gap", "—")
-                for rows, name in ((one, f"{label} of C4"), (two, label))]  # fmt: skip
-        table.append([f"AWQ, {2**power} tokens of C4", *both])
-    return [table], []
-
-
-@evidence("The paper's Table 2: larger groups cost TTQ about what they cost AWQ")
-def _():
-    sizes = ["8", "16", "32", "64", "128", "512"]
-    table = [["gap, causal", *(f"group {size}" for size in sizes)]]
-    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
-        rows = along(f"table2_{name}", "group size", "causal")
-        for label, key in (("RTN", "RTN"), ("AWQ", "AWQ"), ("TTQ", "TTQ as published")):
-            table.append([f"{model}, {label}", *(rows[key][size] for size in sizes)])
-    return [table], []
-
-
-@evidence("The paper's Table 3: its order of methods is found at 2 and 3 bits")
-def _():
-    table = [["gap at 3 bits, window / causal", "RTN", "AWQ", "TTQ", "TTQ, 16 ranks"]]
-    for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
-        both = [results_of(f"table3_{name}", p) for p in ("window", "causal")]
-        table.append([model] + [
-            " / ".join(rows[key]["gap"].split()[0] for rows in both)
-            for key in ("RTN, 3-bit", "AWQ, 3-bit", "TTQ as published, 3-bit, no ranks",
-                        "TTQ as published, 3-bit, rank 16")
-        ])  # fmt: skip
-        for rows in both:
-            for width in (2, 3):
-                order = [float(rows[label.format(width)]["gap"].split()[0]) for label in (
-                    "RTN, {}-bit", "AWQ, {}-bit", "TTQ as published, {}-bit, rank 16"
-                )]  # fmt: skip
-                assert order == sorted(order, reverse=True)
-    return [table], []
-
-
-@evidence("The paper's Figure 2: α near 0.5; λ and p hardly matter")
-def _():
-    tables = []
-    for axis, fixed in (("α", "λ 0.4, p 2"), ("λ", "α 0.5, p 2"), ("p", "α 0.5, λ 0.4")):
-        table = []
-        for model, name in (("SmolLM2", "smollm2"), ("Gemma3", "gemma3")):
-            row = along(f"figure2_{name}", axis, "causal")[f"TTQ as published, {fixed}"]
-            if not table:
-                table.append([axis, *list(row)[1:]])
-            table.append([model, *list(row.values())[1:]])
-        tables.append(table)
-    return tables, ["0.5", "0.4"]
-
-
-@evidence("The paper's Tables 4 to 8: the query projection, over a dense one")
-def _():
-    table = [["decoding over dense", *(f"{chip}, {w} bits" for chip in ("v5e", "v6e", "CPU")
-                                       for w in (2, 3, 4))]]  # fmt: skip
-    chips = {c: read(f"query_projection_{c}.json")["records"] for c in ("v5e", "v6e", "cpu")}
-    for model in dict.fromkeys(r["model"] for r in chips["v5e"]):
-        for rank in (0, 16):
-            table.append([f"{model}, r = {rank}"])
-            for records in chips.values():
-                for width in (2, 3, 4):
-                    (one,) = [r for r in records if (r["model"], r["bits"]) == (model, width)]
-                    table[-1].append(f"{one['decode'][f'ttq r={rank}']['speedup']:.2f}")
     return [table], []

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-import evidence_speed  # noqa: F401  registers its claims
+import evidence_paper  # noqa: F401  registers its claims
+import evidence_speed  # noqa: F401  and these
 import pytest
 from evidence import EVIDENCE
 from kept import read

@@ -311,7 +311,8 @@ PRESETS: dict[str, Preset] = {
     "fast": Preset(
         recipe=Recipe(
             moments=_BLEND,
-            # Refits from the whole range leave less error than a search over ranges without.
+            # Refits from the whole range leave less error than a search over ranges without. The
+            # smallest range is for who asks for more steps.
             rounding=ClipSearch(steps=1, smallest=0.6, refits=4),
             grid=_WIDE,
             head=8,
