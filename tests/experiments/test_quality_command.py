@@ -174,12 +174,32 @@ def test_names_are_recipes(tmp_path):
         assert (prior.prior, prior.prior_tokens) == wanted
     fitted = quality.recipe_named("best-h0-f4-d2").rounding
     assert (fitted.refits, fitted.descents) == (4, 2)
+    both = quality.recipe_named("fast-p3-f2-both-a5-k30")
+    assert (both.rounding.steps, both.rounding.refits, both.prefill) == (3, 2, "both")
+    assert (both.correction.strength, both.correction.damping) == (0.5, 3.0)
+    assert quality.recipe_named("best-m10").rounding.damping == 1.0
     file = tmp_path / "mine.toml"
     ttq_jax.save_recipe(file, made)
     assert quality.recipe_named(str(file)) == made
     for bad in ("bets-3", "best-x", "best-gg"):
         with pytest.raises(SystemExit, match=r"expected FILE\.toml or PRESET"):
             quality.recipe_named(bad)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f"{kind}_{model}.jsonl" for kind in ("better_codes", "default", "packed_tables")
+     for model in ("smollm2", "gemma3")] + ["coded_scales_smollm2.jsonl"],
+)  # fmt: skip
+def test_names_of_kept_rows_still_are_their_recipes(file):
+    """But for `fast`, which stands in one file for the default as it was with bfloat16 scales."""
+    rows = quality.Results(EXPERIMENTS / "results" / file).read().values()
+    named = {row["recipe_name"]: row["recipe"] for row in rows}
+    others = {
+        name for name, described in named.items()
+        if (recipe := quality.recipe_named(name)) and recipe.describe() != described
+    }  # fmt: skip
+    assert others == ({"fast"} if file == "default_smollm2.jsonl" else set())
 
 
 def test_windows_are_spread_and_more_of_them_keep_the_first():
