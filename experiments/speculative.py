@@ -6,8 +6,9 @@ Command   python experiments/speculative.py check --model smollm2 --corpus wikit
           python experiments/speculative.py time --model smollm2
               --out experiments/results/speculative_times_smollm2.json
 Cost      SmolLM2 on 2 cores: `check` of 200 prompts ten minutes for each number of drafts beside
-          other work, `time` of 3 prompts and 3 numbers of drafts 2 minutes; "auto" adds the
-          compilation of one more program per length of prompt.
+          other work; started again with the same command, it goes on after the last row of the
+          file. `time` of 3 prompts and 3 numbers of drafts 2 minutes; "auto" adds the compilation
+          of one more program per length of prompt.
 Expect    `check` prints a row per number of drafts and batch: answers that differ from the
           unquantized model's, and how close the two likeliest tokens were where they part; `time`
           a row per number of drafts, and for "auto", whose cycles choose it by costs that are
@@ -49,7 +50,7 @@ from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.calibrate import prepare
 
 WINDOW = 240
-CASES = ((1, 5), (2, 5), (4, 1), (4, 2), (4, 5), (8, 5), (16, 5))
+CASES = ((1, 5), (2, 5), (4, 5), (8, 5), (4, 1), (4, 2), (16, 5))
 """(drafts per cycle, batch)."""
 NEAR = 1e-5
 
@@ -79,6 +80,15 @@ def closeness(model: ttq.Model, prompt: str, answer: list[int]) -> float:
     return float((first - second) / abs(first))
 
 
+def rows_of(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file, if they were made of the same things; no rows otherwise."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    rows = found.pop("rows")
+    return rows if found == json.loads(json.dumps(about)) else []
+
+
 def check(args: argparse.Namespace) -> None:
     """Compares answers with those of the unquantized model."""
     check_destination(args.out, parents=True)
@@ -86,20 +96,28 @@ def check(args: argparse.Namespace) -> None:
     recipe = recipe_named(args.recipe)
     prompts, hashes = prompts_of(model, args.corpus, args.prompts)
     offline = prepare(model, recipe)
-    plain = {
-        batch: ttq.generate(
-            model, prompts, recipe=None, max_new_tokens=args.tokens, batch_size=batch
-        ).tokens
-        for batch in sorted({batch for _, batch in CASES})
-    }
-    rows = []
+    about = {
+        "model": args.model, "recipe_name": args.recipe, "recipe": recipe.describe(),
+        "tokens_each": args.tokens, "corpora_sha256": hashes, "device": device(),
+        "versions": versions(),
+    }  # fmt: skip
+    rows = rows_of(args.out, about)
+    plain = functools.cache(
+        lambda batch: (
+            ttq.generate(
+                model, prompts, recipe=None, max_new_tokens=args.tokens, batch_size=batch
+            ).tokens
+        )
+    )
     for drafts, batch in CASES:
+        if (drafts, batch, len(prompts)) in {(r["drafts"], r["batch"], r["answers"]) for r in rows}:
+            continue
         made = ttq.generate(
             model, prompts, recipe=recipe, offline=offline, max_new_tokens=args.tokens,
             batch_size=batch, speculate=drafts,
         )  # fmt: skip
         apart = []
-        for prompt, ours, theirs in zip(prompts, made.tokens, plain[batch], strict=True):
+        for prompt, ours, theirs in zip(prompts, made.tokens, plain(batch), strict=True):
             if ours != theirs:
                 same = next(
                     (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
@@ -112,12 +130,7 @@ def check(args: argparse.Namespace) -> None:
             "near_ties": sum(gap < NEAR for gap in apart), "closeness": apart, **total.describe(),
         })  # fmt: skip
         print(f"{drafts} drafts, batches of {batch}: {rows[-1]}", flush=True)
-        found = {
-            "model": args.model, "recipe_name": args.recipe, "recipe": recipe.describe(),
-            "tokens_each": args.tokens, "corpora_sha256": hashes, "rows": rows,
-            "device": device(), "versions": versions(),
-        }  # fmt: skip
-        write_file(args.out, json.dumps(found, indent=1) + "\n", parents=True)
+        write_file(args.out, json.dumps({**about, "rows": rows}, indent=1) + "\n", parents=True)
 
 
 def measure_times(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """Cycles that choose their number of drafts: the choice, and that it changes no answer."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import pytest
 from small import in_host, prompts_of, random_rows, small_config, small_params
 from test_speculation import model_of
 
-from ttq_jax import speculation
+from ttq_jax import measured_drafts, speculation
 from ttq_jax.config import ConfigError
 from ttq_jax.draft_costs import FADE, LENGTHS, PRIOR, DraftCosts, choose, faded
 from ttq_jax.generation import Drafts
@@ -170,20 +169,30 @@ def test_costs_are_measured_by_the_program_that_answers():
     answers(prompts, ONLY[0])
     compiled = go_on._cache_size()
     first, state = begun(prompts)
-    ticks = itertools.count()
+    now, calls = [0.0], []
+    fixed, each = 7.0, {0: 1.0, 2: 1.5, 5: 2.25}
+
+    def timed(*operands, **static):
+        found = go_on(*operands, **static)
+        chosen = SHORT[int(np.argmin(operands[-1]))]
+        passes = int(np.max(found[1].passes))
+        now[0] += fixed + passes * each[chosen]
+        calls.append((chosen, passes))
+        return found
+
     # The measurement chooses among `LENGTHS`; `SHORT` stands in for them here.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttq_jax.measured_drafts.LENGTHS", SHORT)
-        patch.setattr("ttq_jax.measured_drafts.DraftCosts", tuple)
-        seconds = measure(PARAMS, Offline(), first, state, how(), clock=lambda: next(ticks))
-        assert next(ticks) == 2 * (1 + RUNS * len(SHORT))
-        again = measure(PARAMS, Offline(), first, state, how(), clock=lambda: next(ticks))
-    assert again is seconds
+        patch.setattr(measured_drafts, "LENGTHS", SHORT)
+        patch.setattr(measured_drafts, "DraftCosts", tuple)
+        patch.setattr(measured_drafts, "go_on", timed)
+        seconds = measure(PARAMS, Offline(), first, state, how(), clock=lambda: now[0])
+        assert len(calls) == 1 + RUNS * (1 + len(SHORT))
+        again = measure(PARAMS, Offline(), first, state, how(), clock=lambda: now[0])
+    assert again is seconds and len(calls) == 1 + RUNS * (1 + len(SHORT))
     assert go_on._cache_size() == compiled
-    # A run takes one tick here, so a cycle one over their number.
-    assert seconds[0] == pytest.approx(1 / CYCLES)
-    for k, each in zip(SHORT, seconds, strict=True):
-        assert CYCLES <= round(1 / each) <= CYCLES * (k + 1)
+    # What a call takes besides its cycles is no cycle's cost.
+    assert seconds == pytest.approx(tuple(each.values()))
+    assert dict(calls).keys() == set(SHORT) and (0, CYCLES) in calls and (0, 0) in calls
     assert state.made.tolist() == [1, 1], "it was left as it is"
 
 

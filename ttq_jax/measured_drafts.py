@@ -2,7 +2,9 @@
 
 `stages.go_on` decodes a few cycles of each number of drafts from copies of the answer's state. Its
 costs are dynamic, so it is made to draft so many by costs that leave no other choice, and nothing
-more is compiled. What was measured is kept for the programs of the same shapes in this process.
+more is compiled. A call takes some time besides its cycles: on a CPU it lays the unquantized layers
+apart, which takes as long as several cycles. A call without a cycle shows how long, and that is
+taken off. What was measured is kept for the programs of the same shapes in this process.
 """
 
 import dataclasses
@@ -25,6 +27,10 @@ CYCLES = 3
 
 RUNS = 2
 """Of each number of drafts; the faster one counts, for what disturbs a run makes it slower."""
+
+LEAST = 0.01
+"""The share of a call's time that its cycles take at least: a cost is positive, and two times that
+are nearly the same differ by chance."""
 
 _known: dict[Any, DraftCosts] = {}
 
@@ -60,7 +66,7 @@ def measure(
         return _known[key]
     before, capacity = jax.device_get(state.passes), state.out.shape[1]
 
-    def timed(index: int, limit: int) -> float:
+    def timed(index: int, limit: int) -> tuple[float, int]:
         copy = jax.tree.map(jnp.copy, state)
         # Rows that have ended go on: what a cycle costs does not depend on what it says.
         copy = dataclasses.replace(copy, done=copy.done ^ copy.done)
@@ -68,14 +74,16 @@ def measure(
         began = clock()
         _, after = jax.block_until_ready(go_on(params, offline, begun, *operands, **how))
         seconds = clock() - began
-        return seconds / max(int(np.max(jax.device_get(after.passes) - before)), 1)
+        return seconds, int(np.max(jax.device_get(after.passes) - before))
 
-    timed(0, 1)  # compiles, and decodes nothing
-    runs = [
-        [timed(i, min(capacity, 1 + CYCLES * (drafts + 1))) for i, drafts in enumerate(LENGTHS)]
-        for _ in range(RUNS)
-    ]
-    _known[key] = DraftCosts(tuple(map(min, *runs)))
+    no_cycle = (0, 1)
+    timed(*no_cycle)  # compiles
+    cases = [(i, min(capacity, 1 + CYCLES * (k + 1))) for i, k in enumerate(LENGTHS)]
+    runs = [[timed(*case) for case in (no_cycle, *cases)] for _ in range(RUNS)]
+    (empty, _), *calls = map(min, *runs)
+    _known[key] = DraftCosts(
+        tuple(max(seconds - empty, LEAST * seconds) / max(n, 1) for seconds, n in calls)
+    )
     return _known[key]
 
 

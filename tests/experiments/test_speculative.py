@@ -24,15 +24,26 @@ def test_answers_are_compared_and_drafts_counted(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(speculative, "CASES", ((3, 2),))
     text, out = tmp_path / "text.txt", tmp_path / "found.json"
     text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(900)))
-    speculative.main([
+    command = [
         "check", "--model", model, "--corpus", f"numbers={text}", "--prompts", "2", "--tokens",
         "6", "--recipe", "ttq-3", "--out", str(out),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    speculative.main(command)
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["drafts"], row["batch"], row["answers"]) == (3, 2, 2)
     assert row["different"] == row["near_ties"] == len(row["closeness"])
     assert row["drafted"] == 3 * row["passes"]
     assert "3 drafts, batches of 2" in capsys.readouterr().out
+    # What is there is not made again, unless it was made of something else.
+    monkeypatch.setattr(speculative, "CASES", ((3, 2), (1, 1)))
+    speculative.main(command)
+    again = json.loads(out.read_text())["rows"]
+    assert [(r["drafts"], r["batch"]) for r in again] == [(3, 2), (1, 1)] and again[0] == row
+    assert "3 drafts" not in capsys.readouterr().out
+    monkeypatch.setattr(speculative, "CASES", ((3, 2),))
+    speculative.main([*command[:-4], "--recipe", "rtn-4", *command[-2:]])
+    (other,) = json.loads(out.read_text())["rows"]
+    assert "3 drafts" in capsys.readouterr().out and other != row
 
 
 def test_how_close_two_tokens_were(model):

@@ -26,7 +26,7 @@ def compile_generate(
     model: str | ModelConfig, chip: str, recipe: Recipe | None, *, batch: int = 1,
     prompt_tokens: int = 512, new_tokens: int = 128, dtype: str = "bfloat16",
     dense_memory: Memory = "device", prefill_chunk: int = 0,
-    cache_dtype: str | None = None,
+    cache_dtype: str | None = None, drafts: int = 0,
 ) -> Any:  # fmt: skip
     """Compiles `generate_tokens` at a model's full size.
 
@@ -41,25 +41,29 @@ def compile_generate(
       dense_memory: see `checkpoint.load`.
       prefill_chunk: see `generate`.
       cache_dtype: see `generate`.
+      drafts: tokens that are drafted for each pass of the dense weights; 0 for no speculation.
 
     Returns:
       The executable.
     """
     config = released_config(model) if isinstance(model, str) else model
-    params, moments = params_shapes(config, dtype), {}
+    params, moments, head = params_shapes(config, dtype), {}, None
     if recipe is not None and recipe.source.of == "prompt":
         see = partial(for_unreached, config=config, reads=recipe.reads)
         moments = jax.eval_shape(see, params, {})
     if recipe is not None and recipe.head is not None:
-        params = params | jax.eval_shape(partial(pack_head, bits=recipe.head), params)
+        head = jax.eval_shape(partial(pack_head, bits=recipe.head), params)
+        # Who verifies drafts reads the tables as they are, beside the drafts' own.
+        params, head = (params, head) if drafts else (params | head, None)
     shape = jax.ShapeDtypeStruct
     size = (batch, prompt_tokens)
     prompts = Prompts(shape(size, jnp.int32), shape(size, jnp.bool_))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return compile_for(
-        chip, generate_tokens, params, prompts, Offline(moments=moments), key,
+        chip, generate_tokens, params, prompts, Offline(moments=moments, head=head), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
-        capacity=new_tokens, eos_ids=(0,), chunk=prefill_chunk, cache_dtype=cache_dtype,
+        capacity=new_tokens, eos_ids=(0,), drafts=drafts, chunk=prefill_chunk,
+        cache_dtype=cache_dtype,
         on_host=streamed if dense_memory == "host" else None,
     )  # fmt: skip
 
