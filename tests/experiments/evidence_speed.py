@@ -67,6 +67,20 @@ def _():
     return [table], []
 
 
+@evidence("Drafts and their verification take little memory of their own")
+def _():
+    table = [["model", "chip", "drafts per pass", "peak memory", "of", "over no drafts"]]
+    programs = read("compiled_speculation.json")["programs"]
+    plain = {(one["model"], one["chip"]): one for one in programs if not one["drafts"]}
+    for one in programs:
+        memory = one["memory_gib"]
+        without = plain[one["model"], one["chip"]]["memory_gib"]["peak"]
+        more = f"{memory['peak'] - without:.2f} GiB" if one["drafts"] else "—"
+        table.append([one["model"], one["chip"], str(one["drafts"] or "none"),
+                      f"{memory['peak']:.2f} GiB", f"{memory['chip']:.0f} GiB", more])  # fmt: skip
+    return [table], []
+
+
 @evidence("A long prompt that is read in parts needs much less memory beside its cache")
 def _():
     programs, gib = read("compiled_prompts.json")["programs"], 2**30
