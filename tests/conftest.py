@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import defaultdict
 from zlib import crc32
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
@@ -110,8 +111,8 @@ _LONG = {
 }  # fmt: skip
 
 
-# Of a check that these repeat over many shapes and grids, a third of the cases is quick. Chance
-# takes it, by their names: every third one would leave out what has a period of three.
+# Of a check that these repeat over many shapes and grids, a fifth of the cases is quick, and at
+# least one. Chance takes it, by their names: every fifth one would leave out what has a period.
 _THINNED = {
     "test_tpu_compile.py", "test_tpu_packed_matmul.py", "test_tpu_prefill_quantize.py",
     "test_tpu_quantize_pack.py", "test_tpu_batching.py", "test_gpu_compile.py",
@@ -120,10 +121,16 @@ _THINNED = {
 }  # fmt: skip
 
 
-def pytest_itemcollected(item):
-    """Marks the others as slow, while they are collected: before the marks choose."""
-    if item.path.name in _THINNED and "[" in item.name and crc32(item.name.encode()) % 3:
-        item.add_marker(pytest.mark.slow)
+def _thin(items):
+    """Marks the others as slow."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.path.name in _THINNED and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for each in cases.values():
+        each.sort(key=lambda item: crc32(item.name.encode()))
+        for item in each[math.ceil(len(each) / 5) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser):
@@ -136,9 +143,11 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     """The long files come first; after the marks have chosen, one case may be enough."""
+    _thin(items)
+    yield
     if config.getoption("one_case"):
         first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         kept = [item for item in items if first[item.nodeid.partition("[")[0]] is item]

@@ -109,6 +109,7 @@ def test_same_perplexity(model, texts, theirs, read):
     assert ours < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm2"], indirect=True)
 def test_same_perplexity_at_three_bits(model, reference):
     """On a page of English, against the independent quantizer in PyTorch."""
