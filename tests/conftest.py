@@ -116,8 +116,8 @@ _LONG = {
 _THINNED = {
     "test_tpu_compile.py", "test_tpu_packed_matmul.py", "test_tpu_prefill_quantize.py",
     "test_tpu_quantize_pack.py", "test_tpu_batching.py", "test_gpu_compile.py",
-    "test_gpu_matmul.py", "test_gpu_mosaic.py", "test_coded_scales.py", "test_xla.py",
-    "test_head.py", "test_parity_torch.py", "test_zoo_of_flax.py",
+    "test_gpu_matmul.py", "test_gpu_mosaic.py", "test_gpu_quantize.py", "test_coded_scales.py",
+    "test_xla.py", "test_head.py", "test_parity_torch.py", "test_zoo_of_flax.py",
 }  # fmt: skip
 
 
