@@ -9,7 +9,6 @@ import shutil
 import signal
 import tempfile
 import time
-from collections import defaultdict
 from zlib import crc32
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test sends one to.
@@ -108,6 +107,8 @@ _LONG = {
     "test_programs.py", "test_plan.py", "test_jax_switches.py", "test_generate.py",
     "test_learned_recipe.py", "test_sweep_command.py", "test_xla.py", "test_docs.py",
     "test_mesh.py", "test_slices.py", "test_host_memory.py", "test_speculation.py",
+    "test_mixed_prompts.py", "test_refresh.py", "test_stream.py", "test_ttq_torch.py",
+    "test_two_streams.py",
 }  # fmt: skip
 
 
@@ -121,16 +122,16 @@ _THINNED = {
 }  # fmt: skip
 
 
-def _thin(items):
-    """Marks the others as slow."""
-    cases = defaultdict(list)
-    for item in items:
-        if item.path.name in _THINNED and not item.get_closest_marker("slow"):
-            cases[item.nodeid.partition("[")[0]].append(item)
-    for each in cases.values():
-        each.sort(key=lambda item: crc32(item.name.encode()))
-        for item in each[math.ceil(len(each) / 5) :]:
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector):
+    """Marks the others as slow: of all cases, whichever of them are then asked for by name."""
+    made = yield
+    if collector.path.name in _THINNED and isinstance(made, list):
+        cases = [item for item in made if not item.get_closest_marker("slow")]
+        cases.sort(key=lambda item: crc32(item.name.encode()))
+        for item in cases[math.ceil(len(cases) / 5) :]:
             item.add_marker(pytest.mark.slow)
+    return made
 
 
 def pytest_addoption(parser):
@@ -143,11 +144,9 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """The long files come first; after the marks have chosen, one case may be enough."""
-    _thin(items)
-    yield
     if config.getoption("one_case"):
         first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
         kept = [item for item in items if first[item.nodeid.partition("[")[0]] is item]
