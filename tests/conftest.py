@@ -107,23 +107,31 @@ _LONG = {
     "test_programs.py", "test_plan.py", "test_jax_switches.py", "test_generate.py",
     "test_learned_recipe.py", "test_sweep_command.py", "test_xla.py", "test_docs.py",
     "test_mesh.py", "test_slices.py", "test_host_memory.py", "test_speculation.py",
+    "test_mixed_prompts.py", "test_refresh.py", "test_stream.py", "test_ttq_torch.py",
+    "test_two_streams.py",
 }  # fmt: skip
 
 
-# Of a check that these repeat over many shapes and grids, a third of the cases is quick. Chance
-# takes it, by their names: every third one would leave out what has a period of three.
+# Of a check that these repeat over many shapes and grids, a fifth of the cases is quick, and at
+# least one. Chance takes it, by their names: every fifth one would leave out what has a period.
 _THINNED = {
     "test_tpu_compile.py", "test_tpu_packed_matmul.py", "test_tpu_prefill_quantize.py",
     "test_tpu_quantize_pack.py", "test_tpu_batching.py", "test_gpu_compile.py",
-    "test_gpu_matmul.py", "test_gpu_mosaic.py", "test_coded_scales.py", "test_xla.py",
-    "test_head.py", "test_parity_torch.py", "test_zoo_of_flax.py",
+    "test_gpu_matmul.py", "test_gpu_mosaic.py", "test_gpu_quantize.py", "test_coded_scales.py",
+    "test_xla.py", "test_head.py", "test_parity_torch.py", "test_zoo_of_flax.py",
 }  # fmt: skip
 
 
-def pytest_itemcollected(item):
-    """Marks the others as slow, while they are collected: before the marks choose."""
-    if item.path.name in _THINNED and "[" in item.name and crc32(item.name.encode()) % 3:
-        item.add_marker(pytest.mark.slow)
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector):
+    """Marks the others as slow: of all cases, whichever of them are then asked for by name."""
+    made = yield
+    if collector.path.name in _THINNED and isinstance(made, list):
+        cases = [item for item in made if not item.get_closest_marker("slow")]
+        cases.sort(key=lambda item: crc32(item.name.encode()))
+        for item in cases[math.ceil(len(cases) / 5) :]:
+            item.add_marker(pytest.mark.slow)
+    return made
 
 
 def pytest_addoption(parser):

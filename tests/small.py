@@ -1,5 +1,8 @@
 """Small random models in our own form, for tests that need no checkpoint and no tokenizer."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +29,33 @@ def small_config(**changes) -> ModelConfig:
     return ModelConfig(**{**BASE, **changes})
 
 
+@functools.cache
+def _shapes(config: ModelConfig):
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
 def small_params(config: ModelConfig, seed: int = 0):
-    """Random parameters with opinions: channels differ in size, logits are of order one."""
-    params = init_params(config, jax.random.key(seed))
+    """Random parameters with opinions: channels differ in size, logits are of order one.
+
+    Of `init_params` only the shapes: NumPy draws without a program for each of them.
+    """
+    rng, spreads = np.random.default_rng([seed, 1]), np.random.default_rng(seed)
+    channels = 0.0 if config.norm == "rms_plus_one" else 1.0
+
+    def draw(path, one):
+        *above, name = names_of(path)
+        if name in {"scale", "bias"}:
+            return jnp.full(one.shape, channels if name == "scale" else 0.0, jnp.float32)
+        projection = "layers" in above and name == "kernel"
+        size = 1 / math.sqrt(one.shape[-2]) if projection else 0.02
+        return jnp.asarray(size * rng.normal(size=one.shape), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, _shapes(config))
     params["final_norm"]["scale"] = params["final_norm"]["scale"] * 10.0
-    rng = np.random.default_rng(seed)
     for name in ("attn_norm", "mlp_norm"):
         scale = params["layers"][name]["scale"]
-        spread = jnp.asarray(np.exp(rng.normal(size=scale.shape)), jnp.float32)
-        params["layers"][name]["scale"] = scale * spread
+        spread = np.exp(spreads.normal(size=scale.shape))
+        params["layers"][name]["scale"] = scale * jnp.asarray(spread, jnp.float32)
     return params
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import OPT, prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.generate import generate_tokens
@@ -56,7 +57,10 @@ def dense(tree):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("bits", "rank"), [(2, 0), (3, 4), (4, 0), (5, 4), (8, 0)])
+PACKED = [(2, 0), (3, 4), (4, 0), (5, 4), (8, 0)]
+
+
+@pytest.mark.parametrize(("bits", "rank"), slow_but(PACKED, [(3, 4), (5, 4), (8, 0)]))
 def test_packed_logits_are_those_of_the_matrices_it_stands_for(bits, rank):
     recipe = preset("ttq", bits=bits, rank=rank, symmetric=bits == 5)
     prompts = prompts_of(random_rows([20, 9]), 32)
@@ -88,13 +92,17 @@ def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass():
         np.testing.assert_array_equal(logits(CONFIG, head, states)[0].argmax(-1), tokens)
 
 
-@pytest.mark.parametrize("flavour", ["full", "quantized"])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, OPT, {"n_layers": 3, "sliding_window": 5, "sliding_layers": (True, False, True)}],
-    ids=["llama", "opt", "sliding"],
-)
-def test_left_right_and_no_padding_agree(changes, flavour):
+MODELS = {
+    "llama": {}, "opt": OPT,
+    "sliding": {"n_layers": 3, "sliding_window": 5, "sliding_layers": (True, False, True)},
+}  # fmt: skip
+EACH = [(model, flavour) for model in MODELS for flavour in ("full", "quantized")]
+QUICK = [("llama", "quantized"), ("opt", "full"), ("sliding", "full")]
+
+
+@pytest.mark.parametrize(("model", "flavour"), slow_but(EACH, QUICK))
+def test_left_right_and_no_padding_agree(model, flavour):
+    changes = MODELS[model]
     config = small_config(**changes)
     params = small_params(config)
     recipe = preset("ttq", bits=3, prefill=flavour, store_dtype="float32")
@@ -116,7 +124,7 @@ def test_left_right_and_no_padding_agree(changes, flavour):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("flavour", ["full", "quantized"])
+@pytest.mark.parametrize("flavour", slow_but(["full", "quantized"], ["full"]))
 def test_what_stands_in_the_padding_changes_nothing_bit_for_bit(side, flavour):
     recipe = preset("ttq", bits=3, prefill=flavour)
     rows = random_rows([20, 3])

@@ -193,7 +193,7 @@ def bytes_of_a_device(tree):
     )
 
 
-@pytest.mark.parametrize("mesh", [None, MESH], ids=["one", "mesh"])
+@pytest.mark.parametrize("mesh", slow_but([None, MESH], [None]), ids=["one", "mesh"])
 def test_the_device_holds_no_block(tiny_model, mesh):
     gc.collect()
     before = bytes_by_memory()

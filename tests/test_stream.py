@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import prompts_of, random_rows, small_config, small_params
 from tiny_files import write_model
 
@@ -38,7 +39,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(CASES, [*CASES][1:]))
 def test_in_chunks_of_any_length_the_tokens_are_those_of_the_one_program(case):
     recipe, sampling = CASES[case]
     prompts = prompts_of(random_rows([16, 9], seed=1), 16)

