@@ -15,6 +15,7 @@ from marks import slow_but
 import ttq_jax as ttq
 from ttq_jax.checkpoint.packed_store import load_packed, save_packed
 from ttq_jax.chips.absent import QUIET, compiled_afresh
+from ttq_jax.functions import dense_tree
 
 E, D, F, LAYERS = 8, 32, 48, 2
 NAMES = ("gate", "up", "down")
@@ -77,7 +78,8 @@ RECIPES = {
 
 def program(fn, recipe, lie=None):
     def run(params, x):
-        out, packed = ttq.read(fn, recipe, shardings=lie)(params, x)
+        static = ttq.static_factors(fn, recipe)(params, x) if recipe.low_rank.rank else None
+        out, packed = ttq.read(fn, recipe, shardings=lie, static=static)(params, x)
         return out, packed, ttq.run(fn)(packed, x[:5])
 
     return jax.jit(run)
@@ -102,6 +104,8 @@ def test_experts_answer_as_on_one_device(fn, recipe, sizes, spec, tmp_path):
     same, shared, close = program(fn, RECIPES[recipe], lie)(dealt, x)
     np.testing.assert_allclose(same, out, atol=1e-5 * np.abs(out).max())
     np.testing.assert_allclose(close, answer, atol=1e-5 * np.abs(answer).max())
+    stands_for = jax.jit(fn)(dense_tree(params, shared), x[:5])
+    np.testing.assert_allclose(close, stands_for, atol=1e-5 * np.abs(answer).max())
     devices = 8 if spec == P(None, ("data", "model")) else sizes[1] if spec != P() else 1
     for name in NAMES:
         for one, other in zip(shared[name].views, packed[name].views, strict=True):
