@@ -34,11 +34,14 @@ class Split:
       rows: those of its input channels.
       columns: those of its output channels.
       mesh: a mesh of its own; None for that of the program.
+      experts: those of a stack of weights, which no call here is given; whoever takes one of them
+        does so inside of a `shard_map`.
     """
 
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     mesh: Any = None
+    experts: tuple[str, ...] = ()
 
     def here(self) -> Split | None:
         """The axes that have several devices on the weight's mesh; None without a mesh.
@@ -52,7 +55,7 @@ class Split:
         def shared(axes: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
 
-        return Split(shared(self.rows), shared(self.columns), self.mesh)
+        return Split(shared(self.rows), shared(self.columns), self.mesh, shared(self.experts))
 
     @property
     def row_blocks(self) -> int:

@@ -134,8 +134,6 @@ def test_measurements_are_the_same(experts, on_mesh):
     near(lambda model: calibrate(model, windows, TTQ.reads))
 
     def widths(model):
-        if model.mesh is not None and experts:
-            return ()  # `ttq allocate` refuses them
         with on(model.mesh):
             return measure_widths(
                 model.params, windows[:1], TTQ, prepare(model, TTQ), config=model.config,

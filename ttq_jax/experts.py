@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import Split
 from ttq_jax.host import on_host, slab_of
 from ttq_jax.linear import linear
-from ttq_jax.partition import kernel_specs, on_several, shared
+from ttq_jax.partition import EXPERTS, kernel_specs
 from ttq_jax.types import Leaf, MixedLinear, Params, QuantizedLinear, Stacked
 
 # Rows that share one reading of a weight; with more, most blocks would be padding.
@@ -159,18 +159,38 @@ def for_own_experts(
     """
     if n_experts is None:
         return make(None, None, operands, stacks)
-    axes = shared()
+    here = EXPERTS.here()
+    axes = here.experts if here else ()
 
     def run(operands: Any, stacks: Any) -> Any:
         first, count = _own(axes, n_experts)
         at = (jnp.arange(count, dtype=jnp.int32), operands)
         return jax.lax.map(lambda at: make(first + at[0], *at, stacks), at)
 
-    if not on_several():
+    if here is None:
         return run(operands, stacks)
     own = P(axes or None)
     specs = (own, jax.tree.map(lambda _: P(None, axes or None), stacks))
     return jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)(operands, stacks)
+
+
+def of_own_experts(run: Callable[..., Any], split: Split | None, *trees: Any) -> Any:
+    """A function of all experts of a layer; on a mesh, of every device's own.
+
+    Args:
+      run: of trees of arrays [E, …]; it gives another one, expert by expert.
+      split: how the devices share the experts; None leaves it to XLA's partitioner.
+      *trees: what it takes.
+
+    Returns:
+      What it gives.
+    """
+    here = None if split is None else split.here()
+    if here is None:
+        return run(*trees)
+    own = P(here.experts or None)
+    mapped = jax.shard_map(run, mesh=here.mesh, in_specs=own, out_specs=own, check_vma=False)
+    return mapped(*trees)
 
 
 def _own(axes: tuple[str, ...], n_experts: int) -> tuple[Any, int]:
@@ -223,7 +243,9 @@ def _on_device(kernel: Any) -> Any:
     return kernel
 
 
-def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Array, "N R d_out"]]:
+def routed_linear(
+    x: Routed, weights: dict[str, Params], split: Split = EXPERTS
+) -> dict[str, Float[Array, "N R d_out"]]:
     """Each block's product with its expert's weights.
 
     On a mesh every device multiplies the blocks of its own experts, and the results are added: the
@@ -232,6 +254,7 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
     Args:
       x: sorted activations.
       weights: by projection, {"kernel"}: all experts of one layer.
+      split: how the devices share them.
 
     Returns:
       By projection, the rows' outputs.
@@ -240,12 +263,13 @@ def routed_linear(x: Routed, weights: dict[str, Params]) -> dict[str, Float[Arra
     if len(x.expert) >= x.n_experts:
         # There are blocks for all experts: each is fetched once, not for each of its blocks.
         kernels = {name: _on_device(kernel) for name, kernel in kernels.items()}
-    if not on_several():
+    here = split.here()
+    if here is None:
         return _products(x, kernels, ())
-    axes = shared()
-    specs = (jax.tree.map(lambda _: P(), x), kernel_specs(kernels, Split(), (None, axes or None)))
-    run = partial(_products, axes=axes)
-    return jax.shard_map(run, in_specs=specs, out_specs=P(), check_vma=False)(x, kernels)
+    specs = (P(), kernel_specs(kernels, here, (None, here.experts or None)))
+    run = partial(_products, axes=here.experts)
+    mapped = jax.shard_map(run, mesh=here.mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    return mapped(x, kernels)
 
 
 def _products(x: Routed, kernels: dict[str, Any], axes: tuple[str, ...]) -> dict[str, Array]:

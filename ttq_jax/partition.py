@@ -41,6 +41,9 @@ SPLITS: dict[str, Split] = {
 TABLE = Split(columns=WIDE)
 """How they share a packed table of the vocabulary, whose columns are tokens."""
 
+EXPERTS = Split(experts=WIDE)
+"""How they share the experts of a layer, each of which is whole."""
+
 
 def own_shape(name: str, d_in: int, d_out: int) -> tuple[int, int]:
     """What a device of the current mesh has of a projection.
@@ -177,7 +180,7 @@ def split_of(name: str, stack: Any) -> tuple[Split, tuple[Any, ...]]:
     Returns:
       Its split, and the mesh axes of its leading ones.
     """
-    return (SPLITS[name], (None,)) if stack.ndim == 3 else (Split(), (None, WIDE))
+    return (SPLITS[name], (None,)) if stack.ndim == 3 else (EXPERTS, (None, WIDE))
 
 
 def own_rows(batch: int) -> int:

@@ -15,7 +15,7 @@ from ttq_jax.chips import plan as planning
 from ttq_jax.chips.absent import CHIPS, QUIET, ChipError
 from ttq_jax.chips.plan import chip_of, plan
 from ttq_jax.chips.released import released_config
-from ttq_jax.chips.share import slice_of
+from ttq_jax.chips.share import exchange_seconds, slice_of
 from ttq_jax.config import ConfigError
 from ttq_jax.mesh import parse
 from ttq_jax.quant.recipe import preset
@@ -119,6 +119,9 @@ def test_a_device_of_a_mesh_has_its_share():
     assert eight.first_token_seconds["multiply"] == one.first_token_seconds["multiply"] / 8
     assert eight.collectives == {"token's layer": ["bf16[1,1,4096] all-reduce"] * 2}
     assert eight.collectives_by == "arithmetic"
+    # Two sums of 4096 bfloat16 numbers in each of 32 layers.
+    assert eight.exchange_seconds == 32 * 2 * 4096 * 2 / 200e9
+    assert one.exchange_seconds is None
     # gate, up and down are the largest: 32 layers of 4096 x 14336, of which one host has all.
     assert eight.per_host == {
         "hosts": 1, "devices": 8, "device_bytes": 8 * eight.total,
@@ -135,6 +138,9 @@ def test_a_device_of_a_mesh_has_its_share():
     )
     assert dealt.device == whole.device
     assert dealt.collectives == whole.collectives == eight.collectives
+    # Devices with prompts of their own, and whole weights, exchange nothing for a token.
+    apart = plan(LLAMA, "v5e", TTQ, compiled=False, mesh={"data": 2}, batch=2)
+    assert apart.exchange_seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -172,6 +178,8 @@ def test_a_slice_s_compiler_tells_what_a_device_takes_and_what_is_exchanged():
     assert made.by == made.collectives_by == "compiler"
     assert made.collectives["token's layer"] == summed.collectives["token's layer"]
     assert {"once", "token", "prompt's layer"} < made.collectives.keys()
+    assert made.collectives["token"]
+    assert made.exchange_seconds > summed.exchange_seconds
     kinds = ("dense", "packed", "tables", "cache")
     assert [made.device[kind] for kind in kinds] == [summed.device[kind] for kind in kinds]
     # Sums know nothing of a program's own buffers, which are most of so small a one.
@@ -183,6 +191,19 @@ def test_a_mixture_s_experts_are_dealt_out_and_only_a_compiler_tells_what_is_exc
     one, four = (plan(config, "v5e", TTQ, compiled=False, mesh=m) for m in (None, {"model": 4}))
     assert four.device["packed"] * 4 == pytest.approx(one.device["packed"], rel=0.01)
     assert four.collectives == {}
+    assert four.exchange_seconds is None
+
+
+def test_what_is_exchanged_takes_its_bytes_over_the_links():
+    exchanged = {
+        "token's layer": ["bf16[2,1,8] all-reduce", "u8[4,8] all-gather"],
+        "token": ["(f32[8], s32[8]) all-reduce", "pred[] all-reduce"],
+        "once": ["f32[1000] all-reduce"], "prompt's layer": ["f32[1000] all-reduce"],
+    }  # fmt: skip
+    # Of what is gathered, a device may have had half.
+    assert exchange_seconds(exchanged, 3, 10.0) == (3 * (32 + 32 / 2) + 2 * 32 + 1) / 10
+    assert exchange_seconds({"once": []}, 3, 10.0) is None
+    assert all(chip.peers >= chip.link for chip in CHIPS.values())
 
 
 @needs_compilers

@@ -49,6 +49,9 @@ def test_a_mesh_is_planned_by_the_device_and_by_the_host(cli_json, cli):
     assert "llama-3-8b fits each v5e of a mesh of model=8: 512 + 128 tokens" in out
     assert "on the 8 devices of the host" in out
     assert "in each layer of a decoded token the devices exchange, by arithmetic: 2 x bf16" in out
+    assert row["exchange_seconds"] == pytest.approx(2.6e-6, rel=0.01)
+    assert row["speeds"]["peers"] == 200e9
+    assert "takes at least 0.0026 ms, an estimate: its bytes over links of 200 GB/s one way" in out
     code, out, _ = cli(*words, "--dense-memory", "host")
     assert code == 0
     assert re.search(r"in the memory of the host +13.00 GiB", out)

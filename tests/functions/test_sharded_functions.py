@@ -168,7 +168,8 @@ def product(equation):
     [
         ((2, 8, 16), (8, 16, 32), P(None, "model"), product("bnh,nhd->bd"), "input channels are"),
         ((2, 32), (32, 8, 16), P(None, None, "model"), product("bd,dnh->bnh"), "output channels"),
-        ((8, 2, 32), (8, 32, 16), P("model"), product("ebd,edf->ebf"), "its experts are dealt out"),
+        ((4, 8, 2, 32), (4, 8, 32, 16), P(None, "model"), product("gebd,gedf->gebf"),
+         "experts are not one run"),
         ((2, 64), (64, 32), P("model"), product("bd,df->bf"), "groups of 16 would lie on several"),
         ((2, 32), (32, 64), P(None, "model"), lambda w, x: x @ w["kernel"][:, :32], "is sliced of"),
         ((2, 32), (32, 128), P(None, "model"),

@@ -55,12 +55,14 @@ class Chip:
       bandwidth: device memory bandwidth, bytes per second.
       flops: peak of bfloat16 products with dense matrices (of float16 on a T4), per second.
       link: bandwidth from the host's memory, bytes per second; 0 where the vendor tells none.
+      peers: bandwidth to the other devices of a slice or a server, one way, bytes per second.
     """
 
     platform: str
     memory: int
     bandwidth: float
     flops: float
+    peers: float
     link: float = 0.0
     topology: str = ""
     bytes_per_cycle: float | None = None
@@ -73,42 +75,47 @@ _GIB = 2**30
 CHIPS: dict[str, Chip] = {
     "v4": Chip(
         platform="tpu", topology="v4:1x1x1", memory=32 * _GIB, bandwidth=1228e9, flops=275e12,
+        peers=300e9,
     ),
     "v5e": Chip(
         platform="tpu", topology="v5e:1x1", memory=16 * _GIB, bandwidth=820e9, flops=197e12,
-        bytes_per_cycle=820 / 1.5,
+        bytes_per_cycle=820 / 1.5, peers=200e9,
     ),
     "v5p": Chip(
         platform="tpu", topology="v5p:1x1x1", memory=95 * _GIB, bandwidth=2765e9, flops=459e12,
-        bytes_per_cycle=2765 / 1.75,
+        bytes_per_cycle=2765 / 1.75, peers=600e9,
     ),
     "v6e": Chip(
         platform="tpu", topology="v6e:1x1", memory=32 * _GIB, bandwidth=1640e9, flops=918e12,
-        bytes_per_cycle=1640 / 1.75,
+        bytes_per_cycle=1640 / 1.75, peers=400e9,
     ),
     "tpu7x": Chip(
         platform="tpu", topology="tpu7x:1x1x1", memory=96 * _GIB, bandwidth=3690e9, flops=1153e12,
-        bytes_per_cycle=3690 / 2.2,
+        bytes_per_cycle=3690 / 2.2, peers=600e9,
     ),
     "t4": Chip(
         platform="cuda", capability=(7, 5), cores=40, name="Tesla T4", memory=16 * _GIB,
-        bandwidth=320e9, flops=65e12, link=15.75e9,
+        bandwidth=320e9, flops=65e12, link=15.75e9, peers=15.75e9,
     ),
     "a100": Chip(
         platform="cuda", capability=(8, 0), cores=108, name="NVIDIA A100-SXM4-80GB",
-        memory=80 * _GIB, bandwidth=2039e9, flops=312e12, link=31.5e9,
+        memory=80 * _GIB, bandwidth=2039e9, flops=312e12, link=31.5e9, peers=300e9,
     ),
     "l4": Chip(
         platform="cuda", capability=(8, 9), cores=58, name="NVIDIA L4", memory=24 * _GIB,
-        bandwidth=300e9, flops=121e12, link=31.5e9,
+        bandwidth=300e9, flops=121e12, link=31.5e9, peers=31.5e9,
     ),
     "h100": Chip(
         platform="cuda", capability=(9, 0), cores=132, name="NVIDIA H100 80GB HBM3",
-        memory=80 * _GIB, bandwidth=3352e9, flops=989e12, link=63e9,
+        memory=80 * _GIB, bandwidth=3352e9, flops=989e12, link=63e9, peers=450e9,
     ),
 }  # fmt: skip
 """Bandwidths and clocks are the vendors' figures, of what jax calls a device: a v5p is one of two
-cores, a tpu7x chip is two of one core, and half of the chip is what its row says."""
+cores, a tpu7x chip is two of one core, and half of the chip is what its row says. Between devices
+it is half of what the vendors give for both directions: of TPUs the chip's inter-chip interconnect
+(Cloud TPU documentation, system architecture of each version; 4800 Gbps one way are its v5p's 1200
+GB/s both ways), which the two devices of a tpu7x share; of GPUs NVLink (data sheets of A100 and
+H100), or PCIe for T4 and L4, which have none."""
 
 # XLA's description of a GPU that is not there; only capability, cores and memory differ enough to
 # matter to code generation.

@@ -67,8 +67,10 @@ class Plan:
       fits: whether the total does.
       bytes_per_token: weights and cache that each decoded token reads of a device; of experts the
         mean over the devices.
-      token_seconds: the same at the memory's speed; of dense blocks on the host at the link's. What
-        the devices of a mesh exchange takes time beside it.
+      token_seconds: the same at the memory's speed; of dense blocks on the host at the link's.
+      exchange_seconds: what the devices of a mesh exchange for a token, at their links' speed; not
+        in `token_seconds`, and an estimate: of bytes alone, see `share.exchange_seconds`. None
+        without a mesh, and for a mixture of which no compiler tells.
       first_token_seconds: lower bounds by cause: "read" (every weight once, or once for each part
         of the prompt and once more to be quantized), "multiply".
       mesh: devices by axis; None for one device.
@@ -88,6 +90,7 @@ class Plan:
     fits: bool
     bytes_per_token: int
     token_seconds: float
+    exchange_seconds: float | None
     first_token_seconds: dict[str, float]
     mesh: dict[str, int] | None
     per_host: dict[str, int]
@@ -178,10 +181,10 @@ def plan(
     host = device.pop("dense") if dense_memory == "host" else 0
     device = {"dense": 0} | device
     extra = _activations(config, mine, read, prefill_chunk, dtype) + host // config.n_layers
-    by, why, total, exchanged = "arithmetic", "as asked", 0, None
+    by, why, total, seen = "arithmetic", "as asked", 0, None
     if compiled:
         try:
-            total, exchanged = _asked(
+            total, seen = _asked(
                 config, base, recipe, mesh, dtype=dtype, dense_memory=dense_memory, batch=batch,
                 prompt_tokens=read, new_tokens=made, prefill_chunk=prefill_chunk,
                 cache_dtype=cache_dtype,
@@ -193,16 +196,16 @@ def plan(
     device["temporaries"] = max(total - counted, 0) if by == "compiler" else extra
     total = total if by == "compiler" else counted + extra
     parts = -(-read // prefill_chunk) if prefill_chunk else 1
+    exchanged = share.sums(config, mine.sizes, mine.rows, dtype) if seen is None else seen
     usable = it.memory if by == "compiler" else it.memory * (1 - _UNCOUNTED)
     return Plan(
         by=by, why=why, device=device, total=total, host=host, memory=it.memory,
         fits=total <= usable,
         **_times(config, recipe, mine, device["cache"], it, link_speed(it, link), host, read,
                  parts),
+        exchange_seconds=share.exchange_seconds(exchanged, config.n_layers, it.peers),
         mesh=None if mesh is None else dict(mesh), per_host=_per_host(base, mine, total),
-        collectives=share.sums(config, mine.sizes, mine.rows, dtype)
-        if exchanged is None else exchanged,
-        collectives_by="arithmetic" if exchanged is None else "compiler",
+        collectives=exchanged, collectives_by="arithmetic" if seen is None else "compiler",
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Sizes are those of `partition`: every array is cut where its spec says so, and i
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,3 +131,32 @@ def sums(config: ModelConfig, sizes: Mapping[str, int], batch: int, dtype: str) 
     one = f"{short}[{batch},1,{config.d_model}] all-reduce"
     shared = sizes.get("kv", 1) * sizes.get("rep", 1) > 1
     return {"token's layer": [one] * 2 if shared else []}
+
+
+def exchange_seconds(exchanged: Mapping[str, list[str]], layers: int, speed: float) -> float | None:
+    """What the exchanges of a decoded token take at least, by their bytes alone.
+
+    Of a sum every device's own numbers leave it once, however it is computed; of what is gathered
+    or dealt out anew it may have half. All its links carry it, and each exchange begins at once.
+
+    Args:
+      exchanged: from `sums` or `slices.collectives`.
+      layers: L.
+      speed: of a device's links to the others, one way, bytes per second.
+
+    Returns:
+      Seconds; None where it is not known what a token exchanges.
+    """
+    if "token's layer" not in exchanged:
+        return None
+    each = [*exchanged["token's layer"] * layers, *exchanged.get("token", [])]
+    return sum(map(_least_bytes, each)) / speed
+
+
+def _least_bytes(exchange: str) -> float:
+    """Bytes that leave a device, of such as "bf16[1,1,4096] all-reduce"; of several arrays too."""
+    size = 0.0
+    for kind, shape in re.findall(r"([a-z]+\d*)\w*\[([\d,]*)\]", exchange):
+        bits = int(re.sub(r"\D", "", kind) or 8)  # pred: a byte
+        size += math.prod(map(int, filter(None, shape.split(",")))) * bits / 8
+    return size if exchange.endswith("all-reduce") else size / 2

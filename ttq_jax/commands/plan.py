@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     _, chip = chip_of(args.chip)
     speeds = {
         "memory": chip.bandwidth, "host_link": link_speed(chip, link),
-        "host_link_assumed": not (link or chip.link), "flops": chip.flops,
+        "host_link_assumed": not (link or chip.link), "flops": chip.flops, "peers": chip.peers,
     }  # fmt: skip
     if args.json:
         print_json({
@@ -127,14 +127,14 @@ def _in_words(args: argparse.Namespace, made: Plan, speeds: dict[str, Any]) -> s
         f"{1e3 * made.token_seconds:.2f} ms, {1 / made.token_seconds:.0f} per second",
         f"the first token takes at least {max(first.values()):.2g} s: {first['read']:.2g} s to "
         f"read the weights{over}, {first['multiply']:.2g} s to multiply",
-        *(_exchanged(made) if several else []),
+        *(_exchanged(made, speeds["peers"]) if several else []),
     ])  # fmt: skip
 
 
-def _exchanged(made: Plan) -> list[str]:
-    """What the devices exchange in each layer, in lines."""
+def _exchanged(made: Plan, speed: float) -> list[str]:
+    """What the devices exchange in each layer, and what that takes at least, in lines."""
     by = "by the compiler" if made.collectives_by == "compiler" else "by arithmetic"
-    if "token's layer" not in made.collectives:
+    if made.exchange_seconds is None:
         return ["of what the devices of a mixture of experts exchange only a compiler tells"]
     lines = []
     for what, said in (("token's layer", "a decoded token"), ("prompt's layer", "the prompt")):
@@ -142,4 +142,9 @@ def _exchanged(made: Plan) -> list[str]:
             counts = collections.Counter(made.collectives[what])
             listed = ", ".join(f"{n} x {one}" for one, n in counts.items()) or "nothing"
             lines.append(f"in each layer of {said} the devices exchange, {by}: {listed}")
-    return [*lines, "the time that this takes is not counted"]
+    return [
+        *lines,
+        f"for each token that takes at least {1e3 * made.exchange_seconds:.2g} ms, an estimate: "
+        f"its bytes over links of {speed / 1e9:.3g} GB/s one way. How long each exchange takes to "
+        "begin is not counted, and may be most of it",
+    ]

@@ -1,5 +1,6 @@
 """What stands in a parameter's place: packed weights, one for each way in which it is read."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from ttq_jax.experts import gather_tokens, routed_linear, sort_by_expert
+from ttq_jax.experts import gather_tokens, of_own_experts, routed_linear, sort_by_expert
+from ttq_jax.functions.sharding import of_experts
 from ttq_jax.functions.sites import Operand, Site, moved
 from ttq_jax.functions.trace import FunctionError, Product
 from ttq_jax.linear import dense_weight, linear
-from ttq_jax.partition import Split
+from ttq_jax.partition import EXPERTS, Split
 from ttq_jax.quant.convert import quantize_site
 from ttq_jax.quant.lowrank import truncated_svd
 from ttq_jax.quant.recipe import Recipe
@@ -136,10 +138,14 @@ def quantized(
 
     Returns:
       In the same order.
+
+    Raises:
+      FunctionError: the devices of a mesh share the experts of one otherwise than another's.
     """
+    dealt = of_experts(site.operands, splits)
     kinds = tuple(operand.kind for operand in site.operands)
     of = (site.moments, prior, static)
-    views = _quantized(weights, of, kinds=kinds, recipe=recipe, splits=splits)
+    views = _quantized(weights, of, kinds=kinds, recipe=recipe, splits=splits, dealt=dealt)
     rows = site.moments.count
     return [
         PackedKernel((view,), (rows,), (operand,), tuple(w.shape), str(w.dtype))
@@ -147,18 +153,21 @@ def quantized(
     ]
 
 
-@partial(jax.jit, static_argnames=("kinds", "recipe", "splits"))
+@partial(jax.jit, static_argnames=("kinds", "recipe", "splits", "dealt"))
 def _quantized(
     weights: list[Any], of: tuple[Any, ...], *, kinds: tuple[Operand, ...], recipe: Recipe,
-    splits: tuple[Split | None, ...],
+    splits: tuple[Split | None, ...], dealt: Split | None,
 ) -> list[QuantizedLinear]:  # fmt: skip
     """One packed weight for each kind."""
-    return each_matrix(partial(_matrices, recipe=recipe, splits=splits), weights, of, kinds)
+    one = partial(_matrices, recipe=recipe, splits=splits)
+    made = each_matrix(one, weights, of, kinds, dealt)
+    return made if dealt is None else [dataclasses.replace(w, split=dealt) for w in made]
 
 
 def each_matrix(
-    one: Callable[[Any], Any], weights: list[Any], of: Any, kinds: tuple[Operand, ...]
-) -> Any:
+    one: Callable[[Any], Any], weights: list[Any], of: Any, kinds: tuple[Operand, ...],
+    dealt: Split | None = None,
+) -> Any:  # fmt: skip
     """A function of the matrices that products read, through their steps one stack after the other.
 
     Args:
@@ -166,6 +175,7 @@ def each_matrix(
       weights: the leaves.
       of: arrays with a leading axis for each stack, and one for experts.
       kinds: how each leaf is read; their stacks are alike.
+      dealt: how the devices of a mesh share the experts.
 
     Returns:
       What it gives, with the same leading axes.
@@ -183,7 +193,9 @@ def each_matrix(
         if stacked:
             return jax.lax.map(lambda at: through(at[0], at[1], done), (ws, of))
         matrices = [kind.matrix(w) for kind, w in zip(kinds, ws, strict=True)]
-        return one((matrices, of)) if kinds[0].experts is None else jax.lax.map(one, (matrices, of))
+        if kinds[0].experts is None:
+            return one((matrices, of))
+        return of_own_experts(partial(jax.lax.map, one), dealt, (matrices, of))
 
     return through(weights, of, [0] * len(kinds))
 
@@ -213,7 +225,8 @@ def multiplied(product: Product) -> Any:
     index = kernel.index
     if operand.experts is not None and product.sizes is None:
         packed = _sliced(packed, index)
-        y = jax.vmap(linear)(x.reshape(operand.experts, -1, operand.d_in), packed)
+        rows = x.reshape(operand.experts, -1, operand.d_in)
+        y = of_own_experts(jax.vmap(linear), packed.split, rows, packed)
         return y.reshape(*x.shape[:-1], operand.d_out)
     if index:
         packed = _sliced(packed, index[:-1]).at(index[-1])
@@ -233,7 +246,8 @@ def _by_expert(x: Any, sizes: Any, packed: QuantizedLinear) -> Any:
     n = sizes.shape[0]
     expert, real = experts_of(x, sizes)
     routed, place = sort_by_expert(x, expert[:, None], real, n)
-    rows = routed_linear(routed, {"kernel": {"kernel": packed}})["kernel"]
+    split = EXPERTS if packed.split is None else packed.split
+    rows = routed_linear(routed, {"kernel": {"kernel": packed}}, split)["kernel"]
     return gather_tokens(rows, place, jnp.ones(place.shape, jnp.float32)).astype(x.dtype)
 
 

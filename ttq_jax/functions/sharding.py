@@ -1,8 +1,9 @@
 """How a function's parameters lie on a mesh, and what that makes of their packed weights.
 
 A product's weight is a matrix, which devices may share by whole runs of its columns, or of its
-rows. So the axes of a parameter's sharding are followed through the steps that lead to the product.
-What does not end in such runs is refused, with its name: packed planes could not be cut alike.
+rows; of a stack of experts, by whole experts. So the axes of a parameter's sharding are followed
+through the steps that lead to the product. What does not end in such runs is refused, with its
+name: packed planes could not be cut alike.
 """
 
 import math
@@ -79,17 +80,18 @@ def split_of(operand: Operand, sharding: NamedSharding, shape: tuple[int, ...]) 
       shape: of the parameter.
 
     Returns:
-      The mesh axes of its rows and columns, and the mesh.
+      The mesh axes of its rows, columns and experts, and the mesh.
 
     Raises:
-      FunctionError: devices do not have runs of rows or of columns.
+      FunctionError: devices do not have runs of rows or of columns, or whole experts.
     """
     try:
         return _followed(operand, sharding, shape)
     except _RefusedError as e:
         raise FunctionError(
             f"{operand.path} is sharded as {sharding.spec}, and read as {operand}: {e}; shard it "
-            "by its product's input channels or its output channels, or leave it out of select"
+            "by its product's input channels, its output channels or whole experts, or leave it "
+            "out of select"
         ) from None
 
 
@@ -103,12 +105,14 @@ def _followed(operand: Operand, sharding: NamedSharding, shape: tuple[int, ...])
     axes: Axes = [_several(spec[d], mesh) for d in range(len(shape))]
     for step in operand.steps:
         axes, shape = _after(step, axes, shape, mesh)
-    if any(axes[d] for d in operand.batch):
-        raise _RefusedError("its experts are dealt out, and each has to be whole everywhere")
-    return Split(
-        _run(operand.contract, axes, operand.shape, "input"),
-        _run(operand.free, axes, operand.shape, "output"), mesh,
+    found = Split(
+        _run(operand.contract, axes, operand.shape, "input channels"),
+        _run(operand.free, axes, operand.shape, "output channels"), mesh,
+        _run(operand.batch, axes, operand.shape, "experts"),
     )  # fmt: skip
+    if found.experts and (found.rows or found.columns):
+        raise _RefusedError("its experts are dealt out, and so are the channels of each")
+    return found
 
 
 def _several(entry: Any, mesh: Any) -> tuple[str, ...]:
@@ -180,7 +184,7 @@ def _run(dims: tuple[int, ...], axes: Axes, shape: tuple[int, ...], what: str) -
     """
     long = [d for d in dims if shape[d] > 1]
     if any(axes[d] for d in long[1:]):
-        raise _RefusedError(f"a device's {what} channels are not one run of the matrix")
+        raise _RefusedError(f"a device's {what} are not one run of the matrix")
     return axes[long[0]] if long else ()
 
 
@@ -197,7 +201,7 @@ def splits_of(
       recipe: how.
 
     Returns:
-      By operand; without those on one device, and without experts.
+      By operand; without those on one device, and without experts whose channels devices share.
 
     Raises:
       FunctionError: parameters of two meshes, or see `split_of`.
@@ -218,7 +222,39 @@ def splits_of(
             )
         split = split_of(operand, sharding, tuple(leaves[operand.path].shape))
         check_rows(operand.path, operand.d_in, recipe.grid.group_size, split)
-        # What multiplies experts is not mapped over devices: XLA's partitioner does it.
-        if operand.experts is None:
+        # Only whole experts are mapped over devices: XLA's partitioner does the others.
+        if operand.experts is None or not (split.rows or split.columns):
             found[operand] = split
     return found
+
+
+def of_experts(operands: tuple[Operand, ...], splits: tuple[Split | None, ...]) -> Split | None:
+    """How the devices share the experts that read one input.
+
+    Args:
+      operands: of one site.
+      splits: theirs.
+
+    Returns:
+      What is theirs together; None for XLA's partitioner, and where there are no experts.
+
+    Raises:
+      FunctionError: they are not shared alike.
+    """
+    if operands[0].experts is None:
+        return None
+    for operand, split in zip(operands, splits, strict=True):
+        if split != splits[0]:
+            raise FunctionError(
+                f"the experts of {operands[0].path} and {operand.path} read one input, and devices "
+                f"share them as {_said(splits[0])} and as {_said(split)}: expected one sharding of "
+                "both, for they are packed together; put them so with jax.device_put"
+            )
+    return splits[0]
+
+
+def _said(split: Split | None) -> str:
+    """Which experts a device has."""
+    if split is None:
+        return "parts of each expert"
+    return f"runs of them over {', '.join(split.experts)}" if split.experts else "all on each"

@@ -11,8 +11,9 @@ few huge activations dominate it and matter little.
 The experts of a layer have one width together. Their bits all count, also of those that a token
 does not read. Their errors count as often as the text's tokens reach them: g·δ of a token is the
 sum over its experts. An expert that a prompt did not reach is rounded by the prior, as when it
-answers. That rounding can send a token to another expert is not in the estimate; where little error
-is left, that may be most of it.
+answers. On a mesh every device rounds its own experts, and a token's sum is over the devices. That
+rounding can send a token to another expert is not in the estimate; where little error is left, that
+may be most of it.
 
 Widths are then raised in the order of divergence removed per stored bit. The result is a tuple of
 `Width` rules, static in the recipe: one program per model, and none per prompt.
@@ -30,13 +31,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ttq_jax.config import ConfigError, ModelConfig
-from ttq_jax.experts import Routed, for_each_expert
+from ttq_jax.experts import Routed, for_own_experts
 from ttq_jax.finite import raise_not_finite
 from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import activation_dtype, empty_cache
 from ttq_jax.models.decoder import forward, logits, plain
 from ttq_jax.offline.calibrate import observe_tokens
-from ttq_jax.partition import on_several, put
+from ttq_jax.partition import put
 from ttq_jax.prefill import check_prior
 from ttq_jax.prompts import check_windows, pad_prompts
 from ttq_jax.quant.grid import BITS
@@ -163,19 +164,19 @@ def _errors(
         layer, seen, factors, x, g = at
         experts = n_experts(x)
 
-        def of(expert: Array | None, mine: tuple) -> tuple[Array, QuantizedLinear]:
+        def of(
+            expert: Array | None, own: Array | None, mine: tuple, stack: Array
+        ) -> tuple[Array, QuantizedLinear]:
             seen, factors = mine
             made = quantize_layer(
                 {name: stack}, seen, recipe, {} if factors is None else {name: factors},
-                layer=layer, expert=expert,
+                layer=layer, expert=own,
             )[1][name]  # fmt: skip
-            flat, at = stack.reshape(-1, *stack.shape[-2:]), layer
-            if expert is not None:
-                at = layer * experts + expert
-            w = Stacked(flat, at).kernel.astype(jnp.float32)
+            at = layer if own is None else layer * stack.shape[1] + own
+            w = Stacked(stack.reshape(-1, *stack.shape[-2:]), at).kernel.astype(jnp.float32)
             return _change(x, g, w - dense_weight(made), expert, scored), made
 
-        change, made = for_each_expert(of, (seen, factors), experts)
+        change, made = for_own_experts(of, (seen, factors), stack, experts)
         total = change if experts is None else jnp.sum(change, axis=0)
         return 0.5 * jnp.mean(jnp.square(total)), made
 
@@ -235,17 +236,11 @@ def measure_widths(
       Errors, the mean over windows, and sizes.
 
     Raises:
-      ConfigError: no window, P outside its range, a recipe that selects no projection, or a
-        mixture of experts on a mesh.
+      ConfigError: no window, P outside its range, or a recipe that selects no projection.
       NotFiniteError: an error is infinite or NaN.
       ValueError: `offline` has no prior for experts.
     """
     check_prior(config, recipe, offline)
-    if config.n_experts and on_several():
-        raise ConfigError(
-            "allocate: expected a mixture of experts on one device: an expert's errors are summed "
-            "over tokens where its device has no part of the others; load it without a mesh"
-        )
     if not len(windows) or not 0 < prompt_tokens < windows.shape[1]:
         raise ConfigError(
             f"allocate: expected at least one window of more than {prompt_tokens} tokens, got "

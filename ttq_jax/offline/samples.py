@@ -16,6 +16,7 @@ from ttq_jax.checkpoint import Model
 from ttq_jax.config import ModelConfig
 from ttq_jax.decode import decode
 from ttq_jax.models.cache import activation_dtype, empty_cache
+from ttq_jax.partition import whole
 from ttq_jax.prefill import last_hidden, prefill
 from ttq_jax.sampling import FIXED, Sampling, make_key
 from ttq_jax.types import Offline, Params, Prompts
@@ -58,4 +59,4 @@ def _written(
         tree, cache, last_hidden(hidden, prompts), key, jnp.asarray(capacity, jnp.int32),
         config=config, sampling=Sampling(temperature=1.0), capacity=capacity, eos_ids=(),
     )  # fmt: skip
-    return jnp.concatenate([first, out], axis=1)
+    return whole(jnp.concatenate([first, out], axis=1))
