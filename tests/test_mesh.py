@@ -88,6 +88,9 @@ CASES = {
         (2, 4), {}, preset("fast", group_size=32), [20, 9, 13, 30],
         {"reading": {"chunk": 12, "cache_dtype": "int8"}},
     ),
+    "rtn-gemma": ((1, 2), GEMMA, preset("rtn"), [20, 9, 13, 30, 7], {"side": "left"}),
+    "hqq-opt": ((1, 2), OPT | {"n_kv_heads": 8}, preset("hqq", group_size=32), [20], {"hot": True}),
+    "ttq-mixture": ((1, 2), MIXTURE, preset("ttq", group_size=32), [20, 9, 13, 30], {}),
     "data": ((8, 1), {}, preset("ttq", bits=3, prefill="both"), [20, 9, 13, 30, 7, 3, 11, 25], {}),
     "all-rules": (
         (2, 4), {"tie_embeddings": False},

@@ -69,15 +69,17 @@ def _():
 
 @evidence("Drafts and their verification take little memory of their own")
 def _():
-    table = [["model", "chip", "drafts per pass", "peak memory", "of", "over no drafts"]]
+    parts = ("arguments", "temporaries")
+    table = [["model", "chip", "drafts per pass", "peak memory", "of",
+              *(f"more {part}" for part in parts)]]  # fmt: skip
     programs = read("compiled_speculation.json")["programs"]
     plain = {(one["model"], one["chip"]): one for one in programs if not one["drafts"]}
     for one in programs:
-        memory = one["memory_gib"]
-        without = plain[one["model"], one["chip"]]["memory_gib"]["peak"]
-        more = f"{memory['peak'] - without:.2f} GiB" if one["drafts"] else "—"
+        memory, without = one["memory_gib"], plain[one["model"], one["chip"]]["memory_gib"]
+        more = [f"{memory[part] - without[part]:.2f} GiB" for part in parts]
         table.append([one["model"], one["chip"], str(one["drafts"] or "none"),
-                      f"{memory['peak']:.2f} GiB", f"{memory['chip']:.0f} GiB", more])  # fmt: skip
+                      f"{memory['peak']:.2f} GiB", f"{memory['chip']:.0f} GiB",
+                      *(more if one["drafts"] else ("—", "—"))])  # fmt: skip
     return [table], []
 
 
