@@ -1,6 +1,6 @@
 """How many windows each measure needs to tell two recipes apart.
 
-Claim     none yet, see `ranking.toml`.
+Claim     agreement with the unquantized model ranks recipes in fewer windows than perplexity.
 Command   ttq sweep experiments/ranking.toml --out DIR
           python experiments/ranking.py DIR
 Cost      none: it reads the rows of the sweep.

@@ -1,7 +1,7 @@
 """What the result files say of each claim about speed and whole programs; see `evidence`."""
 
 from evidence import evidence
-from kept import read
+from kept import ranking, read
 
 
 @evidence("Decoding on a CPU: beside unquantized weights, transformers, llama.cpp and before")
@@ -65,6 +65,11 @@ def _():
                       f"{one['effective_bits']:.2f}", f"{memory['peak']:.1f} GiB",
                       f"{memory['chip']:.0f} GiB", f"{one['packed_gib']:.1f} GiB"])  # fmt: skip
     return [table], []
+
+
+@evidence("Agreement with the unquantized model ranks recipes in fewer windows than perplexity")
+def _():
+    return [ranking.cells(ranking.measured(read("ranking_smollm2/rows.jsonl")))], []
 
 
 @evidence("Drafts and their verification take little memory of their own")

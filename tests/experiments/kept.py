@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT / "experiments"))
 import quality  # noqa: E402
-import scale_widths  # noqa: E402, F401  for who reads its rows
+import ranking  # noqa: E402, F401  for who reads its rows
+import scale_widths  # noqa: E402, F401  likewise
 
 SMOLLM2, GEMMA3 = "quality_smollm2.jsonl", "quality_gemma3.jsonl"
 CORPORA = {"wikitext2": "WikiText-2", "ptb": "PTB", "c4": "C4", "gsm8k": "GSM8K",
