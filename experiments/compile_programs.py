@@ -2,7 +2,8 @@
 
 Claim     reading a prompt, quantizing every weight for it and decoding are one executable that fits
           the chip: the dense bfloat16 weights, the packed copy (4 bits and a scale and a zero point
-          per group), the cache, and little else. Speculation adds almost nothing to them.
+          per group), the cache, and little else. Speculation adds the vocabulary's unquantized
+          tables, which the verifier reads, and less than half a GiB.
 Command   python experiments/compile_programs.py --out experiments/results/compiled_programs.json
           python experiments/compile_programs.py --recipe fast --group-size 64 --drafts 0 4 16
               --out experiments/results/compiled_speculation.json

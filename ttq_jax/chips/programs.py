@@ -63,8 +63,7 @@ def compile_generate(
         chip, generate_tokens, params, prompts, Offline(moments=moments, head=head), key,
         shape((), jnp.int32), config=config, recipe=recipe, sampling=Sampling(),
         capacity=new_tokens, eos_ids=(0,), drafts=drafts, chunk=prefill_chunk,
-        cache_dtype=cache_dtype,
-        on_host=streamed if dense_memory == "host" else None,
+        cache_dtype=cache_dtype, on_host=streamed if dense_memory == "host" else None,
     )  # fmt: skip
 
 
