@@ -120,6 +120,21 @@ WIDTHS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_drafts_add_the_unquantized_tables_to_a_program_s_arguments():
+    config = small_config(**WIDTHS, vocab_size=4096)
+    plain, drafting = (
+        memory_of(compile_generate(
+            config, "v5e", preset("fast", group_size=128), prompt_tokens=128, new_tokens=8,
+            drafts=drafts,
+        ), "v5e")
+        for drafts in (0, 2)
+    )  # fmt: skip
+    table = params_shapes(config)["embed"]["embedding"]
+    added = drafting["arguments"] - plain["arguments"]
+    assert added == pytest.approx(2 * math.prod(table.shape) / 2**30, abs=0.0011)
+
+
 def compile_small(chip, dtype, recipe, drafts=0, on_host=None, **changes):
     """`generate_tokens` of a small model whose widths the kernels serve."""
     config = small_config(**WIDTHS, **changes)
