@@ -1,9 +1,15 @@
 """A weight in blocks has the codes and the products of the whole one, at every width."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import DEVICES
 
 from pallas_kernels import Split, dequantize, pack, packed_matmul, quantize_pack, unpack
 from pallas_kernels.sharded import BATCH
@@ -17,9 +23,8 @@ KINDS = {
 D_IN, D_OUT = 256, 32
 
 
-@pytest.mark.parametrize("bits", KINDS)
-def test_codes_do_not_depend_on_the_split(bits):
-    """With XLA's default flags, against the operations run one by one on one device."""
+def check(bits):
+    """Against the operations run one by one on one device."""
     rng = np.random.default_rng(bits)
     w = jnp.asarray(rng.normal(size=(D_IN, D_OUT)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(2, 8, D_IN)), jnp.float32)
@@ -51,6 +56,21 @@ def test_codes_do_not_depend_on_the_split(bits):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(codes),
                      jax.tree.leaves((grid, weight)))  # fmt: skip
         np.testing.assert_allclose(y, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("bits", KINDS)
+def test_codes_do_not_depend_on_the_split(bits):
+    check(bits)
+
+
+@pytest.mark.slow
+def test_nor_do_they_as_users_compile_it():
+    """With XLA's default flags, at every width, in a process of its own."""
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    program = "import test_sharded as t\nfor bits in t.KINDS: t.check(bits)\n"
+    env = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": DEVICES}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True)
 
 
 def test_blocks_of_rows_are_packed_by_themselves():
