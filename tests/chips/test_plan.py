@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parents[2] / "experiments" / "results"
     [
         ("llama-3-8b", "v5e", 4, "host", True, 5.92),
         ("llama-3-8b", "v5e", 4, "device", False, 18.62),
+        ("gemma-3-27b", "v6e", 3, "host", True, 13.5),
     ],
 )
 def test_a_model_that_outgrows_a_chip_is_streamed(model, chip, bits, memory, fits, gib):

@@ -42,6 +42,16 @@ def test_a_layer_sums_twice_and_nothing_is_gathered():
 
 
 @pytest.mark.slow
+def test_sixteen_chips_share_seventy_billion_weights():
+    compiled = compile_on_slice("llama-3-70b", "v5e:4x4", {"model": 16}, TTQ)
+    said = collectives(compiled.as_text())
+    assert said["token's layer"] == ["bf16[1,1,8192] all-reduce"] * 2
+    assert all(one.endswith(" all-reduce") for found in said.values() for one in found), said
+    size = memory_of(compiled, "v5e")
+    assert size["peak"] < 0.75 * size["chip"]
+
+
+@pytest.mark.slow
 def test_four_chips_fetch_their_parts_of_seventy_billion_weights_from_the_host():
     compiled = compile_on_slice("llama-3-70b", "v5e:2x2", {"model": 4}, TTQ, dense_memory="host")
     said = collectives(compiled.as_text())
