@@ -300,10 +300,8 @@ def _():
         mine = [row for row in found["rows"] if row["model"] == model]
         gains = [f"{row['over_unquantized']:.2f}" for row in mine]
         table.append([model, f"{mine[0]['draft_over_unquantized']:.2f}", *gains])
-    formula = [["drafts per pass", "tokens per pass", "by the formula"]] + [
-        [str(row["drafts"]), f"{row['measured']:.2f}", f"{row['formula']:.2f}"]
-        for row in found["formula"]
-    ]
-    measured = {row["drafts"]: row for row in read("speculative_smollm2.json")["rows"]}
-    assert found["acceptance"] == measured[1]["acceptance"]
-    return [table, formula], []
+    tokens = {(row["drafts"], row["tokens_per_pass"]) for row in found["rows"]}
+    assert tokens <= {
+        (row["drafts"], row["tokens_per_pass"]) for row in read("speculative_smollm2.json")["rows"]
+    }
+    return [table], []
