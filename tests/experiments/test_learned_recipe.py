@@ -105,15 +105,16 @@ def test_without_rounding_the_gradient_is_a_finite_difference(kind, symmetric, m
     one = setting(store_dtype="float32", symmetric=symmetric)
     # What is clipped makes the loss depend on α and λ without any rounding.
     theta = start().replace(clip=jnp.full((len(NAMES), CONFIG.n_layers), 0.6))
-    value_and_slope = jax.jit(jax.value_and_grad(lambda t: one.loss(t, PARAMS, WINDOW, kind)))
+    # Where weights begin to be clipped the loss has a kink: this model has few between two points.
+    params = small_params(CONFIG, seed=3)
+    value_and_slope = jax.jit(jax.value_and_grad(lambda t: one.loss(t, params, WINDOW, kind)))
     slope = value_and_slope(theta)[1]
     for field in ("alpha", "log_lam", "clip"):
         value, moved = getattr(theta, field), getattr(slope, field)
         size = jnp.linalg.norm(moved)
         step = 0.003 * moved / size
         at = [value_and_slope(theta.replace(**{field: value + s * step}))[0] for s in (1, -1)]
-        # The loss has kinks: between the two points weights begin or cease to be clipped.
-        np.testing.assert_allclose(size, (at[0] - at[1]) / 0.006, rtol=0.1, err_msg=field)
+        np.testing.assert_allclose(size, (at[0] - at[1]) / 0.006, rtol=0.05, err_msg=field)
 
 
 STRETCHES = {"alpha": (0.6, 1.0), "log_lam": (-3.0, -1.0), "clip": (0.4, 0.55)}

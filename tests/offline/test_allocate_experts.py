@@ -27,7 +27,7 @@ E = 8
 CONFIG = small_config(
     d_model=32, embed_dim=32, n_heads=2, n_kv_heads=1, d_ff=24, n_experts=E, experts_per_token=2
 )
-PARAMS = small_params(CONFIG)
+PARAMS = small_params(CONFIG, seed=1)
 PARAMS["layers"]["router"]["embedding"] *= 5.0
 WIDTHS, PROMPT = (2, 3, 4), 12
 COARSE = preset("ttq", group_size=16)
@@ -104,7 +104,7 @@ def test_errors_are_those_of_the_packed_trees():
 
 
 def test_the_estimate_is_the_divergence_of_the_quantized_model():
-    """In size: over five such random models the ratio was 0.87 to 3.2 at 3 bits, 0.37 to 1.6 at 4.
+    """Up to a factor of two, of this model: of five, it was up to three.
 
     Of what is left at more bits, most is tokens that go to other experts.
     """
@@ -119,7 +119,7 @@ def test_the_estimate_is_the_divergence_of_the_quantized_model():
             total += float(jnp.mean(divergence[PROMPT:])) / len(WINDOWS)
         estimate = sum(e[:, i].sum() for e in got.errors.values())
         if bits > 2:
-            assert 0.25 < estimate / total < 4, (bits, estimate, total)
+            assert 0.5 < estimate / total < 2, (bits, estimate, total)
 
 
 @pytest.mark.parametrize("budget", [5.3, 5.8])
