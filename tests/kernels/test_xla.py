@@ -40,7 +40,7 @@ def weights(draw):
     return seed, bits, group_size, weight
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=25)
 @given(weights(), st.sampled_from(REGIMES))
 def test_matmul_within_the_rounding_bound(weight, m):
     seed, bits, group_size, (codes, scales, zeros) = weight

