@@ -22,7 +22,7 @@ ORDER = [
     {"foreign", "host"},
     {"config", "files", "text", "types"},
     {"draft_costs", "partition"},
-    {"mesh"},
+    {"mesh", "processes"},
     {"linear", "prompts", "sampling"},
     {"experts"},
     {"models", "quant"},

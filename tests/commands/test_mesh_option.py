@@ -1,21 +1,12 @@
 """--mesh at the commands that have it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
-from compilers import QUICKLY
 
 import ttq_jax as ttq
-from ttq_jax.commands import generate
-from ttq_jax.commands.parsers import build_parser
-from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.continuations import score_continuations
 from ttq_jax.evaluation.harness_arguments import load_arguments
-from ttq_jax.evaluation.progress import Progress
 
 CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
 
@@ -100,48 +91,12 @@ def test_widths_are_chosen_on_a_mesh_as_on_one_device(cli_json, tiny, text_file,
 
 
 @pytest.mark.parametrize(
-    "option", [("--stream",), ("--conversation", "d"), ("--speculate", "auto")]
-)
-def test_several_processes_answer_a_whole_text_at_once(tiny, option):
-    words = ["generate", "--model", tiny, "--prompt", "Hi", "--mesh", "model=2", *option]
-    args = build_parser().parse_args([*words, "--processes", "here:1,2,0"])
-    why = f"--processes: {option[0]} (answers in one process only|auto measures times)"
-    with pytest.raises(ConfigError, match=why):
-        generate.run(args, Progress(enabled=False))
-
-
-@pytest.mark.slow
-def test_one_of_two_processes_prints_the_answer(cli_json, tiny):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    asked = ("generate", "--model", tiny, "--prompt", "Hello", "--max-new-tokens", 4, *CHEAP)
-    words = [*map(str, asked), "--mesh", "model=4", "--json", "--quiet"]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ttq_jax", *words, "--processes", f"localhost:{port},2,{index}"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | QUICKLY | flags,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    (first, err), (second, _) = (process.communicate(timeout=300) for process in both)
-    assert [process.returncode for process in both] == [0, 0], err
-    assert json.loads(first)["text"] == cli_json(*asked)[0]["text"]
-    assert second == ""
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--mesh", "tensor=2"), "mesh: expected sizes of data and model, as in data=2,model=4"),
         (("--mesh", "model=16"), "take 16 devices, and there are 8"),
         (("--mesh", "model=3"), "4 heads, which 3 devices cannot share equally"),
         (("--mesh", "model=4", "--group-size", "64"), "of down, 24 each, and groups of 64 would"),
-        (("--processes", "auto"), "--processes: expected --mesh beside it"),
-        (("--mesh", "model=2", "--processes", "here:1,2,2"), "INDEX below COUNT, such as 10.0.0.1"),
-        (("--mesh", "model=2", "--processes", "2"), "expected auto, or HOST:PORT,COUNT,INDEX"),
     ],
 )
 def test_what_does_not_fit_is_one_line(cli, tiny, options, said):

@@ -21,6 +21,7 @@ from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.checkpoint.placing import Memory, check_memory
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import expect, shown
+from ttq_jax.processes import expect_same
 from ttq_jax.quant.grid import BITS
 
 __all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
@@ -64,7 +65,8 @@ def load(
 
     Raises:
       CheckpointError: the model cannot be found or served; the message says why and what to do.
-      ConfigError: a mesh that does not fit the devices or the model.
+      ConfigError: a mesh that does not fit the devices or the model, or other files in another
+        process.
 
     References:
       Formats: huggingface.co/docs/safetensors; github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -79,9 +81,12 @@ def load(
     expect("model", model, (str, Path), "a path, a hub id or an alias")
     check_memory(dense_memory)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
+    files = origin(path)
+    if mesh is not None:
+        expect_same("the model's files", files["fingerprint"])
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
         head=head, mesh=mesh, memory=dense_memory,
     )  # fmt: skip
-    return dataclasses.replace(made, origin=origin(path) | {"format": made.format})
+    return dataclasses.replace(made, origin=files | {"format": made.format})

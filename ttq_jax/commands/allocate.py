@@ -10,9 +10,9 @@ from ttq_jax.commands.inspect import packed_shapes
 from ttq_jax.commands.options import check_file, needs_of, recipe_of
 from ttq_jax.commands.output import print_json, print_text
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.corpora import cut_windows, sha256
 from ttq_jax.evaluation.describe import made_by, table
-from ttq_jax.evaluation.preparation import calibration_text, load_model, windows_read
+from ttq_jax.evaluation.preparation import calibration_text, corpus_text, load_model, windows_read
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths
 from ttq_jax.offline.calibrate import prepare_unpacked
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
         progress.note("--bits has no effect: the budget chooses among --widths")
     check_file(args.out)
     with progress.stage(f"reading {args.corpus}"):
-        corpus = read_corpus(args.corpus)
+        corpus = corpus_text(args.corpus)
     needs = needs_of(args, recipe)
     text = calibration_text(needs, progress)
     model, _ = load_model(

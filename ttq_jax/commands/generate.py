@@ -35,6 +35,7 @@ from ttq_jax.generation import Generation
 from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.partition import on
 from ttq_jax.prefill import check_chunk
+from ttq_jax.processes import expect_same
 from ttq_jax.prompts import PromptError, pad_prompts
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import save_recipe
@@ -271,6 +272,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     check_file(args.save_recipe)
     needs = needs_of(args, recipe)
     prompts, text = prompts_of(args), calibration_text(needs, progress)
+    expect_same("the prompts", prompts)
     # What verifies needs the unquantized tables.
     tables = None if args.speculate else recipe
     model, _ = load_model(

@@ -28,18 +28,26 @@ def _run(args: argparse.Namespace) -> None:
     """Runs one command."""
     from ttq_jax.commands.compiled import cache_directory, keep_compiled_programs
     from ttq_jax.commands.platform import choose_platform
-    from ttq_jax.commands.processes import first_speaks, join
+    from ttq_jax.commands.processes import begin_together, join
     from ttq_jax.evaluation.progress import Progress
 
     processes = getattr(args, "processes", None)
     join(processes, getattr(args, "mesh", None))
     choose_platform()
     if processes:
-        first_speaks()
+        begin_together(args)
     progress = Progress(enabled=not args.quiet)
     if not args.no_compilation_cache:
         keep_compiled_programs(cache_directory(args.cache_dir), progress)
     importlib.import_module(f"ttq_jax.commands.{args.command}").run(args, progress)
+
+
+def _part(code: int) -> None:
+    """Lets a failed command of several processes end."""
+    if "jax" in sys.modules:
+        from ttq_jax.commands.processes import end_failed
+
+        end_failed(code)
 
 
 @contextlib.contextmanager
@@ -141,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals():
             return _command(words)
     except (KeyboardInterrupt, Stopped) as e:
-        return tell_stopped(e)
+        code = tell_stopped(e)
+        _part(code)
+        return code
     except BrokenPipeError:
         return 141
     except BaseException as e:
@@ -150,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 traceback.print_exception(e)
         code, text = explain(e)
         tell(f"ttq: error: {text}")
+        _part(code)
         return code
     finally:
         _flushed(sys.stdout)

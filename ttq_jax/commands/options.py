@@ -15,6 +15,7 @@ from ttq_jax.evaluation.preparation import Needs
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.files import check_destination
 from ttq_jax.foreign import parse_json
+from ttq_jax.processes import expect_same
 from ttq_jax.prompts import PromptError
 from ttq_jax.quant.names import quantizes_nothing
 from ttq_jax.quant.recipe import Recipe
@@ -39,6 +40,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     recipe = recipe_named(args.method, short, args.settings)
     if recipe is None and getattr(args, "save_recipe", None):
         raise ConfigError(quantizes_nothing(args.method, "--save-recipe has no effect"))
+    expect_same("the recipe", None if recipe is None else recipe.describe())
     return recipe
 
 

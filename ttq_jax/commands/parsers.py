@@ -229,6 +229,7 @@ def _acceptance_parser(commands: Any) -> None:
     )
     add_model(parser)
     add_mesh(parser)
+    add_processes(parser)
     add_text(parser)
     add_window(parser)
     _add_quantizing(parser)
@@ -255,6 +256,7 @@ def _allocate_parser(commands: Any) -> None:
     )
     add_model(parser)
     add_mesh(parser)
+    add_processes(parser)
     add = parser.add_argument
     add("--corpus", required=True, metavar="C",
         help="text to choose the bits on, named as for ttq perplexity; do not score on it later"
@@ -293,6 +295,7 @@ def _sweep_parser(commands: Any) -> None:
     add("--retry", action="store_true", help="run failed cells again")
     add("--dry-run", action="store_true", help="list the cells and their state; run nothing")
     add_mesh(parser)
+    add_processes(parser)
     _add_common(parser)
 
 

@@ -16,11 +16,16 @@ from ttq_jax.commands.options import (
     recipe_of,
 )
 from ttq_jax.commands.output import print_json, print_text
-from ttq_jax.evaluation.corpora import cut_windows, read_corpus
+from ttq_jax.evaluation.corpora import cut_windows
 from ttq_jax.evaluation.describe import describe_method, head
 from ttq_jax.evaluation.intervals import TOO_FEW
 from ttq_jax.evaluation.perplexity import Perplexity, Protocol, interval95, stream
-from ttq_jax.evaluation.preparation import calibration_text, load_model, prepare_offline
+from ttq_jax.evaluation.preparation import (
+    calibration_text,
+    corpus_text,
+    load_model,
+    prepare_offline,
+)
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.partition import on
 from ttq_jax.prefill import check_chunk
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     protocol = Protocol(kind=args.protocol, window=args.window, prompt_tokens=args.prompt_tokens)
     check_file(args.save_recipe)
     with progress.stage(f"reading {args.corpus}"):
-        corpus = read_corpus(args.corpus)
+        corpus = corpus_text(args.corpus)
     needs = needs_of(args, recipe)
     calibration = calibration_text(needs, progress)
     only = None if args.with_baseline else recipe

@@ -1,5 +1,6 @@
 """One command in several processes, such as one on each host of a slice."""
 
+import argparse
 import os
 import re
 import sys
@@ -9,6 +10,9 @@ import jax
 
 from ttq_jax.config import ConfigError
 from ttq_jax.errors import shown
+from ttq_jax.processes import everyone, meet
+
+_FAREWELL_S = 10
 
 
 def join(processes: str | None, mesh: str | None) -> None:
@@ -46,7 +50,45 @@ def join(processes: str | None, mesh: str | None) -> None:
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
-def first_speaks() -> None:
-    """Lets the first process alone print results."""
+# May differ: what only says how a process runs, and files, whose contents are compared.
+_OWN = {"processes", "quiet", "debug", "json", "cache_dir", "no_compilation_cache"}
+_FILES = {
+    "model", "method", "file", "prompts_file", "corpus", "calibration", "prepared", "out",
+    "save_recipe",
+}  # fmt: skip
+
+
+def begin_together(args: argparse.Namespace) -> None:
+    """Begins a command that runs in several processes: the first alone prints results.
+
+    Args:
+      args: the command's options.
+
+    Raises:
+      ConfigError: another process has other options.
+    """
+    given = {k: repr(v) for k, v in sorted(vars(args).items()) if k not in _OWN | _FILES}
+    first, *others = everyone("the options", given)
+    for index, other in enumerate(others, 1):
+        for name in first.keys() | other.keys():
+            one, two = first.get(name), other.get(name)
+            if one != two:
+                raise ConfigError(
+                    f"--processes: expected the same options in every process, got {name} {one} "
+                    f"in the first and {two} in process {index}; start all of them alike"
+                )
     if jax.process_index():
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def end_failed(code: int) -> None:
+    """Ends a command that failed at once, unless the other processes fail with it.
+
+    JAX would have this process wait for the others to end, and they wait for it.
+
+    Args:
+      code: the exit code.
+    """
+    if jax.distributed.is_initialized() and not meet("the end", _FAREWELL_S):
+        sys.stderr.flush()
+        os._exit(code)

@@ -11,8 +11,9 @@ from ttq_jax.evaluation.describe import table
 from ttq_jax.evaluation.perplexity import Perplexity
 from ttq_jax.evaluation.progress import Progress, clock
 from ttq_jax.mesh import parse, undivided
+from ttq_jax.processes import ApartError, alike, expect_same
 from ttq_jax.sweeps.axes import Cell, read_sweep, varying_axes
-from ttq_jax.sweeps.rows import Row, Rows, read_rows
+from ttq_jax.sweeps.rows import Row, SharedRows, read_rows, state
 from ttq_jax.sweeps.run import Runner, git_commit, head_of
 
 
@@ -75,11 +76,12 @@ class _Bar:
         self.latest = "failed" if "error" in row else f"{row['perplexity']:.3f}"
 
 
-def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progress) -> Row:
+def _run_one(cell: Cell, runner: Runner, rows: SharedRows, bar: _Bar, progress: Progress) -> Row:
     """Runs a cell and writes its row; an error is a result too.
 
     Raises:
       ConfigError: the row cannot be written.
+      ApartError: several processes are no longer at the same cell.
     """
     start = time.perf_counter()
     with progress.stage(bar.line(cell)) as update:
@@ -88,7 +90,9 @@ def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progre
             update(running.windows, total, f"perplexity {running.perplexity:.3f}")
 
         try:
-            row = runner.run(cell, tell)
+            row = alike(cell.name(bar.axes), lambda: runner.run(cell, tell))
+        except ApartError:
+            raise
         except Exception as e:
             row = head_of(cell, git_commit()) | {"error": f"{type(e).__name__}: {e}"}
     try:
@@ -105,19 +109,17 @@ def _run_one(cell: Cell, runner: Runner, rows: Rows, bar: _Bar, progress: Progre
 def _list(cells: list[Cell], done: dict[str, Row], as_json: bool) -> None:
     """What `--dry-run` prints."""
 
-    def state(cell: Cell) -> str:
-        row = done.get(cell.key)
-        if row is None:
-            return f"illegal: {cell.error}" if cell.error else "to do"
-        return "failed" if "error" in row else "done"
+    def said(cell: Cell) -> str:
+        illegal = cell.error and cell.key not in done
+        return f"illegal: {cell.error}" if illegal else state(done.get(cell.key))
 
     if as_json:
         for cell in cells:
-            print_json({"key": cell.key, "cell": cell.values, "state": state(cell)})
+            print_json({"key": cell.key, "cell": cell.values, "state": said(cell)})
         return
     axes = list(dict.fromkeys(axis for cell in cells for axis in cell.values))
     rows = [[*axes, "state"]]
-    rows += [[*(str(c.values.get(a, "-")) for a in axes), state(c)] for c in cells]
+    rows += [[*(str(c.values.get(a, "-")) for a in axes), said(c)] for c in cells]
     print_text(table(rows, left=len(rows[0])))
 
 
@@ -138,19 +140,17 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
     if args.dry_run:
         _list(cells, read_rows(directory), args.json)
         return
-    rows = Rows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
+    expect_same("the cells of the sweep", [cell.name() for cell in cells])
+    rows = SharedRows(directory, f"{i}of{n}" if n > 1 else "", progress.note)
     rows.repair()
     done = rows.read()
     mesh = None if args.mesh is None else parse(args.mesh)
     if note := undivided(mesh, 1):
         progress.note(note)
     runner = Runner(progress.note, mesh)
-    _of_others(cells, done, runner)
-
-    def pending(cell: Cell, done: dict[str, Row]) -> bool:
-        return cell.key not in done or (args.retry and "error" in done[cell.key])
-
-    left = [cell for cell in cells if pending(cell, done)]
+    alike("the rows in --out", lambda: _of_others(cells, done, runner))
+    pending = {"to do", "failed"} if args.retry else {"to do"}
+    left = [cell for cell in cells if state(done.get(cell.key)) in pending]
     bar = _Bar(cells, len(cells) - len(left))
     progress.note(f"{bar.done} of {bar.total} cells are done")
 
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace, progress: Progress) -> None:
                     claimed.append(cell)
                     continue
                 # Another process may have finished it since.
-                if not pending(cell, rows.read()):
+                if rows.state(cell.key) not in pending:
                     bar.done += 1
                     continue
                 row = _run_one(cell, runner, rows, bar, progress)

@@ -16,11 +16,12 @@ from ttq_jax.checkpoint import Model, load
 from ttq_jax.checkpoint.placing import Memory
 from ttq_jax.checkpoint.store import load_offline
 from ttq_jax.config import ConfigError
-from ttq_jax.evaluation.corpora import calibration_windows, read_corpus
+from ttq_jax.evaluation.corpora import calibration_windows, read_corpus, sha256
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.mesh import parse as parse_mesh
 from ttq_jax.mesh import undivided
 from ttq_jax.offline.calibrate import prepare
+from ttq_jax.processes import expect_same
 from ttq_jax.quant.names import lacks_corpus
 from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Offline
@@ -87,6 +88,24 @@ def load_model(
     return model, time.perf_counter() - start
 
 
+def corpus_text(spec: str) -> str:
+    """A corpus for this command, which may run in several processes.
+
+    Args:
+      spec: see `read_corpus`.
+
+    Returns:
+      The text, the same in all of them.
+
+    Raises:
+      CorpusError: see there.
+      ConfigError: another process has read another text.
+    """
+    text = read_corpus(spec)
+    expect_same("the text of a corpus", sha256(text))
+    return text
+
+
 def calibration_text(needs: Needs, progress: Progress) -> str | None:
     """The calibration corpus of a recipe that reads one.
 
@@ -109,7 +128,7 @@ def calibration_text(needs: Needs, progress: Progress) -> str | None:
         unread = f"recipe {needs.method} needs none"
         why = f"{needs.prepared} is used instead" if needs.prepared else unread
         progress.note(f"the calibration corpus is not used: {why}")
-    return read_corpus(needs.calibration) if needed and needs.calibration else None
+    return corpus_text(needs.calibration) if needed and needs.calibration else None
 
 
 def windows_read(needs: Needs, model: Model, text: str | None) -> np.ndarray | None:

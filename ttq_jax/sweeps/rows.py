@@ -17,6 +17,7 @@ from typing import Any
 from ttq_jax.config import ConfigError
 from ttq_jax.files import sync
 from ttq_jax.foreign import check, parse_json, read_bytes
+from ttq_jax.processes import of_first
 
 Row = dict[str, Any]
 
@@ -25,6 +26,7 @@ _WRITING = 0
 
 # What resuming needs of a row; `checked` has what a report needs.
 _ROW = {"key": str, "model?": {"fingerprint?": str}}
+_RESUMED = ("error", "model", "corpus_sha256", "calibration_sha256")
 
 # Of a file that is read; a row has a few thousand.
 _BYTES = 2**30
@@ -136,6 +138,66 @@ class Rows:
         """Closes the files and releases every claim."""
         os.close(self._file)
         os.close(self._lock)
+
+
+class SharedRows:
+    """`Rows` of a program of several processes: the first has the files, and tells the others.
+
+    Every method is called by all of them at the same place. A process by itself is the first.
+
+    Attributes:
+      path: see `Rows`.
+    """
+
+    def __init__(self, directory: Path, shard: str = "", note: Callable[[str], Any] = print):
+        """See `Rows`."""
+        self.path = directory
+
+        def open_files() -> None:
+            self._own = Rows(directory, shard, note)
+            self.path = self._own.path
+
+        of_first("--out", open_files)
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """See `Rows`."""
+        with contextlib.ExitStack() as held:
+            yield of_first(f"cell {key}", lambda: held.enter_context(self._own.claim(key)))
+
+    def append(self, row: Row) -> None:
+        """See `Rows`."""
+        of_first("a row", lambda: self._own.append(row))
+
+    def repair(self) -> None:
+        """See `Rows`."""
+        of_first("rows", lambda: self._own.repair())
+
+    def read(self) -> dict[str, Row]:
+        """What resuming needs of the rows: their models, texts and errors."""
+
+        def kept(row: Row) -> Row:
+            return {name: row[name] for name in _RESUMED if name in row}
+
+        return of_first("rows", lambda: {key: kept(r) for key, r in self._own.read().items()})
+
+    def state(self, key: str) -> str:
+        """How far a cell is now; see `state`."""
+        return of_first(f"cell {key}", lambda: state(self._own.read().get(key)))
+
+
+def state(row: Row | None) -> str:
+    """How far a cell is.
+
+    Args:
+      row: the cell's; None if it has none.
+
+    Returns:
+      "to do", "failed" or "done".
+    """
+    if row is None:
+        return "to do"
+    return "failed" if "error" in row else "done"
 
 
 def read_rows(directory: Path) -> dict[str, Row]:

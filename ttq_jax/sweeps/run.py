@@ -23,9 +23,10 @@ from ttq_jax.checkpoint.origin import find, origin
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.acceptance import MEASURES
 from ttq_jax.evaluation.acceptance import stream as compare
-from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, read_corpus, sha256
+from ttq_jax.evaluation.corpora import calibration_windows, cut_windows, sha256
 from ttq_jax.evaluation.describe import device, versions
 from ttq_jax.evaluation.perplexity import Perplexity, interval95, stream
+from ttq_jax.evaluation.preparation import corpus_text
 from ttq_jax.offline.calibrate import calibrate, prepare, with_head
 from ttq_jax.partition import on
 from ttq_jax.quant.head import head_of as tables_of
@@ -75,7 +76,7 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """The peak so far."""
-        stats = jax.devices()[0].memory_stats()
+        stats = jax.local_devices()[0].memory_stats()
         if stats and "peak_bytes_in_use" in stats:
             return int(stats["peak_bytes_in_use"])
         with contextlib.suppress(OSError):
@@ -128,8 +129,8 @@ class Runner:
         self._commit = git_commit()
 
     def text(self, spec: str) -> str:
-        """A corpus; see `read_corpus`."""
-        return self._texts.get(spec, lambda: read_corpus(spec))
+        """A corpus; see `corpus_text`."""
+        return self._texts.get(spec, lambda: corpus_text(spec))
 
     def origin(self, name: str) -> dict[str, str]:
         """Which files a model's name stands for now; see `checkpoint.origin`."""
