@@ -203,6 +203,18 @@ def _():
     return [table], []
 
 
+@evidence("Second order with refits and more damping gains only at 3 bits on SmolLM2")
+def _():
+    table = [["codes", "ranges tried", "refits", "damping", *BESIDE]]
+    for codes, base in [
+        ("4 bits, groups of 64", "best-asym-coded-h0"),
+        ("3 bits, groups of 32", "best-3-g32-asym-coded-h0"),
+    ]:
+        table.append(beside([codes, "10", "0", "0.3"], base, base))
+        table.append(beside([codes, "1", "4", "1"], base, f"{base}-p1-f4-m10"))
+    return [table], []
+
+
 @evidence("Second order gains from refits, damping and descents together, on three texts")
 def _():
     file, base = "better_codes_second_smollm2.jsonl", "best-3-g32-asym-coded-h0"
