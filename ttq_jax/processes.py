@@ -65,6 +65,11 @@ def _exchanged(own: bytes) -> list[bytes]:
     return [bytes(row[:n]) for row, n in zip(rows, lengths, strict=True)]
 
 
+def several() -> bool:
+    """Whether this process is one of several of a program."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def everyone(what: str, value: Any) -> list[Any]:
     """What every process has, in every process.
 
@@ -78,7 +83,7 @@ def everyone(what: str, value: Any) -> list[Any]:
     Raises:
       ApartError: another process did not come, or is at another place of the program.
     """
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if not several():
         return [value]
     at = f"process {jax.process_index()} of {jax.process_count()} is at {what}"
     mend = "look at what the others say, and start all of them again"

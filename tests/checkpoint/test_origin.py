@@ -1,5 +1,6 @@
 """What a name stands for: told from the files, without loading them."""
 
+import os
 import shutil
 
 import pytest
@@ -68,3 +69,9 @@ def test_a_revision_pins_a_hub_model(tmp_path, monkeypatch):
     assert load("some/llama@" + commits["v1"]).origin == pinned.origin
     with pytest.raises(CheckpointError, match="some/llama@v2"):
         load("some/llama@v2")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(CheckpointError, match="expected a file, found a pipe or device"):
+        origin(find(tmp_path / "pipe.gguf"))

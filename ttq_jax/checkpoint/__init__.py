@@ -21,7 +21,7 @@ from ttq_jax.checkpoint.packaged import ALIASES
 from ttq_jax.checkpoint.placing import Memory, check_memory
 from ttq_jax.checkpoint.tokenizer import Tokenizer
 from ttq_jax.errors import expect, shown
-from ttq_jax.processes import expect_same
+from ttq_jax.processes import expect_same, several
 from ttq_jax.quant.grid import BITS
 
 __all__ = ["ALIASES", "CheckpointError", "Model", "Progress", "Tokenizer", "load"]
@@ -81,12 +81,11 @@ def load(
     expect("model", model, (str, Path), "a path, a hub id or an alias")
     check_memory(dense_memory)
     path, keys = find(model), [ignore_keys] if isinstance(ignore_keys, str) else ignore_keys
-    files = origin(path)
-    if mesh is not None:
-        expect_same("the model's files", files["fingerprint"])
+    if mesh is not None and several():
+        expect_same("the model's files", origin(path)["fingerprint"])
     read = load_directory if path.is_dir() else load_gguf
     made = read(
         path, name=str(model), dtype=_DTYPES[dtype], progress=progress, ignore_keys=tuple(keys),
         head=head, mesh=mesh, memory=dense_memory,
     )  # fmt: skip
-    return dataclasses.replace(made, origin=files | {"format": made.format})
+    return dataclasses.replace(made, origin=origin(path) | {"format": made.format})

@@ -67,6 +67,9 @@ def origin(path: Path) -> dict[str, str]:
     name = path.parent.parent.name.removeprefix("models--") if from_hub else files[0].resolve().name
     if path.is_dir():
         files = sorted({f for pattern in _READ for f in path.glob(pattern) if is_file(f)})
+    elif files == [path] and path.exists() and not is_file(path):
+        # A pipe would be waited for.
+        raise CheckpointError(f"{path}: expected a file, found a pipe or device")
     digest = hashlib.sha256()
     try:
         for file in files:
