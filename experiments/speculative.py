@@ -7,8 +7,8 @@ Command   python experiments/speculative.py check --model smollm2 --corpus wikit
               --out experiments/results/speculative_times_smollm2.json
 Cost      SmolLM2 on 2 cores: `check` of 200 prompts ten minutes for each number of drafts beside
           other work, 40 for 16 drafts on one core; started again with the same command, it goes on
-          after the last row of the file. `time` of 3 prompts and 3 numbers of drafts 2 minutes; "auto" adds the compilation
-          of one more program per length of prompt.
+          after the last row of the file. `time` of 3 prompts and 3 numbers of drafts 2 minutes;
+          "auto" adds the compilation of one more program per length of prompt.
 Expect    `check` prints a row per number of drafts and batch: answers that differ from the
           unquantized model's, and how close the two likeliest tokens were where they part; `time`
           a row per number of drafts, and for "auto", whose cycles choose it by costs that are
