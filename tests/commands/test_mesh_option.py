@@ -97,6 +97,9 @@ def test_widths_are_chosen_on_a_mesh_as_on_one_device(cli_json, tiny, text_file,
         (("--mesh", "model=16"), "take 16 devices, and there are 8"),
         (("--mesh", "model=3"), "4 heads, which 3 devices cannot share equally"),
         (("--mesh", "model=4", "--group-size", "64"), "of down, 24 each, and groups of 64 would"),
+        (("--processes", "auto"), "--processes: expected --mesh beside it"),
+        (("--mesh", "model=2", "--processes", "here:1,2,2"), "INDEX below COUNT, such as 10.0.0.1"),
+        (("--mesh", "model=2", "--processes", "2"), "expected auto, or HOST:PORT,COUNT,INDEX"),
     ],
 )
 def test_what_does_not_fit_is_one_line(cli, tiny, options, said):

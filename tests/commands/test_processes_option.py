@@ -20,11 +20,12 @@ from ttq_jax.sweeps.rows import read_rows
 CHEAP = ("--recipe", "ttq", "--group-size", 8, "--select", "layers/down")
 
 
-def in_two(*words, second=(), program=("-m", "ttq_jax")):
+def in_two(*words, first=(), second=(), program=("-m", "ttq_jax")):
     """Runs a command in two processes of two devices each: ((code, stdout, stderr), the other's).
 
     Args:
       *words: of both.
+      first: further words of the first alone.
       second: further words of the second alone.
       program: what Python runs.
     """
@@ -39,7 +40,7 @@ def in_two(*words, second=(), program=("-m", "ttq_jax")):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | QUICKLY | flags,
         )
-        for index, further in enumerate(((), second))
+        for index, further in enumerate((first, second))
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=120) for process in both]
@@ -58,21 +59,6 @@ def test_several_processes_answer_a_whole_text_at_once(tiny, option):
     why = f"--processes: {option[0]} (answers in one process only|auto measures times)"
     with pytest.raises(ConfigError, match=why):
         generate.run(args, Progress(enabled=False))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--processes", "auto"), "--processes: expected --mesh beside it"),
-        (("--mesh", "model=2", "--processes", "here:1,2,2"), "INDEX below COUNT, such as 10.0.0.1"),
-        (("--mesh", "model=2", "--processes", "2"), "expected auto, or HOST:PORT,COUNT,INDEX"),
-    ],
-)
-def test_what_is_no_process_is_one_line(cli, tiny, options, said):
-    code, out, err = cli("generate", "--model", tiny, "--prompt", "Hi", *CHEAP, *options)
-    assert (code, out) == (2, "")
-    assert said in err
-    assert err.rstrip().splitlines()[-1].startswith("ttq: error: ")
 
 
 @pytest.mark.slow
@@ -190,11 +176,12 @@ def test_what_differs_between_processes_is_named_in_both(tiny, text_file, tmp_pa
         first, second = in_two(*asked, "--mesh", "model=4", second=("--prompts-file", other))
         said = "the prompts: expected the same in every process, got ['Hello'] in the first"
     elif differs == "cells":
-        asked = ("sweep", grid_of(tmp_path / "one.toml", tiny, text_file), "--out", tmp_path / "o")
+        one = grid_of(tmp_path / "one.toml", tiny, text_file)
+        other.write_text(one.read_text().replace("bits = [3, 4]", "bits = [3]"))
         first, second = in_two(
-            *asked, "--mesh", "model=4", second=("--axis", "corpus=other=" + str(text_file))
+            "sweep", "--out", tmp_path / "o", "--mesh", "model=4", first=(one,), second=(other,)
         )
-        said = "got axis"
+        said = "the cells of the sweep: expected the same in every process, got "
     for code, out, err in (first, second):
         assert (code, out) == (2, ""), err
         assert said in err
@@ -220,7 +207,7 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_alone_ends_both_and_a_sweep_goes_on_later(tiny, text_file, tmp_path):
+def test_a_process_that_fails_alone_ends_both_and_what_was_done_is_kept(tiny, text_file, tmp_path):
     asked = ("sweep", grid_of(tmp_path / "grid.toml", tiny, text_file), "--mesh", "model=4")
     out = tmp_path / "out"
     first, second = in_two(*asked, "--out", out, program=("-c", _FAILS_ALONE))
@@ -230,4 +217,4 @@ def test_a_process_that_fails_alone_ends_both_and_a_sweep_goes_on_later(tiny, te
     assert "one did not come within 10 seconds" in second[2]
     assert "here it failed (MemoryError: no room)" in second[2]
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [row["cell"]["recipe"] for row in rows] == ["none"], "what was done is kept"
+    assert [row["cell"]["recipe"] for row in rows] == ["none"]

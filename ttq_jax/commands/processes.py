@@ -1,6 +1,7 @@
 """One command in several processes, such as one on each host of a slice."""
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -50,11 +51,11 @@ def join(processes: str | None, mesh: str | None) -> None:
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
-# May differ: what only says how a process runs, and files, whose contents are compared.
+# May differ: what only says how a process runs, and names of files; what is read of them is
+# compared.
 _OWN = {"processes", "quiet", "debug", "json", "cache_dir", "no_compilation_cache"}
 _FILES = {
-    "model", "method", "file", "prompts_file", "corpus", "calibration", "prepared", "out",
-    "save_recipe",
+    "model", "method", "file", "prompts_file", "corpus", "calibration", "out", "save_recipe",
 }  # fmt: skip
 
 
@@ -90,5 +91,7 @@ def end_failed(code: int) -> None:
       code: the exit code.
     """
     if jax.distributed.is_initialized() and not meet("the end", _FAREWELL_S):
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         os._exit(code)
