@@ -20,7 +20,8 @@ from ttq_jax.config import ModelConfig
 from ttq_jax.models.family import Family
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import first_turn
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import to_toml
 from ttq_jax.quant.source import Source
 

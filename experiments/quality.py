@@ -43,7 +43,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -117,10 +117,16 @@ def spread(total: int, count: int) -> list[int]:
     return list(picked)
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Scores every recipe on every corpus and writes the rows as they come."""
+def measure(args: argparse.Namespace, model_of: Callable[[str], ttq.Model] | None = None) -> None:
+    """Scores every recipe on every corpus and writes the rows as they come.
+
+    `model_of` says which model a recipe's name is measured on; None: on --model.
+    """
     check_destination(args.out, parents=True)
-    model = ttq.load(args.model)
+    if model_of is None:
+        loaded = ttq.load(args.model)
+        model_of = lambda name: loaded  # noqa: E731
+    model = model_of("none")
     protocol = Protocol(window=args.window, prompt_tokens=args.prompt_tokens)
     texts = dict(map(corpus_text, args.corpus))
     calibration = dict(map(corpus_text, args.calibration))
@@ -128,7 +134,7 @@ def measure(args: argparse.Namespace) -> None:
     picked = {n: spread(len(cut), args.windows) for n, cut in windows.items()}
     store, prepared = Results(args.out), {}
     for name in ["none", *args.recipe]:
-        recipe = recipe_named(name)
+        recipe, model = recipe_named(name), model_of(name)
         for corpus, at in picked.items():
             rows = store.read()
             row = rows.get((name, corpus), {"nll": []})

@@ -4,16 +4,19 @@ from typing import Any
 
 import ttq_jax as ttq
 from ttq_jax.quant.grid import SCALES
-from ttq_jax.quant.recipe import PRESETS, Recipe
+from ttq_jax.quant.presets import PRESETS
+from ttq_jax.quant.recipe import Recipe
+from ttq_jax.quant.scaling import NoScale
 from ttq_jax.quant.source import Source
 
 NAMES = (
     "FILE.toml or "
     "PRESET[-BITS][-gGROUP][-rRANK][-sym|-asym][-coded|-coded4|-float][-hHEAD][-nTOKENS|-sTOKENS]"
-    "[-pSTEPS][-fREFITS][-dDESCENTS][-mTENTHS][-full|-quantized|-both][-aTENTHS][-kTENTHS]"
-    "[@CALIBRATION]; h0 leaves the head as it is; a prior worth so many tokens, n from the weights "
-    "(0 for none), s from samples; p, f, d and m (damping) are of the rounding, a (strength) and k "
-    "(damping) of the correction"
+    "[-unscaled][-mean][-pSTEPS][-fREFITS][-dDESCENTS][-mTENTHS][-full|-quantized|-both]"
+    "[-aTENTHS][-kTENTHS][@CALIBRATION]; h0 leaves the head as it is; a prior worth so many "
+    "tokens, n from the weights (0 for none), s from samples; unscaled has no channel scale; mean "
+    "corrects what the mean input makes of the error; p, f, d and m (damping) are of the rounding, "
+    "a (strength) and k (damping) of the correction"
 )
 
 _SHORT = {"g": "group_size", "r": "rank"}
@@ -40,6 +43,10 @@ def recipe_named(name: str) -> Recipe | None:
             given["scales"] = part
         elif part in {"full", "quantized", "both"}:
             given["prefill"] = part
+        elif part == "unscaled":
+            given["scale"] = NoScale()
+        elif part == "mean":
+            settings.append("low_rank.mean=true")
         elif part.isdigit():
             given["bits"] = int(part)
         elif letter == "h" and number.isdigit():

@@ -19,7 +19,8 @@ from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.lowrank import LowRankRule, stored_factors
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.widths import Width
@@ -95,7 +96,8 @@ CASES = {
     "gram": Recipe(moments=CORPUS, rounding=ROUNDING, select="layers/q"),
     "prior from weights": Recipe(moments=Source(prior="weights", prior_tokens=8.0)),
     "prior from samples": Recipe(
-        moments=Source(prior="samples", prior_tokens=8.0), rounding=ROUNDING, select="layers/q"
+        moments=Source(prior="samples", prior_tokens=8.0), rounding=ROUNDING, select="layers/q",
+        low_rank=LowRankRule(mean=True),
     ),
     "weighted factors": Recipe(
         moments=CORPUS, low_rank=LowRankRule(rank=4, weighted=True), select="layers/q"

@@ -16,7 +16,7 @@ from ttq_jax.generation import Drafts
 from ttq_jax.measured_drafts import CYCLES, RUNS, forced, measure
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.sampling import Sampling, filtered
 from ttq_jax.stages import go_on, start
 from ttq_jax.types import Offline

@@ -13,7 +13,7 @@ from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.generate import generate_tokens
 from ttq_jax.models.cache import check_dtype, empty_cache, map_rows, read_layer, write_layer
 from ttq_jax.models.decoder import forward
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import EightBits, Offline, stored_bytes
 

@@ -16,7 +16,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import decoded_shapes, last_hidden, prefill
 from ttq_jax.prompts import PromptError, bucket, pad_prompts
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.tree import quantize_params, replace_kernels, static_factors
 from ttq_jax.sampling import Sampling, sample
 from ttq_jax.types import Offline, QuantizedLinear, effective_bits, kernels, stored_bytes

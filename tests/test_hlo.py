@@ -8,7 +8,7 @@ import pytest
 from small import prompts_of, random_rows, small_config, small_params
 
 from ttq_jax.generate import generate_tokens
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, kernels
 

@@ -29,7 +29,7 @@ from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.partition import on, put, shard
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.head import joined
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, kernels, stored_bytes

@@ -38,7 +38,8 @@ from ttq_jax.offline.calibrate import observe_tokens, prepare_unpacked
 from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import observe
-from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+from ttq_jax.quant.presets import PRESETS, preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import quantize_tree, static_factors
@@ -70,7 +71,7 @@ RECIPES = {
 REST = Recipe(
     moments=Source(prior="weights", prior_tokens=8.0, decay=0.5, refresh=2),
     rounding=SecondOrder(steps=2, span=16, static_groups=False),
-    low_rank=LowRankRule(rank=2, error_rank=2, store="int8"),
+    low_rank=LowRankRule(rank=2, error_rank=2, mean=True, store="int8"),
     widths=(Width(select="layers/1/q", bits=2),), select=ONE,
 )  # fmt: skip
 EXPERTS = dataclasses.replace(

@@ -18,7 +18,8 @@ from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.partition import on, param_specs, put, shard
 from ttq_jax.quant.head import pack_head
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.scaling import SearchedAlpha
 from ttq_jax.quant.tree import check_selection, quantize_tree, static_factors
 from ttq_jax.quant.widths import Width
@@ -94,8 +95,9 @@ CASES = {
     "data": ((8, 1), {}, preset("ttq", bits=3, prefill="both"), [20, 9, 13, 30, 7, 3, 11, 25], {}),
     "all-rules": (
         (2, 4), {"tie_embeddings": False},
-        preset("ttq", rank=4, scale=SearchedAlpha(steps=3), head=4, scales="coded4",
-               group_size=64, widths=(Width(select="layers/1/(down|q)", bits=3),)),
+        preset("ttq", low_rank=LowRankRule(rank=4, mean=True), scale=SearchedAlpha(steps=3),
+               head=4, scales="coded4", group_size=64,
+               widths=(Width(select="layers/1/(down|q)", bits=3),)),
         [20], {},
     ),
 }  # fmt: skip

@@ -18,7 +18,8 @@ from ttq_jax.models.decoder import forward
 from ttq_jax.models.prompt_attention import attend_part_by_kernel
 from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.prefill import check_chunk, first_turn, prefill, reading
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import static_factors
 from ttq_jax.quant.widths import Width
@@ -67,12 +68,12 @@ def assert_same_codes(got, want):
 SOME = "layers/(q|down)"
 SECOND = preset(
     "best", bits=3, group_size=16, moments=Source(decay=0.5), head=None, select="layers/q",
-    widths=(Width(select="layers/1/q", bits=2),),
+    widths=(Width(select="layers/1/q", bits=2),), low_rank=LowRankRule(mean=True),
 )  # fmt: skip
 FAST = preset("fast", bits=3, group_size=16, moments=Source(refresh=4), head=None, select=SOME)
 TTQ = preset("ttq", bits=3, group_size=16, moments=Source(refresh=4), select="layers/down")
 RANK = preset(
-    "ttq", bits=3, group_size=16, rank=2, select=SOME,
+    "ttq", bits=3, group_size=16, low_rank=LowRankRule(rank=2, mean=True), select=SOME,
     moments=Source(prior="weights", prior_tokens=8.0, decay=1.0),
 )  # fmt: skip
 LOCAL = {"sliding_window": 9, "sliding_layers": (True, False), "attn_softcap": 20.0}

@@ -22,7 +22,7 @@ from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import first_turn, prefill
 from ttq_jax.quant.head import head_of
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.widths import Width
 from ttq_jax.sampling import Sampling, filtered
 from ttq_jax.stream import go_on, start

@@ -14,7 +14,9 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward
 from ttq_jax.prefill import prefill
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import from_toml, to_toml, with_settings
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.streams import Correction, apart
@@ -56,7 +58,7 @@ def read(params, prompts, *, config, recipe):
 
 
 CASES = {
-    "llama": ({}, Recipe(prefill="both")),
+    "llama": ({}, Recipe(prefill="both", low_rank=LowRankRule(mean=True))),
     "opt": (OPT, Recipe(prefill="both")),
     "second order": ({}, preset("best", moments="prompt", head=None, prefill="both")),
 }

@@ -12,7 +12,7 @@ import jax
 
 from ttq_jax.checkpoint import load, placing
 from ttq_jax.generate import generate
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.source import Source
 
 _WRITTEN = Source(prior="samples", prior_tokens=8.0)

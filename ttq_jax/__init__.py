@@ -65,7 +65,8 @@ if TYPE_CHECKING:
     from ttq_jax.quant.grid import Grid, Nearest
     from ttq_jax.quant.half_quadratic import HalfQuadratic
     from ttq_jax.quant.lowrank import LowRankRule
-    from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+    from ttq_jax.quant.presets import PRESETS, preset
+    from ttq_jax.quant.recipe import Recipe
     from ttq_jax.quant.recipe_text import load_recipe, save_recipe, with_settings
     from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
     from ttq_jax.quant.second_order import SecondOrder
@@ -129,7 +130,7 @@ __all__ = [
 
 # Imported at first use: `ttq --help` and a mistyped option must not wait for jax.
 _HOME = {
-    "PRESETS": "ttq_jax.quant.recipe",
+    "PRESETS": "ttq_jax.quant.presets",
     "ClipSearch": "ttq_jax.quant.clip",
     "DraftCosts": "ttq_jax.draft_costs",
     "Error": "ttq_jax.errors",
@@ -165,7 +166,7 @@ _HOME = {
     "observe": "ttq_jax.functions",
     "perplexity": "ttq_jax.evaluation.perplexity",
     "prepare": "ttq_jax.offline.calibrate",
-    "preset": "ttq_jax.quant.recipe",
+    "preset": "ttq_jax.quant.presets",
     "quantize": "ttq_jax.functions",
     "read": "ttq_jax.functions",
     "read_corpus": "ttq_jax.evaluation.corpora",

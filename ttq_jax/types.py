@@ -62,12 +62,14 @@ class Moments:
       gram: float32[n_block, b, b] or None; Σ x xᵀ within each of n_block runs of b consecutive
         channels, the last one padded with zeros. One block is the whole Gram matrix; a prior
         from the weights knows only the diagonal, b = 1.
+      first: float32[d_in] or None; Σ x, with signs.
       powers: the P exponents, each > 0.
     """
 
     sums: Leaf
     count: Leaf
     gram: Leaf = None
+    first: Leaf = None
     powers: tuple[float, ...] = struct.field(pytree_node=False, kw_only=True)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -88,7 +90,8 @@ class Moments:
         blocks = "no Gram matrix"
         if self.gram is not None:
             blocks = "Gram blocks of {1}x{2}".format(*self.gram.shape[-3:])
-        return f"powers {self.powers} and {blocks}"
+        first = "" if self.first is None else ", sums of x"
+        return f"powers {self.powers}{first} and {blocks}"
 
     def scaled(self, factor: jax.Array | float) -> "Moments":
         """The moments as if every token had been read `factor` times, factor >= 0."""

@@ -22,7 +22,7 @@ from ttq_jax.generate import generate
 from ttq_jax.linear import dense_weight
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.partition import param_specs
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.source import Source
 from ttq_jax.types import kernels
 

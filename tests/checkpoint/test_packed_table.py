@@ -16,7 +16,7 @@ from ttq_jax.evaluation.perplexity import Protocol, perplexity
 from ttq_jax.generate import generate
 from ttq_jax.offline.calibrate import prepare, with_head
 from ttq_jax.quant.head import head_bits, pack_head
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.stream import stream
 
 RTN = preset("rtn", head=8)

@@ -30,6 +30,7 @@ from stores import (
     same_bits,
 )
 
+from ttq_jax.checkpoint import store_files
 from ttq_jax.checkpoint.store import (
     fingerprint,
     load_conversation,
@@ -40,7 +41,8 @@ from ttq_jax.checkpoint.store import (
 from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.prefill import first_turn
 from ttq_jax.quant.lowrank import LowRankRule
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import LowRank, MixedLinear, Offline, QuantizedLinear, kernels
 
 # Shorter tests ask the newest jax the same.
@@ -55,6 +57,18 @@ def test_what_is_restored_decodes_as_before(tmp_path, case):
     assert same_bits(restored, offline)
     if case in DECODED:
         assert decoded(recipe, restored)[0] == decoded(recipe, offline)[0]
+
+
+def test_moments_from_before_there_were_sums_of_x_are_read(tmp_path):
+    recipe, offline = CASES["gram"], offline_of("gram")
+    save_offline(tmp_path / "store", MODEL, recipe, offline)
+    path = tmp_path / "store" / "ttq.json"
+    header = json.loads(path.read_text())
+    for site in header["tree"]["fields"]["moments"]["dict"].values():
+        assert site["fields"].pop("first") is None
+    header["sha256"] = store_files._digest_of(header)
+    path.write_text(json.dumps(header))
+    assert same_bits(load_offline(tmp_path / "store", MODEL, recipe), offline)
 
 
 EXPERTS = {

@@ -69,6 +69,7 @@ FACTORS = CASES["factors"]
          "hold .*Gram blocks of 16x16, but the recipe reads .*Gram blocks of 8"),
         ("gram", changed(PRIOR, scale=PowerLaw(p=1.0)), "hold powers .*the recipe reads powers"),
         ("gram", changed(PRIOR, low_rank=LowRankRule(rank=4)), "low_rank.rank: saved 0, now 4"),
+        ("gram", changed(PRIOR, low_rank=LowRankRule(mean=True)), "reads .* sums of x and Gram"),
         ("factors", changed(FACTORS, grid=Grid(bits=3)), None),
         ("factors", changed(FACTORS, low_rank=LowRankRule(rank=4, error_rank=2)), None),
         ("factors", changed(FACTORS, low_rank=LowRankRule(rank=5)), "rank: saved 4, now 5"),

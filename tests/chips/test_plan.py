@@ -18,7 +18,7 @@ from ttq_jax.chips.released import released_config
 from ttq_jax.chips.share import exchange_seconds, slice_of
 from ttq_jax.config import ConfigError
 from ttq_jax.mesh import parse
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 
 TTQ = preset("ttq", bits=4, group_size=128)
 GIB = 2**30

@@ -22,7 +22,7 @@ from ttq_jax.generate import generate_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant.head import pack_head
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.sampling import Sampling
 from ttq_jax.stages import go_on, start
 from ttq_jax.types import Offline, Prompts, kernels, stored_bytes

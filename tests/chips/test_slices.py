@@ -10,7 +10,7 @@ from ttq_jax.chips.programs import memory_of
 from ttq_jax.chips.released import params_shapes, released_config
 from ttq_jax.chips.slices import collectives, compile_on_slice
 from ttq_jax.config import ConfigError
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.types import kernels, stored_bytes
 
 pytestmark = needs_compilers

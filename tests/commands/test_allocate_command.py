@@ -6,7 +6,7 @@ from tiny_gguf import random_mixtral, write_gguf
 from ttq_jax.checkpoint import load
 from ttq_jax.commands import allocate
 from ttq_jax.config import ConfigError
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.recipe_text import from_toml, load_recipe
 
 # Shorter tests ask the newest jax the same.

@@ -10,7 +10,7 @@ from ttq_jax.commands.main import main
 from ttq_jax.evaluation.corpora import DOMAINS
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.names import DEFAULT
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 
 # Shorter tests ask the newest jax the same.
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 from stores import MIXTURE
 
 from ttq_jax.quant.names import DEFAULT, METHODS
-from ttq_jax.quant.recipe import PRESETS
+from ttq_jax.quant.presets import PRESETS
 
 # Shorter tests ask the newest jax the same.
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ from tiny_files import FFN, KV, LAYERS, VOCAB, WIDTH, tensors
 from ttq_jax.checkpoint import load
 from ttq_jax.commands.inspect import _text, inspect_model, packed_shapes
 from ttq_jax.offline.calibrate import prepare
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.types import stored_bytes
 
 

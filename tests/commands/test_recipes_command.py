@@ -8,7 +8,8 @@ import pytest
 
 from ttq_jax.commands.main import main
 from ttq_jax.quant.names import DEFAULT
-from ttq_jax.quant.recipe import PRESETS, RULES
+from ttq_jax.quant.presets import PRESETS
+from ttq_jax.quant.recipe import RULES
 from ttq_jax.quant.recipe_text import from_toml, load_recipe, save_recipe, with_settings
 
 # Shorter tests ask the newest jax the same.

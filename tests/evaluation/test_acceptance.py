@@ -15,7 +15,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.prefill import prefill
 from ttq_jax.quant.head import head_of
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.types import Offline, Prompts
 
 CONFIG = small_config()

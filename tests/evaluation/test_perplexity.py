@@ -15,7 +15,7 @@ from ttq_jax.models.cache import empty_cache
 from ttq_jax.models.decoder import forward, logits
 from ttq_jax.offline.calibrate import calibrate, prepare
 from ttq_jax.quant.moments import Reads
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.types import Offline
 
 CONFIG = small_config()

@@ -19,7 +19,7 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.models.cache import empty_cache
 from ttq_jax.prefill import prefill
 from ttq_jax.quant.grid import Grid
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.types import SITE_OF, Offline, Prompts, kernels
 

@@ -16,7 +16,8 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid, decode
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

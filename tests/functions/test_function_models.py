@@ -298,7 +298,7 @@ RECIPES = {
     "hqq": ttq.preset("hqq", bits=3, group_size=16),
     "low rank": ttq.Recipe(
         grid=ttq.Grid(bits=3, group_size=16),
-        low_rank=ttq.LowRankRule(rank=2, error_rank=2),
+        low_rank=ttq.LowRankRule(rank=2, error_rank=2, mean=True),
     ),
 }
 

@@ -19,7 +19,7 @@ from ttq_jax.models.decoder import forward
 from ttq_jax.models.prompt_attention import FROM, attend_part_by_kernel, attend_prompt, refusal
 from ttq_jax.partition import on
 from ttq_jax.prefill import reading
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 
 FAR = np.iinfo(np.int32).max
 

@@ -17,7 +17,8 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.offline.allocate import Measured, allocate, measure_widths, sensitivities
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.prefill import decoded_shapes
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.tree import quantize_tree
 from ttq_jax.sampling import Sampling

@@ -15,7 +15,7 @@ from ttq_jax.offline.allocate import allocate, measure_widths, sensitivities
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.prefill import decoded_shapes
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.source import blend_all
 from ttq_jax.quant.tree import quantize_tree
 from ttq_jax.types import EXPERT_SITES, SITE_OF, Offline, effective_bits, kernels

@@ -9,7 +9,7 @@ from ttq_jax.mesh import make_mesh
 from ttq_jax.offline.allocate import allocate, measure_widths
 from ttq_jax.offline.prior import for_unreached
 from ttq_jax.partition import on, shard
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.tree import static_factors
 from ttq_jax.types import Offline
 

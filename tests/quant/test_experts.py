@@ -20,7 +20,8 @@ from ttq_jax.offline.prior import for_unreached, prior_from_weights
 from ttq_jax.prefill import decoded_shapes, first_turn, last_hidden, prefill
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.moments import Reads
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import quantize_params, replace_kernels, static_factors

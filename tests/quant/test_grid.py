@@ -14,7 +14,9 @@ from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import BITS, Grid, Nearest, decode, encode, fit, split_groups
 from ttq_jax.quant.half_quadratic import HalfQuadratic
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.lowrank import LowRankRule
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import NoScale, PowerLaw, SearchedAlpha
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import Moments, leaf_bits
@@ -289,6 +291,14 @@ def test_dead_channels_and_silent_prompts_stay_finite(name):
 def test_bad_choices_are_refused(change, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         preset("ttq", **change)
+
+
+def test_whole_axes_of_a_preset_are_replaced():
+    rule, grid = LowRankRule(error_rank=2), Grid(bits=2, group_size=16)
+    got = preset("fast", low_rank=rule, rank=3, grid=grid, bits=3)
+    assert got.low_rank == dataclasses.replace(rule, rank=3)
+    assert got.grid == dataclasses.replace(grid, bits=3)
+    assert got.rounding == preset("fast").rounding
 
 
 @pytest.mark.parametrize("choice", [

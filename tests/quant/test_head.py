@@ -20,7 +20,8 @@ from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.prefill import decoded_shapes
 from ttq_jax.quant import head
 from ttq_jax.quant.head import check_head, head_bits, head_of, joined, pack_head
-from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+from ttq_jax.quant.presets import PRESETS, preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.recipe_text import from_toml, recipe_named, to_toml, with_settings
 from ttq_jax.sampling import Sampling
 from ttq_jax.types import Offline, QuantizedLinear, model_bits, stored_bytes

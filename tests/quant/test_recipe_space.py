@@ -19,7 +19,8 @@ from ttq_jax.quant.grid import BITS, Grid
 from ttq_jax.quant.head import head_of, joined
 from ttq_jax.quant.lowrank import truncated_svd
 from ttq_jax.quant.moments import Reads, observe
-from ttq_jax.quant.recipe import PRESETS, Recipe, preset
+from ttq_jax.quant.presets import PRESETS, preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.scaling import SearchedAlpha
 from ttq_jax.quant.tree import static_factors
 from ttq_jax.sampling import Sampling

@@ -15,7 +15,8 @@ from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.grid import BITS, STORE_DTYPES, Grid, Nearest
 from ttq_jax.quant.half_quadratic import HalfQuadratic
 from ttq_jax.quant.lowrank import LowRankRule
-from ttq_jax.quant.recipe import PRESETS, RULES, Recipe
+from ttq_jax.quant.presets import PRESETS
+from ttq_jax.quant.recipe import RULES, Recipe
 from ttq_jax.quant.recipe_text import (
     from_toml,
     load_recipe,
@@ -85,7 +86,7 @@ def random_recipe(rng):
     return Recipe(
         moments=source(), scale=scale(), rounding=rounding(), widths=tuple(rules),
         low_rank=LowRankRule(
-            rank=whole(), error_rank=whole(), iterations=whole(1),
+            rank=whole(), error_rank=whole(), iterations=whole(1), mean=yes(),
             store=rng.choice(["float", "int8"]),
         ),
         grid=Grid(

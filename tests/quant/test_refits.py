@@ -15,7 +15,8 @@ from ttq_jax.linear import dense_weight
 from ttq_jax.quant.clip import ClipSearch
 from ttq_jax.quant.convert import quantize
 from ttq_jax.quant.grid import Grid, Nearest, encode, fit_scales, fit_zeros, for_weight
-from ttq_jax.quant.recipe import PRESETS, Recipe, has_kernel, preset
+from ttq_jax.quant.presets import PRESETS, preset
+from ttq_jax.quant.recipe import Recipe, has_kernel
 from ttq_jax.quant.scaling import NoScale, PowerLaw
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.types import Moments

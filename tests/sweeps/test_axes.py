@@ -5,7 +5,7 @@ import pytest
 from ttq_jax.commands.parsers import build_parser
 from ttq_jax.config import ConfigError
 from ttq_jax.quant.clip import ClipSearch
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.sweeps.axes import AXES, Options, make_cell, read_sweep
 
 HEAD = 'model = "m"\ncorpus = "c.txt"\n'

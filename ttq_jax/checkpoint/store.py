@@ -244,8 +244,9 @@ def _check_moments(
         block = 0 if one.gram is None else one.gram.shape[-1]
         wanted = reads.block(one.sums.shape[-1])
         wanted = min(wanted, 1) if diagonal else wanted
-        if one.powers != reads.powers or block != wanted:
+        if one.powers != reads.powers or block != wanted or (one.first is None) == reads.first:
             gram = f"Gram blocks of {wanted}" if wanted else "no Gram matrix"
+            gram = f"sums of x and {gram}" if reads.first else gram
             raise StoreError(
                 f"{what}: the moments of {site} hold {one.holds()}, but the recipe reads powers "
                 f"{reads.powers} and {gram}; use the recipe they were observed for, or observe "

@@ -15,9 +15,8 @@ def _named(schema: Schema) -> Schema:
     return {"dict": {"*": schema}}
 
 
-_MOMENTS = _named(
-    _node("Moments", {"sums": _ARRAY, "count": _ARRAY, "gram": _MAYBE}, {"powers": [float]})
-)
+_SUMS = {"sums": _ARRAY, "count": _ARRAY, "gram": _MAYBE, "first?": _MAYBE}
+_MOMENTS = _named(_node("Moments", _SUMS, {"powers": [float]}))
 _LOW_RANK = _node(
     "LowRank", {"down": _ARRAY, "up": _ARRAY, "down_scale": _MAYBE, "up_scale": _MAYBE}, {}
 )

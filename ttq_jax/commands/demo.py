@@ -25,7 +25,8 @@ from ttq_jax.evaluation.timings import time_answers
 from ttq_jax.generate import generate
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.names import DEFAULT
-from ttq_jax.quant.recipe import Recipe, preset
+from ttq_jax.quant.presets import preset
+from ttq_jax.quant.recipe import Recipe
 from ttq_jax.types import Offline, effective_bits, kernels, stored_bytes
 
 MODEL = "smollm2"

@@ -8,7 +8,8 @@ from ttq_jax.evaluation.describe import low_rank_in_short, moments_in_short, tab
 from ttq_jax.evaluation.progress import Progress
 from ttq_jax.quant.meanings import explained
 from ttq_jax.quant.names import quantizes_nothing
-from ttq_jax.quant.recipe import PRESETS, RULE_NAMES, Recipe, preset
+from ttq_jax.quant.presets import PRESETS, preset
+from ttq_jax.quant.recipe import RULE_NAMES, Recipe
 from ttq_jax.quant.recipe_text import load_recipe, to_toml, with_settings
 
 _HINT = """\

@@ -124,6 +124,8 @@ def low_rank_in_short(rule: LowRankRule) -> str:
         parts.append(f"{'weighted ' if rule.weighted else ''}rank {rule.rank}")
     if rule.error_rank:
         parts.append(f"error rank {rule.error_rank}")
+    if rule.mean:
+        parts.append("mean")
     return " + ".join(parts) or "none"
 
 

@@ -159,4 +159,6 @@ def _moments(power: Float[Array, " d_in"], *, reads: Reads) -> Moments:
     rows = [power ** (p / 2) for p in reads.powers]
     sums = jnp.stack(rows) if rows else jnp.zeros((0, len(power)), jnp.float32)
     gram = power[:, None, None] if reads.span else None
-    return Moments(sums, jnp.ones((), jnp.float32), gram, powers=reads.powers)
+    # White noise has a mean of 0.
+    first = jnp.zeros_like(power) if reads.first else None
+    return Moments(sums, jnp.ones((), jnp.float32), gram, first, powers=reads.powers)

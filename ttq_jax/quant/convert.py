@@ -31,8 +31,14 @@ from ttq_jax.quant.grid import (
     write,
 )
 from ttq_jax.quant.half_quadratic import HalfQuadratic
-from ttq_jax.quant.lowrank import LowRankRule, error_factors, joined, stored_factors
-from ttq_jax.quant.moments import Reads, gram_blocks
+from ttq_jax.quant.lowrank import (
+    LowRankRule,
+    error_factors,
+    joined,
+    mean_factors,
+    stored_factors,
+)
+from ttq_jax.quant.moments import Reads, about_mean, gram_blocks, mean_input
 from ttq_jax.quant.recipe import KernelRounding, Recipe, has_kernel
 from ttq_jax.quant.scaling import NoScale
 from ttq_jax.quant.second_order import SecondOrder
@@ -182,13 +188,22 @@ def _round_together(
 def _corrected(
     packed: QuantizedLinear, ready: _Ready, moments: Moments | None, rule: LowRankRule
 ) -> QuantizedLinear:
-    """The packed weight, corrected by the part of its error that the inputs excite most."""
+    """The packed weight, corrected by the parts of its error that the inputs excite most."""
     assert moments is not None, "Recipe refuses an error part without moments"
+
+    def with_part(packed: QuantizedLinear, factors: LowRank) -> QuantizedLinear:
+        found = stored_factors(factors, rule, ready.grid.store_dtype)
+        return dataclasses.replace(packed, low_rank=joined(packed.low_rank, found))
+
     error = ready.weight - dense_weight(packed)
-    d_in = len(error)
-    gram = gram_blocks(moments, Reads(span=-1).block(d_in))[0, :d_in, :d_in]
-    found = stored_factors(error_factors(error, gram, rule), rule, ready.grid.store_dtype)
-    return dataclasses.replace(packed, low_rank=joined(ready.factors, found))
+    if rule.mean:
+        packed = with_part(packed, mean_factors(error, mean_input(moments)))
+        error, moments = ready.weight - dense_weight(packed), about_mean(moments)
+    if rule.error_rank:
+        d_in = len(error)
+        gram = gram_blocks(moments, Reads(span=-1).block(d_in))[0, :d_in, :d_in]
+        packed = with_part(packed, error_factors(error, gram, rule))
+    return packed
 
 
 def quantize_site(
@@ -233,26 +248,27 @@ def quantize_site(
         split = None if split is None else split.here()
         check_rows(name, w.shape[-2], grid.group_size, split)
         ready[name] = _Ready(w, layer, kept, None, grid, split)
-    ready = _scaled(ready, moments, recipe)
+    about = about_mean(moments) if rule.mean and moments is not None else moments
+    ready = _scaled(ready, about, recipe)
     ys: dict[str, Array] = {}
     packed: dict[str, QuantizedLinear] = {}
     rounding, quantized = recipe.rounding, recipe.prefill == "quantized"
     if has_kernel(rounding):
         for name, one in ready.items():
-            y, packed[name] = _round_by_kernel(one, moments, rounding, x, quantized)
+            y, packed[name] = _round_by_kernel(one, about, rounding, x, quantized)
             if y is not None:
                 ys[name] = y
     else:
         assert not isinstance(rounding, Nearest | ClipSearch), "kernels round so"
         for names in _alike(ready, recipe):
-            made = _round_together([ready[n] for n in names], moments, rounding)
+            made = _round_together([ready[n] for n in names], about, rounding)
             packed |= dict(zip(names, made, strict=True))
-    if rule.error_rank:
+    if rule.after:
         packed = {n: _corrected(p, ready[n], moments, rule) for n, p in packed.items()}
     if x is None:
         return {}, packed
     for name, one in ready.items():
-        if quantized and (rule.error_rank or name not in ys):
+        if quantized and (rule.after or name not in ys):
             ys[name] = linear(x, packed[name])
         elif name not in ys:
             ys[name] = linear(x, one.stack if layer is None else Stacked(one.stack, layer))

@@ -3,7 +3,9 @@
 Static: BA is the truncated SVD of W (arXiv:2603.19296), or of W with its rows weighted by the power
 of their inputs; computed before any prompt. Error: the part of the rounding error E = W − Ŵ that
 the prompt's own inputs X excite most, E U Uᵀ with U the top output directions of Xᵀ E; computed
-after rounding.
+after rounding. Mean: what the mean input μ makes of E, as the matrix μ (μᵀ E) / ‖μ‖²; bias
+correction (Nagel et al., 2019, arXiv:1906.04721) as one more rank, so that it is a part of the
+weight and is scaled with the input.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ class LowRankRule:
       weighted: whether the static part is the best one for inputs with the corpus's (or prior's)
         power per channel, instead of for white noise.
       error_rank: rank of the correction of the rounding error, >= 0; 0 for none.
+      mean: whether one more rank makes the mean input's output exact. Scales and codes are then
+        chosen for the moments about the mean.
       iterations: steps of the subspace iteration that finds it, >= 1.
       store: "float" (the grid's store dtype) or "int8" with a scale per rank.
 
@@ -44,6 +48,7 @@ class LowRankRule:
     rank: int = 0
     weighted: bool = False
     error_rank: int = 0
+    mean: bool = False
     iterations: int = 2
     store: str = "float"
 
@@ -65,8 +70,13 @@ class LowRankRule:
 
     @property
     def total(self) -> int:
-        """The rank of both parts together."""
-        return self.rank + self.error_rank
+        """The rank of all parts together."""
+        return self.rank + self.error_rank + self.mean
+
+    @property
+    def after(self) -> bool:
+        """Whether a part is computed after rounding."""
+        return bool(self.error_rank or self.mean)
 
     @property
     def span(self) -> int:
@@ -158,6 +168,23 @@ def factor_layers(
         one = lambda at: factor_layers(at[0], rank, at[1])  # noqa: E731
         return jax.lax.map(one, (kernel, power))
     return jax.lax.map(lambda at: truncated_svd(fetched(at[0]), rank, at[1]), (kernel, power))
+
+
+def mean_factors(error: Float[Array, "d_in d_out"], mean: Float[Array, " d_in"]) -> LowRank:
+    """The part of an error that the mean input excites.
+
+    Args:
+      error: W − Ŵ.
+      mean: E[x] of the inputs, μ.
+
+    Returns:
+      float32 factors of μ (μᵀ E) / ‖μ‖², the first of length 1; zeros for μ = 0.
+    """
+    length = jnp.sqrt(jnp.sum(jnp.square(mean)))
+    unit = mean / jnp.where(length > 0, length, 1.0)
+    # A sum, not a product: XLA then computes the error on the way and never holds it.
+    up = jnp.sum(unit[:, None] * error, axis=0)
+    return LowRank(unit[:, None], up[None])
 
 
 def error_factors(

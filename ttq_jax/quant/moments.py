@@ -21,10 +21,12 @@ class Reads:
     Attributes:
       powers: exponents p > 0 of Σ |x|^p, ascending.
       span: channels per block of the Gram matrix Σ x xᵀ: 0 for none of it, -1 for all of it.
+      first: whether Σ x is read.
     """
 
     powers: tuple[float, ...] = ()
     span: int = 0
+    first: bool = False
 
     def block(self, d_in: int) -> int:
         """Channels per Gram block, 0 for none: never more than the layer has, padded."""
@@ -55,7 +57,8 @@ def observe(
     if block:
         blocks = jnp.pad(seen, ((0, 0), (0, -d_in % block))).reshape(len(seen), -1, block)
         gram = jnp.einsum("tbi,tbj->bij", blocks, blocks, precision="highest")
-    return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, powers=reads.powers)
+    first = jnp.sum(seen, axis=0) if reads.first else None
+    return Moments(sums, jnp.sum(valid, dtype=jnp.float32), gram, first, powers=reads.powers)
 
 
 def observe_expert(
@@ -82,6 +85,47 @@ def observe_expert(
 
     nothing = observe(rows[0], jnp.zeros_like(real[0]), reads)
     return jax.lax.fori_loop(x.first[expert], x.first[expert + 1], add, nothing)
+
+
+def mean_input(moments: Moments) -> Float[Array, " d_in"]:
+    """E[x] per channel.
+
+    Args:
+      moments: of one layer, with the sums of x.
+
+    Returns:
+      float32; zeros if nothing was observed.
+
+    Raises:
+      ValueError: the sums of x were not observed.
+    """
+    if moments.first is None:
+        raise ValueError(f"moments: expected sums of x, got {moments.holds()}")
+    return moments.first / jnp.maximum(moments.count, 1.0)
+
+
+def about_mean(moments: Moments) -> Moments:
+    """The moments of x − E[x]: a variance in place of E[x²], a covariance of the Gram matrix.
+
+    Args:
+      moments: of one layer, with the sums of x. Powers other than 2 stay those of x.
+
+    Returns:
+      Moments of as many tokens. A variance is at least a millionth of E[x²]: below that the
+      difference is rounding.
+    """
+    mean = mean_input(moments)
+    square = moments.count * jnp.square(mean)
+    rows = [
+        jnp.maximum(row - square, 1e-6 * row) if p == 2 else row
+        for p, row in zip(moments.powers, moments.sums, strict=True)
+    ]
+    sums, gram = (jnp.stack(rows) if rows else moments.sums), moments.gram
+    if gram is not None:
+        n_block, block = gram.shape[:2]
+        blocks = jnp.pad(mean, (0, n_block * block - len(mean))).reshape(n_block, block)
+        gram = gram - moments.count * blocks[:, :, None] * blocks[:, None, :]
+    return dataclasses.replace(moments, sums=sums, gram=gram)
 
 
 def p_mean(moments: Moments, p: float) -> Float[Array, " d_in"]:

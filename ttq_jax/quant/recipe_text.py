@@ -17,7 +17,8 @@ from ttq_jax.errors import expect, shown
 from ttq_jax.files import write_file
 from ttq_jax.foreign import parse_toml
 from ttq_jax.quant.names import quantizes_nothing
-from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe, check_clip, preset
+from ttq_jax.quant.presets import check_clip, preset
+from ttq_jax.quant.recipe import RULE_NAMES, RULES, Recipe
 from ttq_jax.quant.scaling import PowerLaw
 from ttq_jax.quant.widths import Width
 from ttq_jax.text import read_text

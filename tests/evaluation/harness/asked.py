@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ttq_jax.evaluation.perplexity import Protocol, score_window
 from ttq_jax.offline.calibrate import prepare
 from ttq_jax.quant.head import joined
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.recipe_text import with_settings
 
 # Most of a test's time compiles packed products: two projections are enough to tell weights apart.

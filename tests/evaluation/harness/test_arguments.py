@@ -4,7 +4,7 @@ import pytest
 
 from ttq_jax.config import ConfigError
 from ttq_jax.evaluation.harness_arguments import generation_of, load_arguments, recipe_from
-from ttq_jax.quant.recipe import preset
+from ttq_jax.quant.presets import preset
 from ttq_jax.quant.recipe_text import save_recipe, with_settings
 from ttq_jax.sampling import Sampling
 
