@@ -54,7 +54,7 @@ def rotated_stream(model: ttq.Model) -> ttq.Model:
     if config.norm != "rms" or config.norm_placement != "pre" or config.n_experts:
         raise SystemExit(
             f"{model.name}: expected RMS norms without a 1 added, in front of each branch, and no "
-            f"experts, got norm {config.norm!r}, {config.norm_placement!r}"
+            f"experts, got {config.norm!r}, {config.norm_placement!r} and {config.n_experts}"
         )
     by = hadamard(config.d_model, seed=0)
     table = np.asarray(params["embed"]["embedding"])
@@ -100,6 +100,12 @@ def rotated_heads(model: ttq.Model) -> ttq.Model:
     return dataclasses.replace(model, params=model.params | {"layers": layers})
 
 
+def rotated(model: ttq.Model, kind: str) -> ttq.Model:
+    """The model, rotated as one of `KINDS` says."""
+    model = model if kind == "heads" else rotated_stream(model)
+    return model if kind == "residual" else rotated_heads(model)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
@@ -115,15 +121,11 @@ def main() -> None:
     plain = ttq.load(args.model)
 
     @cache
-    def rotated(kind: str) -> ttq.Model:
-        model = plain if kind == "heads" else rotated_stream(plain)
-        return model if kind == "residual" else rotated_heads(model)
-
     def model_of(name: str) -> ttq.Model:
         kind = name.partition("@")[2]
         if kind and kind not in KINDS:
             raise SystemExit(f"--recipe {name}: expected one of {', '.join(KINDS)} after the @")
-        return rotated(kind) if kind else plain
+        return rotated(plain, kind) if kind else plain
 
     measure(args, model_of)
 

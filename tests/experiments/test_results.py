@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import evidence_codes  # noqa: F401  registers its claims
 import evidence_paper  # noqa: F401  registers its claims
 import evidence_speed  # noqa: F401  and these
 import pytest

@@ -1,14 +1,17 @@
 """The part of a rounding error that the mean input excites: moments about the mean, and a rank."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ttq_jax as ttq
 from ttq_jax.config import ConfigError
 from ttq_jax.linear import dense_weight, linear
+from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.quant.convert import quantize, quantize_site
 from ttq_jax.quant.grid import Grid
 from ttq_jax.quant.lowrank import LowRankRule, truncated_svd
@@ -178,3 +181,20 @@ def test_what_it_reads_and_what_is_refused():
         mean_input(bare)
     with pytest.raises(ValueError, match="sums of x and no Gram matrix"):
         bare + seen(inputs(), Recipe(low_rank=MEAN))
+
+
+@pytest.mark.slow
+def test_one_channel_of_a_real_model_is_most_of_a_layer_and_hardly_varies():
+    """Why there is such a part."""
+    model = ttq.load("smollm2")
+    text = Path(ttq.__file__).read_text() * 4
+    window = jnp.asarray(ttq.cut_windows(model.tokenizer, text, 256)[:1], jnp.int32)
+    reads = Reads((2.0,), first=True)
+    seen = observe_tokens(model.params, window, config=model.config, reads=reads)["attn_in"]
+    power = np.asarray(seen.sums[:, 0], np.float64)
+    most = power.argmax(1)
+    share = power.max(1) / power.sum(1)
+    layers = np.arange(len(power))
+    steady = np.asarray(seen.first, np.float64)[layers, most] ** 2 / 256 / power[layers, most]
+    assert share.max() > 0.5
+    assert steady[share > 0.5].min() > 0.5
