@@ -1,6 +1,7 @@
 """Whether rotating a model's weights makes them easier to round.
 
-Claim     nothing is gained where channels are scaled by their activations: see RESULTS.md.
+Claim     nothing is gained, and without second order much is lost: at 3 bits `fast` has four times
+          the gap, because rotation hides the few channels that hold most of the power.
 Command   python experiments/rotations.py --model smollm2 --corpus wikitext2=FILE …
               --recipe fast-3-g32-asym-coded-h0-p1-f4@residual --windows 8
               --out experiments/results/rotations_smollm2.jsonl

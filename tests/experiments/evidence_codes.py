@@ -46,7 +46,7 @@ def _():
     return [table], []
 
 
-@evidence("Rotating the residual stream loses what is known of its channels")
+@evidence("Rotating the residual stream gains nothing, and loses much without second order")
 def _():
     file = "rotations_smollm2.jsonl"
     kinds = {"": "as it is", "@heads": "heads rotated", "@rotated": "stream and heads rotated"}

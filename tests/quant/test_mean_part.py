@@ -10,6 +10,7 @@ import pytest
 
 import ttq_jax as ttq
 from ttq_jax.config import ConfigError
+from ttq_jax.evaluation.describe import low_rank_in_short
 from ttq_jax.linear import dense_weight, linear
 from ttq_jax.offline.calibrate import observe_tokens
 from ttq_jax.quant.convert import quantize, quantize_site
@@ -173,6 +174,7 @@ def test_the_quantized_weights_read_the_prompt_with_the_part():
 def test_what_it_reads_and_what_is_refused():
     assert Recipe(low_rank=MEAN).reads == Reads((2.0,), 0, first=True)
     assert not LowRankRule().after
+    assert low_rank_in_short(LowRankRule(rank=2, mean=True)) == "rank 2 + mean corrected"
     assert "mean" not in Recipe().describe()["low_rank"]
     with pytest.raises(ConfigError, match=r"low_rank.mean reads activation moments, but"):
         Recipe(moments="none", scale=NoScale(), low_rank=MEAN)

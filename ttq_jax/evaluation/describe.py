@@ -125,7 +125,7 @@ def low_rank_in_short(rule: LowRankRule) -> str:
     if rule.error_rank:
         parts.append(f"error rank {rule.error_rank}")
     if rule.mean:
-        parts.append("mean")
+        parts.append("mean corrected")
     return " + ".join(parts) or "none"
 
 
