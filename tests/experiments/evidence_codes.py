@@ -43,7 +43,8 @@ def _():
     ]:
         for scales, size, name in [("8 bits", sizes[0], wide), ("4 bits", sizes[1], narrow)]:
             table.append(beside([codes, scales, str(size)], wide, name))
-    return [table], []
+    bases = ("best-3-g32-asym-coded-h0", "best-asym-coded-h0")
+    return [table], [bits(BETTER["SmolLM2"], 8, base) for base in bases]
 
 
 @evidence("Rotating the residual stream gains nothing, and loses much without second order")
