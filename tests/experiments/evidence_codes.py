@@ -22,7 +22,6 @@ def _():
     for codes, base in [
         ("4 bits, groups of 64", "fast-asym-coded-h0-p1-f4"),
         ("3 bits, groups of 16", "fast-3-g16-asym-coded4-h0-p1-f4"),
-        ("3 bits, groups of 16, second order", "best-3-g16-asym-coded4-h0"),
     ]:
         for said, name in [("no", base), ("yes", f"{base}-mean")]:
             row = [codes, said]

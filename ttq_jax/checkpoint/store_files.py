@@ -84,6 +84,13 @@ def _taken_apart(tree: Any, name: str, arrays: dict[str, Any]) -> Any:
     return {"array": name, "shape": list(tree.shape), "dtype": str(tree.dtype)}
 
 
+def _stated(spec: Any) -> Any:
+    """A description without fields that hold nothing: older stores do not name the newest ones."""
+    if isinstance(spec, dict):
+        return {key: _stated(one) for key, one in spec.items() if one is not None}
+    return [_stated(one) for one in spec] if isinstance(spec, list) else spec
+
+
 def _put_together(spec: Any, leaf: Callable[[str, tuple[int, ...], Any], Any]) -> Any:
     """The tree of a description, `leaf(name, shape, dtype)` in place of every array."""
     if spec is None:
@@ -315,7 +322,7 @@ def shapes(path: str | Path, header: dict[str, Any]) -> Any:
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise StoreError(f"{unknown} ({type(e).__name__}: {_first_line(e)}); {REMEDY}") from e
     # An array's name follows from its place: of two of one shape, none may stand for the other.
-    if _taken_apart(tree, "", {}) != header["tree"]:
+    if _stated(_taken_apart(tree, "", {})) != _stated(header["tree"]):
         raise StoreError(f"{unknown} (an array has the name of another place); {REMEDY}")
     return tree
 

@@ -198,7 +198,7 @@ def _corrected(
     error = ready.weight - dense_weight(packed)
     if rule.mean:
         packed = with_part(packed, mean_factors(error, mean_input(moments)))
-        error, moments = ready.weight - dense_weight(packed), about_mean(moments)
+        error = ready.weight - dense_weight(packed)
     if rule.error_rank:
         d_in = len(error)
         gram = gram_blocks(moments, Reads(span=-1).block(d_in))[0, :d_in, :d_in]

@@ -105,7 +105,10 @@ def mean_input(moments: Moments) -> Float[Array, " d_in"]:
 
 
 def about_mean(moments: Moments) -> Moments:
-    """The moments of x − E[x]: a variance in place of E[x²], a covariance of the Gram matrix.
+    """The moments with variances in place of E[x²].
+
+    The Gram matrix stays that of x: the difference of two large ones is no longer positive, and
+    what reads it knows the mean from it.
 
     Args:
       moments: of one layer, with the sums of x. Powers other than 2 stay those of x.
@@ -114,18 +117,12 @@ def about_mean(moments: Moments) -> Moments:
       Moments of as many tokens. A variance is at least a millionth of E[x²]: below that the
       difference is rounding.
     """
-    mean = mean_input(moments)
-    square = moments.count * jnp.square(mean)
+    square = moments.count * jnp.square(mean_input(moments))
     rows = [
         jnp.maximum(row - square, 1e-6 * row) if p == 2 else row
         for p, row in zip(moments.powers, moments.sums, strict=True)
     ]
-    sums, gram = (jnp.stack(rows) if rows else moments.sums), moments.gram
-    if gram is not None:
-        n_block, block = gram.shape[:2]
-        blocks = jnp.pad(mean, (0, n_block * block - len(mean))).reshape(n_block, block)
-        gram = gram - moments.count * blocks[:, :, None] * blocks[:, None, :]
-    return dataclasses.replace(moments, sums=sums, gram=gram)
+    return dataclasses.replace(moments, sums=jnp.stack(rows) if rows else moments.sums)
 
 
 def p_mean(moments: Moments, p: float) -> Float[Array, " d_in"]:
