@@ -39,7 +39,6 @@ from ttq_jax.offline.prior import prior_from_weights
 from ttq_jax.quant.lowrank import LowRankRule
 from ttq_jax.quant.moments import observe
 from ttq_jax.quant.presets import PRESETS, preset
-from ttq_jax.quant.recipe import Recipe
 from ttq_jax.quant.second_order import SecondOrder
 from ttq_jax.quant.source import Source
 from ttq_jax.quant.tree import quantize_tree, static_factors
@@ -68,7 +67,7 @@ RECIPES = {
     for name, known in PRESETS.items()
 }
 # Everything that a preset leaves out, in one program.
-REST = Recipe(
+REST = ttq.Recipe(
     moments=Source(prior="weights", prior_tokens=8.0, decay=0.5, refresh=2),
     rounding=SecondOrder(steps=2, span=16, static_groups=False),
     low_rank=LowRankRule(rank=2, error_rank=2, mean=True, store="int8"),
@@ -77,7 +76,7 @@ REST = Recipe(
 EXPERTS = dataclasses.replace(
     REST, widths=(Width(select="layers/1/down", bits=2),), select="layers/down"
 )
-SAMPLES = Recipe(
+SAMPLES = ttq.Recipe(
     moments=Source(prior="samples", prior_tokens=8.0), select=ONE,
     low_rank=LowRankRule(rank=2, weighted=True, error_rank=2),
 )  # fmt: skip
@@ -154,7 +153,7 @@ def kernels():
 
 def functions():
     """A user's own function: its static parts, a reading, and a run over packed weights."""
-    recipe = Recipe(grid=ttq.Grid(bits=3, group_size=16), low_rank=LowRankRule(rank=2))
+    recipe = ttq.Recipe(grid=ttq.Grid(bits=3, group_size=16), low_rank=LowRankRule(rank=2))
     fn = lambda w, x: jax.lax.scan(lambda x, w: (x, jnp.tanh(x @ w)), x, w)[1]  # noqa: E731
 
     @jax.jit

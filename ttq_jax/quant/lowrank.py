@@ -37,7 +37,7 @@ class LowRankRule:
         power per channel, instead of for white noise.
       error_rank: rank of the correction of the rounding error, >= 0; 0 for none.
       mean: whether one more rank makes the mean input's output exact. Scales and codes are then
-        chosen for the moments about the mean.
+        chosen by variances in place of E[x²], but second order by the Gram matrix as it is.
       iterations: steps of the subspace iteration that finds it, >= 1.
       store: "float" (the grid's store dtype) or "int8" with a scale per rank.
 
